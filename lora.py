@@ -1,0 +1,548 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models (Hu et al. 2021, arXiv:2106.09685), in one file.
+
+    h = W0 x + (alpha / r) B A x                                                              Eq. 3
+
+    paper    here            shape      trained
+    W0       base.weight     (d, k)     never
+    A        lora_A          (r, k)     yes, random start
+    B        lora_B          (d, r)     yes, zero start: step 0 is the base model, bit for bit
+    alpha/r  scaling         scalar     no
+    r        r               scalar     the rank, far below min(d, k)
+
+Use, in any PyTorch model that calls its linear layers:
+
+    config = LoRAConfig(r=8, alpha=16, targets=("q_proj", "v_proj"))
+    inject_lora(model, config)                                     # freezes the model, wraps its layers
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
+    ...                                                            # train as ever
+    save_adapter(model, config, "my-adapter")                      # a few MB, in PEFT's format
+    load_adapter(model, "my-adapter"); merge_lora(model)           # later: back to plain dense layers
+
+Differences from the paper
+- A starts as nn.Linear does (Kaiming uniform, a = sqrt(5)), as the authors' released code has it; the paper says Gaussian.
+- Dropout on the adapter's input is the released code's; the paper's equations have none.
+- Merging happens when it is called. The released code merges inside eval(), where a checkpoint saved at the wrong moment
+  holds W0 + BA under W0's name.
+- A fused projection (GPT-2's c_attn) is adapted whole; the released code can adapt its q and v thirds alone.
+- rslora divides by sqrt(r) instead of r (Kalajdzievski 2023, arXiv:2312.03732).
+"""
+import json
+import math
+import os
+import sys
+import warnings
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# --- configuration ---
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What is adapted, and how.
+
+    r           rank of the update (Sec. 4.1)
+    alpha       scale of the update: scaling = alpha / r, or alpha / sqrt(r) with rslora
+    dropout     probability, on the adapter's input only
+    targets     dotted name endings of the linear layers to adapt, or "all-linear" for all but the output head
+    also_train  dotted name endings of modules trained in full and saved along, such as a fresh classifier
+    Raises ValueError for a value out of range.
+    """
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] | str = ("q_proj", "v_proj")
+    also_train: tuple[str, ...] = ()
+    rslora: bool = False
+
+    def __post_init__(self):
+        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
+        if not (isinstance(self.r, int) and not isinstance(self.r, bool) and self.r >= 1):
+            raise ValueError(f"r is {self.r!r}: expected a whole number of at least 1")
+        if not (number(self.alpha) and 0 < self.alpha <= sys.float_info.max):
+            raise ValueError(f"alpha is {self.alpha!r}: expected a positive finite number")
+        if not (number(self.dropout) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout is {self.dropout!r}: expected a probability from 0 up to, not including, 1")
+        if not isinstance(self.rslora, bool):
+            raise ValueError(f"rslora is {self.rslora!r}: expected True or False")
+        for field in ("targets", "also_train"):         # lists and single names become tuples; "all-linear" stays
+            value = getattr(self, field)
+            value = (value,) if isinstance(value, str) else tuple(value)
+            if not all(isinstance(name, str) and name for name in value):
+                raise ValueError(f"{field} is {value!r}: expected names of modules")
+            object.__setattr__(self, field, "all-linear" if field == "targets" and value == ("all-linear",) else value)
+
+    @property
+    def scaling(self) -> float:
+        # Sec. 4.1: dividing by r keeps one learning rate usable when r changes
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+
+# --- the layer ---
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear, anything that states in_features and out_features (4-bit layers), or GPT-2's Conv1D."""
+    return is_conv1d(module) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"            # transformers' class, whose weight is (k, d), not (d, k)
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + B(A(dropout(x)) * scaling), Eq. 3, around a frozen linear layer of any kind.
+
+    base        (..., k) -> (..., d); its parameters are frozen here
+    lora_A      (r, k) and lora_B (d, r), always fp32, cast to x's dtype in forward: an update of lr = 3e-4 on a weight of
+                0.02 is below half a bf16 step and would be rounded away. Convert a model's dtype before wrapping, not after.
+    scaling     alpha / r, or alpha / sqrt(r) with rslora
+    Raises ValueError for values out of range, RuntimeError in forward when trained while merged.
+    """
+
+    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False):
+        super().__init__()
+        self.scaling = LoRAConfig(r=r, alpha=alpha, dropout=dropout, rslora=rslora).scaling
+        self.base = base.requires_grad_(False)
+        self.transposed = is_conv1d(base)
+        self.out_features, self.in_features = d, k = _features(base)
+        self.lora_A = nn.Parameter(torch.empty(r, k, device=base.weight.device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(d, r, device=base.weight.device, dtype=torch.float32))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))       # uniform within 1 / sqrt(k)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()    # Dropout(0) would still keep a mask
+        self.enabled = True
+        self.unmerged_weight = None                                 # the untouched W0, on the CPU, while merged
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base(x)                                            # (..., k) -> (..., d)
+        if self.merged:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError("this LoRA layer is merged and would not train: call unmerge_lora(model) to train, "
+                                   "or model.eval() to infer")
+            return y
+        if not self.enabled:
+            return y
+        z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))      # (..., k) -> (..., r)
+        # the scale is applied r wide, not d wide. B = 0 makes dL/dA zero at step 1: A first moves at step 2
+        return y + F.linear(z * self.scaling, self.lora_B.to(x.dtype))      # (..., r) -> (..., d)
+
+    @property
+    def merged(self) -> bool:
+        return self.unmerged_weight is not None
+
+    def delta(self) -> torch.Tensor:
+        """The update scaling * B A in fp32, shaped like base.weight: (d, k), or (k, d) over Conv1D."""
+        delta = self.scaling * (self.lora_B.detach() @ self.lora_A.detach())
+        return delta.T if self.transposed else delta
+
+    def merge(self) -> None:
+        """W = W0 + scaling B A, summed in fp32 and rounded once to W0's dtype. No latency remains (Sec. 4.1)."""
+        if self.merged:
+            return
+        weight = self.base.weight.detach()
+        if not weight.is_floating_point():
+            raise ValueError(f"cannot merge into a weight of dtype {weight.dtype}: load the base model unquantised to merge")
+        self.unmerged_weight = weight.to("cpu", copy=True)
+        weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.delta())
+
+    def unmerge(self) -> None:
+        """W0 comes back bit for bit. W - scaling B A would not do that: (a + b) - b is not a in floating point."""
+        if self.merged:
+            self.base.weight.detach().copy_(self.unmerged_weight)
+            self.unmerged_weight = None
+
+    # for code that looks at the layer it thinks it has
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def extra_repr(self) -> str:
+        return f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}, merged={self.merged}"
+
+
+# --- injection ---
+
+def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Freezes every parameter, wraps the target layers, makes the modules of also_train trainable (Sec. 4.2).
+
+    Returns the names of the wrapped layers. Raises ValueError, with the model untouched, when a target matches nothing,
+    when a weight is shared with another module, or when the model carries an adapter already.
+    """
+    if next(lora_layers(model), None):
+        raise ValueError("the model carries an adapter already: call strip_lora(model) first, or load_adapter to replace it")
+    names = match_targets(model, config)
+    _wrap(model, names, config)
+    return names
+
+
+def lora_layers(model: nn.Module):
+    """Yields (name, LoRALinear) for every wrapped layer."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer by name; a wrapped one stands under the name its base had."""
+    inner = {id(layer.base) for _, layer in lora_layers(model)}
+    return {name: module for name, module in model.named_modules() if is_linear(module) and id(module) not in inner}
+
+
+def _ends_with(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)            # whole names: q_proj is not the end of eq_proj
+
+
+def _matching(names, endings) -> list[str]:
+    return [name for name in names if any(_ends_with(name, ending) for ending in endings)]
+
+
+def _candidates(model: nn.Module, full) -> dict[str, nn.Module]:
+    """The linear layers outside the modules that are trained in full."""
+    return {name: module for name, module in linear_layers(model).items()
+            if not any(name == module_name or name.startswith(module_name + ".") for module_name in full)}
+
+
+def match_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """The names of the layers that config.targets means in this model. ValueError names a target that matches none."""
+    linears = _candidates(model, match_modules(model, config.also_train))
+    if config.targets == "all-linear":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        names = [n for n, module in linears.items() if module is not head and (head is not None or not _ends_with(n, "lm_head"))]
+        if not names:
+            raise ValueError("all-linear found no linear layer in this model")
+        return names
+    for target in config.targets:
+        if not _matching(linears, [target]):
+            raise ValueError(f"target {target!r} matches no linear layer; this model has: {', '.join(short_names(linears))}")
+    if not config.targets:
+        raise ValueError(f"no targets given; this model has the linear layers: {', '.join(short_names(linears))}")
+    return _matching(linears, config.targets)
+
+
+def match_modules(model: nn.Module, endings) -> list[str]:
+    """The names of the modules that also_train means; ValueError names one that matches no module with weights."""
+    modules = {name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())}
+    for ending in endings:
+        if not any(_ends_with(name, ending) for name in modules):
+            raise ValueError(f"also_train {ending!r} matches no module with weights; at the top this model has: "
+                             f"{', '.join(name for name in modules if '.' not in name)}")
+    return _matching(modules, endings)
+
+
+def short_names(names) -> list[str]:
+    """The distinct last parts of dotted names, for messages and adapter_config.json; a bare index keeps its parent."""
+    return sorted({".".join(name.split(".")[-2:]) if name.split(".")[-1].isdigit() else name.split(".")[-1] for name in names})
+
+
+def _refuse_unsafe(model: nn.Module, names, full) -> None:
+    """ValueError for layers in which an adapter would change more than it says, or nothing at all."""
+    owners, modules = defaultdict(set), dict(model.named_modules())
+    for name, module in modules.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:       # the same object: data_ptr() is 0 for every tensor on the meta device
+                owners[id(parameter)].add(name)
+    for name in [*names, *full]:
+        for parameter in modules[name].parameters():
+            if len(owners[id(parameter)]) > 1:
+                raise ValueError(f"{name} shares its weight with {', '.join(sorted(owners[id(parameter)] - {name}))} (tied): adapting one "
+                                 "would change the other; choose other layers, or untie them first by giving one its own copy")
+    for name in names:                      # these read .weight instead of calling the layer: the adapter would be skipped
+        parent = modules[name.rpartition(".")[0]]
+        if isinstance(parent, nn.MultiheadAttention):
+            raise ValueError(f"{name} is inside nn.MultiheadAttention, which never calls it: the adapter would do nothing; "
+                             "choose other targets, or attention with separate projections")
+        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            raise ValueError(f"{name} is inside nn.TransformerEncoderLayer, whose fast path in eval() would skip the adapter; "
+                             "call torch.backends.mha.set_fastpath_enabled(False) first")
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():     # all places: one module may stand under two names
+            if child is old:
+                parent._modules[name] = new
+
+
+def _copy_to_cpu(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.detach().clone() if parameter.is_meta else parameter.detach().to("cpu", copy=True)
+
+
+def _wrap(model: nn.Module, names, config: LoRAConfig) -> None:
+    full = match_modules(model, config.also_train)
+    _refuse_unsafe(model, names, full)
+    model.requires_grad_(False)
+    modules = dict(model.named_modules())
+    for name in names:
+        layer = LoRALinear(modules[name], config.r, config.alpha, config.dropout, config.rslora)
+        _replace(model, modules[name], layer.train(modules[name].training))
+    for name in full:                       # the untouched copy comes back when load_adapter replaces this adapter
+        modules[name].lora_untouched = {key: _copy_to_cpu(p) for key, p in modules[name].named_parameters()}
+        modules[name].requires_grad_(True)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, total) numbers of weights; a shared tensor counts once."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+# --- merge, switch off, take off ---
+
+@torch.no_grad()
+def merge_lora(model: nn.Module) -> None:
+    """Adds every update to its base weight. A second call changes nothing."""
+    for _, layer in lora_layers(model):
+        layer.merge()
+
+
+@torch.no_grad()
+def unmerge_lora(model: nn.Module) -> None:
+    """Restores every base weight bit for bit, in any dtype."""
+    for _, layer in lora_layers(model):
+        layer.unmerge()
+
+
+def strip_lora(model: nn.Module) -> nn.Module:
+    """Takes the wrappers off, merged or not: plain layers, the original state_dict keys. Modules trained in full stay so.
+
+    Returns the model, which is also changed in place. It stays frozen.
+    """
+    for _, layer in list(lora_layers(model)):
+        _replace(model, layer, layer.base)
+    for module in model.modules():
+        module.__dict__.pop("lora_untouched", None)
+    return model.base if isinstance(model, LoRALinear) else model
+
+
+@contextmanager
+def disable_lora(model: nn.Module):
+    """Inside `with disable_lora(model):` the model is its base again. Modules trained in full stay as trained."""
+    layers = [layer for _, layer in lora_layers(model)]
+    if any(layer.merged for layer in layers):
+        raise RuntimeError("the adapter is merged into the base weights: call unmerge_lora(model) before disable_lora(model)")
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield model
+    finally:
+        for layer, enabled in zip(layers, before):
+            layer.enabled = enabled
+
+
+# --- adapter files, in PEFT's format ---
+
+WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+
+# Options of PEFT's file that this code understands, or that do not change what the weights mean. Any other must be inactive.
+KNOWN = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "fan_in_fan_out", "use_rslora",
+         "bias", "init_lora_weights", "task_type", "base_model_name_or_path", "inference_mode", "revision", "peft_version",
+         "auto_mapping", "megatron_core", "qalora_group_size", "layers_to_transform", "layers_pattern", "exclude_modules"}
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """{parameter name: tensor} of exactly what trains: every lora_A and lora_B, and the modules of also_train."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
+    """Writes adapter_model.safetensors and adapter_config.json, which PEFT, vLLM and load_adapter read.
+
+    Each file is written beside its place, flushed, and renamed: a crash leaves no half adapter that would load.
+    Raises RuntimeError while merged, ValueError when config is not the one that was injected.
+    """
+    from safetensors.torch import save_file
+    layers, tensors = dict(lora_layers(model)), {}
+    if not layers:
+        raise ValueError("the model carries no adapter to save: call inject_lora(model, config) first")
+    for name, layer in layers.items():
+        if layer.merged:
+            raise RuntimeError("the adapter is merged: call unmerge_lora(model) before save_adapter")
+        if (layer.lora_A.shape[0], layer.scaling) != (config.r, config.scaling):
+            raise ValueError(f"{name} has r={layer.lora_A.shape[0]}, scaling={layer.scaling:g}, the config says r={config.r}, "
+                             f"scaling={config.scaling:g}: pass the config that was injected")
+        tensors |= {f"{PREFIX}{name}.lora_{x}.weight": getattr(layer, f"lora_{x}").detach() for x in "AB"}
+    full = match_modules(model, config.also_train)
+    for name, tensor in adapter_state_dict(model).items():
+        if name.rpartition(".")[0] in layers:
+            continue
+        if not any(name.startswith(module + ".") for module in full):
+            raise ValueError(f"{name} trains but is not in also_train, so it would not be loaded again: name its module there")
+        tensors[PREFIX + name] = tensor
+    # all-linear is saved as the names it matched: PEFT and vLLM read those words each in its own way
+    targets = _exact_targets(model, config.targets, layers, full)
+    described = {
+        "peft_type": "LORA", "task_type": _task_type(model), "base_model_name_or_path": _base_name(model), "inference_mode": True,
+        "r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "use_rslora": config.rslora,
+        "target_modules": list(targets), "modules_to_save": list(config.also_train) or None, "bias": "none",
+        "fan_in_fan_out": any(layer.transposed for layer in layers.values())}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = {name: folder / f"{name}.part" for name in (WEIGHTS, CONFIG)}
+    save_file({key: tensor.to("cpu").contiguous() for key, tensor in tensors.items()}, part[WEIGHTS], metadata={"format": "pt"})
+    part[CONFIG].write_text(json.dumps(described, indent=2) + "\n", encoding="utf8")
+    for path in part.values():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    (folder / CONFIG).unlink(missing_ok=True)       # never old config beside new weights: no adapter for a moment instead
+    for name in (WEIGHTS, CONFIG):
+        os.replace(part[name], folder / name)
+
+
+def _task_type(model: nn.Module) -> str | None:
+    name = type(model).__name__
+    return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else "SEQ_CLS" if name.endswith("ForSequenceClassification") else None
+
+
+def load_adapter(model: nn.Module, folder) -> LoRAConfig:
+    """Puts the adapter of a folder onto the model, in place of any that it carries. Returns its config.
+
+    Reads safetensors and JSON only: nothing in a stranger's file is run. The keys in the file decide what is wrapped. A and B
+    are fp32 whatever the file holds, and require grad; the base is frozen. On any ValueError the model is as it was.
+    """
+    folder = Path(folder)
+    described = _read_config(folder)
+    config = _to_config(model, folder, described)
+    full = match_modules(model, config.also_train)
+    tensors = _read_weights(model, folder, config, full)
+    names = [name for name in _candidates(model, full) if f"{PREFIX}{name}.lora_A.weight" in tensors]
+    listed = described.get("target_modules")
+    narrowed = any(described.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules"))
+    if isinstance(listed, list) and not narrowed and set(_matching(_candidates(model, full), listed)) != set(names):
+        odd = sorted(set(_matching(_candidates(model, full), listed)) ^ set(names))
+        raise ValueError(f"{folder}: {CONFIG} targets {', '.join(listed)}, {WEIGHTS} disagrees on {_some(odd)}: copy both files again")
+    _refuse_unsafe(model, names, full)
+    config = replace(config, targets=_exact_targets(model, listed, names, full))
+
+    # All is checked. From here on the model changes.
+    unmerge_lora(model)
+    for module in model.modules():          # a head that the last adapter trained goes back to what it was
+        for key, original in getattr(module, "lora_untouched", {}).items():
+            module.get_parameter(key).detach().copy_(original)
+    strip_lora(model)
+    _wrap(model, names, config)
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        model.get_parameter(name.removesuffix(".weight") if ".lora_" in name else name).detach().copy_(tensor)
+    if not any(layer.lora_B.any() for _, layer in lora_layers(model)):
+        warnings.warn(f"{folder}: every lora_B is zero, so this adapter changes nothing: was it saved before training?")
+    here, there = _base_name(model), described.get("base_model_name_or_path")
+    if here and there and Path(here).name != Path(there).name:
+        warnings.warn(f"{folder} was trained on {there}, this model is {here}: its answers may be worthless here")
+    return config
+
+
+def _read_config(folder: Path) -> dict:
+    """adapter_config.json as a dict whose options are all of a kind that this code can honour."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such adapter folder; expected one that holds {CONFIG} and {WEIGHTS}")
+    path = folder / CONFIG
+    if not path.is_file():
+        steps = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
+        raise ValueError(f"{folder} has no {CONFIG}" + (f"; did you mean one of its checkpoints: {_some(steps)}?" if steps else ""))
+    try:
+        if path.stat().st_size > 2**20:
+            raise ValueError("larger than 1 MiB")
+        described = json.loads(path.read_text(encoding="utf8"))
+        if not isinstance(described, dict):
+            raise ValueError(f"a {type(described).__name__}, expected an object")
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): copy it again") from None
+    if described.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type is {described.get('peft_type')!r}, expected 'LORA'")
+    if described.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias is {described['bias']!r}: trained biases are not supported; train with bias='none'")
+    if described.get("init_lora_weights", True) not in (True, False, "gaussian"):
+        raise ValueError(f"{path}: init_lora_weights is {described['init_lora_weights']!r}, which changed the base weights: "
+                         "let PEFT convert it to a plain LoRA first (path_initial_model_for_weight_conversion)")
+    for key, value in described.items():
+        if key not in KNOWN and value not in (None, False, "") and value != [] and value != {}:
+            raise ValueError(f"{path}: the option {key} = {value!r} is not supported here: load this adapter with PEFT")
+    return described
+
+
+def _to_config(model: nn.Module, folder: Path, described: dict) -> LoRAConfig:
+    listed, saved = described.get("target_modules"), described.get("modules_to_save") or []
+    for key, names in (("target_modules", listed if isinstance(listed, list) else []), ("modules_to_save", saved)):
+        if not (isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
+            raise ValueError(f"{folder / CONFIG}: {key} is {names!r}, expected a list of names")
+    if not isinstance(described.get("base_model_name_or_path") or "", str):
+        raise ValueError(f"{folder / CONFIG}: base_model_name_or_path is no text")
+    for key in ("r", "lora_alpha"):
+        if key not in described:
+            raise ValueError(f"{folder / CONFIG} has no {key}: expected the file that PEFT or save_adapter wrote")
+    # PEFT lists names in modules_to_save that the model may not have (score beside classifier): those are left out
+    present = tuple(name for name in dict.fromkeys(saved) if _matching((n for n, _ in model.named_modules()), [name]))
+    try:
+        return LoRAConfig(r=described["r"], alpha=described["lora_alpha"], dropout=described.get("lora_dropout", 0.0),
+                          also_train=present, rslora=described.get("use_rslora", False))
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
+
+
+def _read_weights(model: nn.Module, folder: Path, config: LoRAConfig, full) -> dict[str, torch.Tensor]:
+    """{key in the file: tensor}; every key, shape and dtype is compared with the model before any tensor is read."""
+    from safetensors import SafetensorError, safe_open
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        raise ValueError(f"{folder} has no {WEIGHTS}" + (": adapter_model.bin is a pickle, which could run code; save it again "
+                                                         "with PEFT's save_pretrained(safe_serialization=True)" if pickled else ""))
+    layers, parameters, expected = _candidates(model, full), dict(model.named_parameters()), {}
+    for name in parameters:
+        if any(name.startswith(module + ".") for module in full):
+            expected[PREFIX + name] = list(parameters[name].shape)
+    try:
+        with safe_open(path, "pt") as file:
+            found = {key: file.get_slice(key) for key in file.keys()}
+            names = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in found if ".lora_" in key}
+            for name in sorted(names):
+                if name not in layers:
+                    raise ValueError(f"{path} adapts {name}, which is no linear layer of this model (it has "
+                                     f"{', '.join(short_names(layers)) or 'none'}): is it for another base model?")
+                d, k = _features(layers[name])
+                expected |= {f"{PREFIX}{name}.lora_A.weight": [config.r, k], f"{PREFIX}{name}.lora_B.weight": [d, config.r]}
+            if missing := sorted(set(expected) - set(found)):
+                raise ValueError(f"{path} lacks {_some(missing)}: it is incomplete; copy it again")
+            if extra := sorted(set(found) - set(expected)):
+                raise ValueError(f"{path} holds {_some(extra)}, for which this model or {CONFIG} has no place")
+            if not names:
+                raise ValueError(f"{path} holds no lora_A and lora_B: expected keys like {PREFIX}layers.0.q_proj.lora_A.weight")
+            for key, entry in found.items():
+                if entry.get_shape() != expected[key]:
+                    raise ValueError(f"{path}: {key} has shape {entry.get_shape()}, expected {expected[key]} for this model and "
+                                     f"r={config.r}: is it for another base model?")
+                if entry.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    raise ValueError(f"{path}: {key} is {entry.get_dtype()}, expected F32, F16 or BF16")
+            tensors = {key: file.get_tensor(key) for key in found}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({str(error).splitlines()[0]}): copy it again") from None
+    for key, tensor in tensors.items():     # A and B become fp32, a module trained in full keeps the model's dtype
+        name = key.removeprefix(PREFIX)
+        tensors[key] = tensor.to(parameters[name].dtype if name in parameters else torch.float32)
+        if not tensors[key].isfinite().all():
+            raise ValueError(f"{path}: {key} holds NaN or infinity: the run that wrote it diverged; use an earlier checkpoint")
+    return tensors
+
+
+def _exact_targets(model: nn.Module, preferred, names, full) -> tuple[str, ...]:
+    """The first that means exactly these layers: the preferred list, their short names, their whole names."""
+    for targets in ([] if isinstance(preferred, str) else preferred or [], short_names(names)):
+        if set(_matching(_candidates(model, full), targets)) == set(names):
+            return tuple(targets)
+    return tuple(sorted(names))
+
+
+def _base_name(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    """(d, k) = (out_features, in_features), which Conv1D tells by its (k, d) weight alone."""
+    return tuple(layer.weight.shape[::-1]) if is_conv1d(layer) else (layer.out_features, layer.in_features)
+
+
+def _some(names, most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
