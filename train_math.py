@@ -1,0 +1,510 @@
+"""LoRA fine-tuning of TinyLlama-1.1B on MetaMathQA, planned for one 4 GB card.
+
+    python train_math.py                                             # the experiment: 10,000 problems, 3 epochs, r=8 on q and v
+    python train_math.py --demo                                      # all of it in 3 minutes on a CPU, nothing downloaded
+    python train_math.py --model DIR --data train.jsonl --r 16       # your own model and data
+    python eval_gsm8k.py --adapter checkpoints/lora-r8-MetaMathQA    # then score every checkpoint against the base
+
+Written: checkpoints/RUN/step_000500/ (a PEFT adapter, and the trainer's state), runs/RUN/metrics.jsonl (a line per step),
+runs/RUN/ (TensorBoard events, where tensorboard is installed). The memory plan is printed before step 0, the measured peak
+after the last step. By hand here: mixed precision with loss scaling, gradient accumulation, activation checkpointing, the loop.
+"""
+import functools
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import eval_gsm8k
+from eval_gsm8k import BASE_MODEL, Parser, encode_prompt, format_prompt, load_model, number, pick_device, pick_dtype, read_rows
+from lora import LoRAConfig, adapter_state_dict, count_parameters, inject_lora, load_adapter, lora_layers, save_adapter
+
+try:
+    import resource
+except ImportError:                         # Windows
+    resource = None
+
+
+# --- command line ---
+
+def parse_args(argv=None):
+    parser = Parser(prog="train_math.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default=BASE_MODEL, help="Hub id or folder of the base model")
+    add("--data", default="meta-math/MetaMathQA", help="Hub id, or a .jsonl/.json/.parquet/.csv file")
+    add("--nb-samples", type=number(int, 1), default=10000, help="train on the first N rows")
+    add("--epochs", type=number(int, 1), default=3, help="passes over the data")
+    add("--max-steps", type=number(int, 1), help="stop after N optimizer steps, the schedule ending there")
+    add("--r", type=number(int, 1), default=8, help="rank (Hu et al., Sec. 4.1)")
+    add("--alpha", type=number(float, 1e-6), default=16.0, help="the update is scaled by alpha / r")
+    add("--dropout", type=number(float, 0, 1, open_high=True), default=0.05, help="probability, on the adapter's input")
+    add("--targets", nargs="+", default=["q_proj", "v_proj"], help="name endings of the layers to adapt, or all-linear")
+    add("--rslora", action="store_true", help="scale by alpha / sqrt(r) instead (arXiv:2312.03732)")
+    add("--lr", type=number(float, 1e-12, 1), default=3e-4, help="peak learning rate of AdamW")
+    add("--warmup-steps", type=number(int, 0), default=100, help="linear warm-up, at most a tenth of the steps; then cosine to 0")
+    add("--weight-decay", type=number(float, 0, 1), default=0.0, help="AdamW's, on the trained weights")
+    add("--clip", type=number(float, 1e-6), default=1.0, help="largest norm of the gradient")
+    add("--batch-size", type=number(int, 1), default=1, help="rows per micro-batch")
+    add("--grad-accum", type=number(int, 1), default=8, help="micro-batches per optimizer step")
+    add("--max-length", type=number(int, 2), default=512, help="tokens; longer rows are dropped and counted, never cut")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="storage and compute of the frozen base")
+    add("--checkpoint-activations", action=BooleanOptionalAction, default=True, help="keep one tensor per block, recompute the rest")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--vram", type=number(float, 0.6), metavar="GB", help="pretend that the card has GB: the allocator gets GB minus 0.5 for context and driver")
+    add("--run-name", help="default: lora-r{r}-{data}")
+    add("--save-every", type=number(int, 1), default=500, help="optimizer steps between checkpoints; the last step is always saved")
+    add("--resume", action="store_true", help="continue the run of this name from its newest whole checkpoint")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="order of the data, start of A, dropout")
+    add("--demo", action="store_true", help="make a model and data in memory, train, evaluate, merge; ignores the other flags")
+    args = parser.parse_args(argv)
+    args.run_name = args.run_name if args.run_name is not None else f"lora-r{args.r}-{re.sub(r'[^A-Za-z0-9.-]', '_', Path(args.data).stem)}"
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", args.run_name):
+        parser.error(f"argument --run-name: got {args.run_name!r}, expected a plain folder name of letters, digits, '.', '_' and '-'")
+    return args
+
+
+# --- data: token ids, batches of like length ---
+
+def encode(rows, tokenizer, max_length: int) -> list[tuple[list[int], int]]:
+    """[(token ids, how many of them are prompt)]; rows of more than max_length tokens are left out.
+
+    Prompt and answer are tokenised apart and joined: what is masked in training is then exactly what generation is given.
+    A row that does not fit is dropped, not cut: a cut answer has no EOS, and teaches the model not to stop.
+    """
+    examples, longest = [], 0
+    for question, answer in rows:
+        prompt = encode_prompt(tokenizer, format_prompt(question))
+        ids = prompt + tokenizer(" " + answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        longest = max(longest, len(ids))
+        if len(ids) <= max_length:
+            examples.append((ids, len(prompt)))
+    if not examples:
+        raise ValueError(f"--max-length {max_length} leaves no row: the {len(rows)} rows are up to {longest} tokens long")
+    return examples
+
+
+def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of an epoch, as row numbers: a function of (seed, epoch) alone, so that a resumed run draws the same.
+
+    Rows of like length share a batch, which saves most padding: shuffle, sort within pools of 50 batches, shuffle the batches.
+    """
+    rng = random.Random(f"{seed} {epoch}")
+    order = rng.sample(range(len(lengths)), len(lengths))
+    pool = 50 * batch_size
+    order = [row for start in range(0, len(order), pool) for row in sorted(order[start:start + pool], key=lambda row: lengths[row])]
+    batches = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+    rng.shuffle(batches)
+    # The largest first: if memory does not suffice, that shows in the first minute and not in the third hour.
+    largest = max(range(len(batches)), key=lambda i: len(batches[i]) * max(lengths[row] for row in batches[i]))
+    batches[0], batches[largest] = batches[largest], batches[0]
+    return batches
+
+
+def collate(examples, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids (batch, longest), and the (row, column) of every target: an answer's tokens and its EOS.
+
+    Padding is on the right and known by length, never by id: where pad == eos, the final EOS stays a target. No attention mask
+    is needed: under causal attention no real token sees the padding to its right, and no padding is a target.
+    """
+    longest = max(len(ids) for ids, _ in examples)
+    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in examples], device=device)
+    where = [(row, column) for row, (ids_, prompt) in enumerate(examples) for column in range(prompt, len(ids_))]
+    rows, columns = torch.tensor(where, device=device).T
+    return ids, rows, columns
+
+
+# --- mixed precision, schedule ---
+
+class LossScaler:
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740, Sec. 3.2).
+
+    Gradients below 6e-8 vanish in fp16, so the loss is multiplied by `scale` before backward and the fp32 gradients of the
+    adapter are divided by it after. If one is infinite or NaN the step is skipped and the scale halves; after `interval` good
+    steps in a row it doubles. Same rule as torch.amp.GradScaler. Not enabled (fp32, bf16), the scale is 1.
+    """
+
+    def __init__(self, enabled: bool, scale: float = 2.0**16, interval: int = 2000):
+        self.enabled, self.scale, self.interval, self.good_steps = enabled, scale if enabled else 1.0, interval, 0
+
+    def unscale(self, parameters) -> None:
+        if self.enabled:
+            for parameter in parameters:
+                parameter.grad.mul_(1 / self.scale)         # parameter.grad is fp32: no underflow here
+
+    def update(self, finite: bool) -> None:
+        if self.enabled:
+            self.good_steps = self.good_steps + 1 if finite else 0
+            if not finite:
+                self.scale /= 2
+            elif self.good_steps == self.interval:
+                self.scale, self.good_steps = self.scale * 2, 0
+
+
+def learning_rate_at(step: int, steps: int, warmup: int, peak: float) -> float:
+    """Linear warm-up over at most a tenth of the steps, then cosine (Loshchilov & Hutter 2017) towards 0."""
+    warmup = min(warmup, steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# --- memory: checkpointing, loss in chunks, the plan ---
+
+CHUNK = 2**22       # logits computed at once: 131 positions of a 32,000-word vocabulary, whatever the batch
+
+
+def blocks(model) -> nn.ModuleList:
+    """The transformer blocks: of the model's module lists the one with most weights."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ValueError("this model has no list of blocks to checkpoint: use --no-checkpoint-activations")
+    return max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))
+
+
+def checkpoint_blocks(model) -> None:
+    """Keeps only each block's input for backward and runs the block again there (Chen et al. 2016, arXiv:1604.06174)."""
+    for block in blocks(model):
+        # use_reentrant=True would look at the inputs' requires_grad: the embeddings are frozen, so nothing would train
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def backward_loss(model, batch, weight: float = 1.0) -> torch.Tensor:
+    """Cross-entropy summed over a batch's targets (a 0-d fp32 tensor); gradients of weight * sum are accumulated.
+
+    Logits exist only where there is a target, and only a chunk of them at a time: each chunk goes forward and backward through
+    the output head at once, down to the gradient of its hidden states, which then goes through the blocks in one backward.
+    """
+    ids, rows, columns = batch
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state     # (batch, longest, hidden)
+    hidden = hidden[rows, columns - 1]                                              # (targets, hidden): t - 1 predicts t
+    targets, head, total, gradients = ids[rows, columns], model.get_output_embeddings(), 0.0, []
+    size = max(1, CHUNK // head.weight.shape[0])
+    for h, t in zip(hidden.detach().split(size), targets.split(size)):
+        h.requires_grad_()
+        loss = F.cross_entropy(head(h).float(), t, reduction="sum")                 # (chunk, vocabulary) in fp32, freed here
+        (loss * weight).backward()
+        gradients.append(h.grad)
+        total = total + loss.detach()
+    hidden.backward(torch.cat(gradients))
+    return total
+
+
+@torch.no_grad()
+def check_head(model, ids: list[int]) -> None:
+    """ValueError for an architecture that changes its logits after the output head, where the loss above would be wrong."""
+    ids = torch.tensor([ids[:8]], device=next(model.parameters()).device)
+    ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(ours, model(input_ids=ids, use_cache=False).logits, equal_nan=True):
+        raise ValueError(f"{type(model).__name__} scales or caps its logits after the output head, which is not supported here")
+
+
+def kept_per_token(model) -> float:
+    """Bytes that one token leaves in memory for backward, measured: the difference between 64 tokens and 32."""
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
+    for length in (32, 64):
+        storages = {}
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+        ids = torch.zeros(1, length, dtype=torch.long, device=next(model.parameters()).device)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state     # keeps the saved tensors alive
+        kept.append(sum(size for pointer, size in storages.items() if pointer not in own))
+        del hidden
+    return (kept[1] - kept[0]) / 32
+
+
+def memory_plan(model, tokens: int, checkpointed: bool) -> dict[str, int]:
+    """{what: bytes} at the peak of a training step whose largest micro-batch has so many tokens. Call before checkpointing."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    frozen = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) - trained
+    per_block = kept_per_token(model) * tokens / len(blocks(model))
+    weight = model.get_output_embeddings().weight
+    inputs = tokens * weight.shape[1] * weight.element_size()
+    return {"base weights": frozen, "trained weights": trained, "their gradients": trained, "AdamW moments": 2 * trained,
+            # checkpointed: every block's input, and one block at a time whole, with as much again of gradients
+            "activations": int(len(blocks(model)) * inputs + 2 * per_block if checkpointed else (len(blocks(model)) + 1) * per_block),
+            "logits": CHUNK * (12 + 2 * weight.element_size())}     # in the base's dtype and in fp32, each with its gradient
+
+
+def peak_memory(device) -> int:
+    """Bytes: the allocator's peak on CUDA, the process's peak elsewhere (0 where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) if resource else 0
+
+
+def limit_vram(gb: float, device) -> None:
+    """Makes a big card prove that the run fits a small one: beyond the limit the allocator raises out-of-memory."""
+    if device.type != "cuda":
+        raise ValueError(f"--vram {gb:g} caps the CUDA allocator, but the device is {device}")
+    total = torch.cuda.get_device_properties(device).total_memory
+    if gb * 2**30 > total:
+        raise ValueError(f"--vram {gb:g} is above this card's own {total / 2**30:.1f} GiB")
+    torch.cuda.set_per_process_memory_fraction((gb - 0.5) * 2**30 / total, device)
+    print(f"--vram {gb:g}: the allocator is capped at {gb - 0.5:g} GiB, which leaves 0.5 for context and driver")
+
+
+# --- checkpoints ---
+
+FREE = {"device", "vram", "save_every", "resume", "demo", "checkpoint_activations"}     # flags that do not change the result
+
+
+def save_checkpoint(folder: Path, model, config, optimizer, progress: dict, args) -> None:
+    """Writes the adapter and trainer_state.pt beside their place, flushes, renames: a checkpoint is whole or absent.
+
+    Every adapter stays; the state (twice the adapter's size) is kept for the newest two checkpoints.
+    """
+    part = folder.with_name(folder.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        save_adapter(model, config, part)
+        with open(part / "trainer_state.pt", "wb") as file:
+            torch.save({**progress, "optimizer": optimizer.state_dict(), "args": vars(args)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except (OSError, RuntimeError) as error:        # torch reports a full disk as RuntimeError
+        last = max(folder.parent.glob("step_*[0-9]"), default="none yet")
+        raise ValueError(f"cannot write {folder} ({error}); the last whole checkpoint: {last}") from None
+    for old in sorted(folder.parent.glob("step_*[0-9]/trainer_state.pt"))[:-2]:
+        old.unlink()
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
+    """(folder, trainer state) of the newest whole checkpoint; one that cannot be read is passed over with a warning."""
+    for path in sorted(folder.glob("step_*[0-9]/"), reverse=True):
+        try:
+            state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)
+            if (path / "adapter_config.json").exists():
+                return path, state
+        except FileNotFoundError:
+            continue                        # an older checkpoint keeps its adapter only
+        except Exception as error:          # cut off, half deleted, junk
+            print(f"warning: {path} is damaged and passed over ({type(error).__name__}: {str(error).splitlines()[0][:80]})", file=sys.stderr)
+    return None
+
+
+# --- training ---
+
+def train(model, examples, args, config: LoRAConfig | None = None, state: dict | None = None) -> Path | None:
+    """Trains whatever requires grad; with a config, saves checkpoints of the adapter. Returns the last one's folder."""
+    device = next(model.parameters()).device
+    run, folder = Path("runs") / args.run_name, Path("checkpoints") / args.run_name
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+    scaler = LossScaler(enabled=next(model.parameters()).dtype == torch.float16)
+    lengths = [len(ids) for ids, _ in examples]
+    per_epoch = math.ceil(len(examples) / args.batch_size)
+    micro_batches = per_epoch * args.epochs
+    steps = min(math.ceil(micro_batches / args.grad_accum), args.max_steps or sys.maxsize)
+    step = skipped = skipped_in_a_row = 0
+    if state:
+        step, skipped, skipped_in_a_row = state["step"], state["skipped"], state["skipped_in_a_row"]
+        scaler.scale, scaler.good_steps = state["loss_scale"], state["good_steps"]
+        optimizer.load_state_dict(state["optimizer"])
+    batches_of = functools.lru_cache(2)(lambda epoch: epoch_batches(lengths, args.batch_size, args.seed, epoch))
+    run.mkdir(parents=True, exist_ok=True)
+    metrics, board = open_metrics(run, step)
+    stopped_by, checkpoint_folder = [], None
+    previous = {s: signal.signal(s, lambda number, _: stopped_by.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    model.train()
+    with tqdm(total=steps, initial=step, unit="step", disable=None) as bar:
+        while step < steps:
+            start = time.perf_counter()
+            rate = learning_rate_at(step - skipped, steps, args.warmup_steps, args.lr)      # a skipped step does not advance it
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+            # Accumulate: a window of micro-batches, across the epoch's end if need be; only the run's last may be short. Dividing
+            # by the window's targets, not by its micro-batches, makes 8 x 1, 4 x 2 and 1 x 8 the same step at unequal lengths.
+            numbers = range(step * args.grad_accum, min((step + 1) * args.grad_accum, micro_batches))
+            window = [[examples[row] for row in batches_of(n // per_epoch)[n % per_epoch]] for n in numbers]
+            targets = sum(len(ids) - prompt for batch in window for ids, prompt in batch)
+            total = 0.0
+            for n, batch in zip(numbers, window):
+                torch.manual_seed(args.seed * 2**32 + n)        # dropout follows from (seed, n): no RNG state to save
+                total = total + backward_loss(model, collate(batch, device), scaler.scale / targets)
+            loss = float(total) / targets
+
+            # Unscale and clip, in fp32.
+            scaler.unscale(parameters)
+            norm = float(nn.utils.clip_grad_norm_(parameters, args.clip))
+
+            # Step or skip. A skipped step leaves weights, moments and the schedule as they were.
+            finite = math.isfinite(norm) and math.isfinite(loss)
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            scaler.update(finite)
+            skipped, skipped_in_a_row = skipped + (not finite), 0 if finite else skipped_in_a_row + 1
+            if not finite and (not scaler.enabled or skipped_in_a_row == 20):
+                raise ValueError(f"step {step + 1}: loss {loss}, gradient norm {norm}, {skipped_in_a_row} skipped in a row; "
+                                 f"{first_nonfinite(model, [collate(b, device) for b in window])}. The last whole checkpoint: "
+                                 f"{max(folder.glob('step_*[0-9]'), default='none yet')}; try a lower --lr, or --dtype bfloat16 or float32")
+            step += 1
+
+            # Log and save.
+            tokens, seconds = sum(len(ids) for batch in window for ids, _ in batch), time.perf_counter() - start
+            line = {"step": step, "loss": loss if math.isfinite(loss) else None, "lr": rate, "grad_norm": norm if math.isfinite(norm) else None,
+                    "loss_scale": scaler.scale, "tokens": tokens, "tokens_per_s": tokens / seconds,
+                    "peak_memory_gb": peak_memory(device) / 2**30, "skipped": not finite}
+            metrics.write(json.dumps(line) + "\n")
+            metrics.flush()
+            for key in ("loss", "lr", "grad_norm", "tokens_per_s") if board else ():
+                board.add_scalar(key, line[key] if line[key] is not None else math.nan, step)
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.3f}  lr {rate:.1e}  {tokens / seconds:.0f} tok/s  {line['peak_memory_gb']:.2f} GiB")
+            if step % max(1, steps // 10) == 0:
+                tqdm.write(f"step {step:5d}/{steps}  loss {loss:.4f}  lr {rate:.2e}  grad norm {norm:.3f}  {tokens / seconds:.0f} tok/s")
+            if config and (step % args.save_every == 0 or step == steps or stopped_by):
+                checkpoint_folder = folder / f"step_{step:06d}"
+                progress = {"step": step, "micro_batch": numbers.stop, "skipped": skipped, "skipped_in_a_row": skipped_in_a_row,
+                            "loss_scale": scaler.scale, "good_steps": scaler.good_steps}
+                save_checkpoint(checkpoint_folder, model, config, optimizer, progress, args)
+            if stopped_by:
+                break
+    metrics.close()
+    if board:
+        board.close()
+    for s, handler in previous.items():
+        signal.signal(s, handler)
+    if stopped_by and step < steps:
+        if config and not args.demo:
+            flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
+            print(f"stopped after step {step}, saved in {checkpoint_folder}; continue with:\n"
+                  f"    python train_math.py {shlex.join(flags)} --resume")
+        sys.exit(128 + stopped_by[0])       # 130 for Ctrl-C, 143 for SIGTERM
+    return checkpoint_folder
+
+
+def open_metrics(run: Path, step: int):
+    """(metrics.jsonl cut back to the lines up to `step` and open for more, a TensorBoard writer or None)."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text(encoding="utf8").splitlines(keepends=True)[:step] if step and path.exists() else []
+    path.write_text("".join(lines), encoding="utf8")
+    if not step:
+        for old in run.glob("events.out.tfevents.*"):
+            old.unlink()
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(run, purge_step=step + 1)
+    except ImportError:
+        board = None
+    return open(path, "a", encoding="utf8"), board
+
+
+@torch.no_grad()
+def first_nonfinite(model, batches) -> str:
+    """Names what turned infinite or NaN first: a weight, or the output of a module in the order of computation."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            return f"the weight {name} is not finite"
+    found = []
+
+    def look(name):
+        def hook(module, inputs, output):
+            output = output[0] if isinstance(output, tuple) else output
+            if isinstance(output, torch.Tensor) and not output.isfinite().all():
+                found.append(name)
+        return hook
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    for ids, rows, columns in batches:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        model.get_output_embeddings()(hidden[rows, columns - 1][:64])
+    for hook in hooks:
+        hook.remove()
+    return f"the first output that is not finite is that of {found[0]}" if found else "the outputs are finite, a gradient is not"
+
+
+def main(args) -> Path:
+    """The experiment. Returns the folder of the last checkpoint."""
+    if args.demo:
+        return demo()
+    folder = Path("checkpoints") / args.run_name
+    newest = newest_checkpoint(folder)
+    if newest and not args.resume:
+        raise ValueError(f"{folder} has checkpoints already: add --resume to continue from {newest[0].name}, or give another --run-name")
+    if args.resume and not newest:
+        raise ValueError(f"--resume: {folder} has no whole checkpoint to continue from; start it without --resume")
+    device = pick_device(args.device)
+    if args.vram:
+        limit_vram(args.vram, device)
+    dtype, reason = pick_dtype(args.dtype, device)
+    args.dtype = str(dtype).removeprefix("torch.")
+    if newest:
+        saved = newest[1]["args"]
+        changed = [f"--{key.replace('_', '-')} was {saved.get(key)}, is {value}" for key, value in vars(args).items()
+                   if key not in FREE and saved.get(key) != value]
+        if changed:
+            raise ValueError(f"--resume cannot continue {folder} with other flags: {'; '.join(changed)}")
+    rows = read_rows(args.data, "train", args.nb_samples)
+    model, tokenizer = load_model(args.model, dtype, device)
+    examples = encode(rows, tokenizer, args.max_length)
+    check_head(model, examples[0][0])
+
+    # Facts before step 0.
+    config = LoRAConfig(r=args.r, alpha=args.alpha, dropout=args.dropout, targets=args.targets, rslora=args.rslora)
+    torch.manual_seed(args.seed)
+    names = inject_lora(model, config)
+    if newest:
+        load_adapter(model, newest[0])
+    trainable, total = count_parameters(model)
+    print(f"{args.model}: {len(names)} layers adapted ({', '.join(names[:2])} ...), {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
+    print(f"{args.dtype} base on {device}: {reason}; adapter, gradients and moments in float32")
+    lengths, per_step = [len(ids) for ids, _ in examples], args.batch_size * args.grad_accum
+    print(f"{len(examples):,} rows of {args.data}, {len(rows) - len(examples):,} dropped over {args.max_length} tokens; "
+          f"{sum(lengths):,} tokens an epoch, about {sum(lengths) * per_step // len(lengths):,} a step of {args.batch_size} x {args.grad_accum} rows")
+    plan = memory_plan(model.train(), args.batch_size * max(lengths), args.checkpoint_activations)
+    if device.type != "cuda":
+        plan = {"Python and libraries": max(0, peak_memory(device) - plan["base weights"]), **plan}
+    planned = sum(plan.values())
+    print(f"memory plan: {', '.join(f'{what} {size / 2**30:.3f}' for what, size in plan.items())}; in all {planned / 2**30:.2f} GiB", flush=True)
+    if args.checkpoint_activations:
+        checkpoint_blocks(model)
+
+    try:
+        last = train(model, examples, args, config, newest and newest[1])
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"out of memory ({str(error).splitlines()[0]}). In the order of their effect: --checkpoint-activations, a smaller --batch-size "
+                         "with more --grad-accum, a smaller --max-length, --dtype float16 or bfloat16, fewer --targets, a smaller --r") from None
+    if last is None:
+        print(f"the run was finished already: {newest[0]}")
+        return newest[0]
+    peak = peak_memory(device)
+    print(f"peak memory {peak / 2**30:.2f} GiB, planned {planned / 2**30:.2f}. Written: {last}/, runs/{args.run_name}/metrics.jsonl")
+    print(f"score it:  python eval_gsm8k.py --model {args.model} --adapter {folder}")
+    return last
+
+
+# --- the demo: everything above, on a model and problems made here ---
+
+def demo_problem(rng, two_steps: bool) -> dict:
+    """One-step: 7 + 5 = 12. Two-step: 7 + 5 = 12, 12 - 3 = 9. Numbers are single words of 0 to 30."""
+    name, thing = rng.choice(["Ann", "Ben", "Cleo", "Dan", "Eve", "Finn"]), rng.choice(["apples", "books", "coins", "eggs", "pens", "shells"])
+    have = rng.randint(0, 20)
+    question, solution = f"{name} has {have} {thing} .", ""
+    for _ in range(2 if two_steps else 1):
+        if rng.random() < 0.5:
+            change = rng.randint(1, 10)
+            question, solution, have = f"{question} {name} gets {change} more .", f"{solution}{have} + {change} = {have + change} . ", have + change
+        else:
+            change = rng.randint(0, min(10, have))
+            question, solution, have = f"{question} {name} gives {change} away .", f"{solution}{have} - {change} = {have - change} . ", have - change
+    return {"question": f"{question} How many {thing} does {name} have ?", "answer": f"{solution}The answer is {have}"}
