@@ -247,7 +247,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device):
 @torch.no_grad()
 def complete(model, tokenizer, prompts: list[str], batch_size: int = 16, max_new_tokens: int = 256) -> list[tuple[str, bool]]:
     """Greedy completions of the prompts, in their order: (text, whether max_new_tokens cut it off)."""
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, StoppingCriteriaList
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     own_eos = model.generation_config.eos_token_id or []
     eos = sorted({tokenizer.eos_token_id, *([own_eos] if isinstance(own_eos, int) else own_eos)})
@@ -265,7 +265,11 @@ def complete(model, tokenizer, prompts: list[str], batch_size: int = 16, max_new
             # ids: with pad == eos an id cannot tell them apart.
             ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in rows], device=model.device)
             mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in rows], device=model.device)
-            out = model.generate(ids, attention_mask=mask, generation_config=config, stop_strings=["Question:"], tokenizer=tokenizer)
+
+            def asks_on(so_far, scores, width=width, **_):      # a row that begins the next question has said its answer
+                recent = tokenizer.batch_decode(so_far[:, max(width, so_far.shape[1] - 6):])
+                return torch.tensor(["Question:" in text for text in recent], device=so_far.device)
+            out = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=StoppingCriteriaList([asks_on]))
             for i, new in zip(rows, out[:, width:].tolist()):       # (batch, up to max_new_tokens)
                 text = tokenizer.decode(new, skip_special_tokens=True)
                 completions[i] = text, len(new) == max_new_tokens and not set(new) & set(eos) and "Question:" not in text

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import eval_gsm8k
 from eval_gsm8k import BASE_MODEL, Parser, encode_prompt, format_prompt, load_model, number, pick_device, pick_dtype, read_rows
-from lora import LoRAConfig, adapter_state_dict, count_parameters, inject_lora, load_adapter, lora_layers, save_adapter
+from lora import LoRAConfig, count_parameters, disable_lora, inject_lora, load_adapter, save_adapter
 
 try:
     import resource
@@ -386,7 +386,7 @@ def train(model, examples, args, config: LoRAConfig | None = None, state: dict |
     for s, handler in previous.items():
         signal.signal(s, handler)
     if stopped_by and step < steps:
-        if config and not args.demo:
+        if config and "--demo" not in sys.argv:
             flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
             print(f"stopped after step {step}, saved in {checkpoint_folder}; continue with:\n"
                   f"    python train_math.py {shlex.join(flags)} --resume")
@@ -496,9 +496,9 @@ def main(args) -> Path:
 # --- the demo: everything above, on a model and problems made here ---
 
 def demo_problem(rng, two_steps: bool) -> dict:
-    """One-step: 7 + 5 = 12. Two-step: 7 + 5 = 12, 12 - 3 = 9. Numbers are single words of 0 to 30."""
+    """One-step: 7 + 5 = 12. Two-step: 7 + 5 = 12, 12 - 3 = 9. Numbers up to 40, each a word."""
     name, thing = rng.choice(["Ann", "Ben", "Cleo", "Dan", "Eve", "Finn"]), rng.choice(["apples", "books", "coins", "eggs", "pens", "shells"])
-    have = rng.randint(0, 20)
+    have = rng.randint(0, 20 if two_steps else 30)      # a second step starts at up to 30: every single step is the base's own
     question, solution = f"{name} has {have} {thing} .", ""
     for _ in range(2 if two_steps else 1):
         if rng.random() < 0.5:
@@ -508,3 +508,77 @@ def demo_problem(rng, two_steps: bool) -> dict:
             change = rng.randint(0, min(10, have))
             question, solution, have = f"{question} {name} gives {change} away .", f"{solution}{have} - {change} = {have - change} . ", have - change
     return {"question": f"{question} How many {thing} does {name} have ?", "answer": f"{solution}The answer is {have}"}
+
+
+def demo_base(texts: list[str]):
+    """(a Llama of about 1M parameters with random weights, a word-level tokenizer for exactly these texts)."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    split = pre_tokenizers.Whitespace()
+    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}, unk_token="<unk>"))
+    inner.pre_tokenizer = split
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=448, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=None)), tokenizer
+
+
+def demo() -> Path:
+    """Pretrains a base on one-step problems, adapts it to two-step ones with the real main(), scores, switches off, merges."""
+    begin, folder = time.perf_counter(), Path("demo")
+    for old in (folder, Path("checkpoints/demo"), Path("runs/demo"), Path("runs/demo-base")):
+        shutil.rmtree(old, ignore_errors=True)
+    folder.mkdir()
+    rng, sets = random.Random(0), {}
+    for name, two_steps, sizes in (("one-step", False, (4000, 200)), ("two-step", True, (4000, 400))):
+        problems = {}
+        while len(problems) < sum(sizes):   # keyed by question: no problem stands in both sets
+            problem = demo_problem(rng, two_steps)
+            problems[problem["question"]] = problem
+        sets[name] = list(problems.values())
+        for part, chosen in (("train", sets[name][sizes[1]:]), ("test", sets[name][:sizes[1]])):
+            (folder / f"{name}-{part}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in chosen), encoding="utf8")
+
+    print("1. A base model is pretrained from scratch on one-step problems, all its weights, by the same loop.", flush=True)
+    common = ["--dtype", "float32", "--device", "cpu", "--batch-size", "32", "--grad-accum", "1", "--dropout", "0"]
+    base_args = parse_args([*common, "--data", "demo/one-step-train.jsonl", "--run-name", "demo-base", "--lr", "3e-3", "--epochs", "6"])
+    model, tokenizer = demo_base([format_prompt(p["question"]) + " " + p["answer"] for problems in sets.values() for p in problems])
+    train(model, encode(read_rows(base_args.data, "train"), tokenizer, 512), base_args)
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+
+    print(f"\n2. LoRA teaches it two-step problems ({time.perf_counter() - begin:.0f} s so far).", flush=True)
+    flags = ["--model", "demo/base", "--data", "demo/two-step-train.jsonl", "--run-name", "demo", "--lr", "5e-3", "--epochs", "4", *common]
+    print(f"python train_math.py {shlex.join(flags)}", flush=True)
+    last = main(parse_args(flags))
+
+    print(f"\n3. Base and adapter on held-out two-step problems; then merged ({time.perf_counter() - begin:.0f} s so far).", flush=True)
+    flags = ["--model", "demo/base", "--adapter", str(last), "--data", "demo/two-step-test.jsonl", "--batch-size", "100",
+             "--max-new-tokens", "40", "--dtype", "float32", "--device", "cpu"]
+    print(f"python eval_gsm8k.py {shlex.join(flags)}", flush=True)
+    eval_gsm8k.main(eval_gsm8k.parse_args([*flags, "--save-merged", "demo/merged"]))
+
+    print(f"\n4. The base's own task, with the adapter on and switched off ({time.perf_counter() - begin:.0f} s so far).", flush=True)
+    model, tokenizer = load_model("demo/base", torch.float32, torch.device("cpu"))
+    load_adapter(model, last)
+    rows = read_rows("demo/one-step-test.jsonl", "test")
+    score = lambda: eval_gsm8k.summarise(eval_gsm8k.answer(model, tokenizer, rows, 0, 100, 40))
+    print(eval_gsm8k.describe("one-step, adapter on ", score()))
+    with disable_lora(model):
+        print(eval_gsm8k.describe("one-step, adapter off", score()))
+    size = lambda path: path.stat().st_size / 1e3
+    adapter, whole = size(last / "adapter_model.safetensors"), size(folder / "base" / "model.safetensors")
+    print(f"adapter file {adapter:.0f} kB, base {whole:.0f} kB ({adapter / whole:.1%}). Data, base and merged model are in demo/, the adapter "
+          f"in {last}/, the loss in runs/demo/metrics.jsonl. All in {time.perf_counter() - begin:.0f} s.")
+    return last
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except ValueError as error:
+        sys.exit(print(f"train_math.py: {error}", file=sys.stderr) or 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
