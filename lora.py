@@ -402,26 +402,32 @@ def load_adapter(model: nn.Module, folder) -> LoRAConfig:
     Reads safetensors and JSON only: nothing in a stranger's file is run. The keys in the file decide what is wrapped. A and B
     are fp32 whatever the file holds, and require grad; the base is frozen. On any ValueError the model is as it was.
     """
-    folder = Path(folder)
-    described = _read_config(folder)
-    config = _to_config(model, folder, described)
-    full = match_modules(model, config.also_train)
-    tensors = _read_weights(model, folder, config, full)
-    names = [name for name in _candidates(model, full) if f"{PREFIX}{name}.lora_A.weight" in tensors]
-    listed = described.get("target_modules")
-    narrowed = any(described.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules"))
-    if isinstance(listed, list) and not narrowed and set(_matching(_candidates(model, full), listed)) != set(names):
-        odd = sorted(set(_matching(_candidates(model, full), listed)) ^ set(names))
-        raise ValueError(f"{folder}: {CONFIG} targets {', '.join(listed)}, {WEIGHTS} disagrees on {_some(odd)}: copy both files again")
-    _refuse_unsafe(model, names, full)
-    config = replace(config, targets=_exact_targets(model, listed, names, full))
+    folder, old = Path(folder), [layer for _, layer in lora_layers(model)]
+    for layer in old:                       # the file is compared with the plain model
+        _replace(model, layer, layer.base)
+    try:
+        described = _read_config(folder)
+        config = _to_config(model, folder, described)
+        full = match_modules(model, config.also_train)
+        tensors = _read_weights(model, folder, config, full)
+        linears, listed = _candidates(model, full), described.get("target_modules")
+        names = [name for name in linears if f"{PREFIX}{name}.lora_A.weight" in tensors]
+        narrowed = any(described.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules"))
+        if isinstance(listed, list) and not narrowed and (odd := set(_matching(linears, listed)) ^ set(names)):
+            raise ValueError(f"{folder}: {CONFIG} targets {', '.join(listed)}, {WEIGHTS} disagrees on {_some(sorted(odd))}: copy both again")
+        _refuse_unsafe(model, names, full)
+    except BaseException:
+        for layer in old:
+            _replace(model, layer.base, layer)
+        raise
 
     # All is checked. From here on the model changes.
-    unmerge_lora(model)
+    for layer in old:
+        layer.unmerge()
     for module in model.modules():          # a head that the last adapter trained goes back to what it was
-        for key, original in getattr(module, "lora_untouched", {}).items():
+        for key, original in module.__dict__.pop("lora_untouched", {}).items():
             module.get_parameter(key).detach().copy_(original)
-    strip_lora(model)
+    config = replace(config, targets=_exact_targets(model, listed, names, full))
     _wrap(model, names, config)
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)

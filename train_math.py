@@ -212,33 +212,34 @@ def check_head(model, ids: list[int]) -> None:
         raise ValueError(f"{type(model).__name__} scales or caps its logits after the output head, which is not supported here")
 
 
-def kept_per_token(model) -> float:
-    """Bytes that one token leaves in memory for backward, measured: the difference between 64 tokens and 32."""
-    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, []
-    for length in (32, 64):
-        storages = {}
+def kept_by_block(model, length: int) -> int:
+    """Bytes that one row of `length` tokens leaves for backward in one block: measured in block 0, the others keep nothing."""
+    own, storages, block = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, blocks(model)[0]
 
-        def pack(tensor):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-        ids = torch.zeros(1, length, dtype=torch.long, device=next(model.parameters()).device)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state     # keeps the saved tensors alive
-        kept.append(sum(size for pointer, size in storages.items() if pointer not in own))
-        del hidden
-    return (kept[1] - kept[0]) / 32
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def counted(hidden, *args, inner=block.forward, **kwargs):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return inner(hidden.requires_grad_(), *args, **kwargs)
+    block.forward = counted
+    with torch.no_grad():
+        model.base_model(input_ids=torch.zeros(1, length, dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
+    del block.forward
+    return sum(size for pointer, size in storages.items() if pointer not in own)
 
 
-def memory_plan(model, tokens: int, checkpointed: bool) -> dict[str, int]:
-    """{what: bytes} at the peak of a training step whose largest micro-batch has so many tokens. Call before checkpointing."""
+def memory_plan(model, batch_size: int, longest: int, checkpointed: bool) -> dict[str, int]:
+    """{what: bytes} at the peak of a training step with `batch_size` rows of `longest` tokens. Call before checkpoint_blocks."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     frozen = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) - trained
-    per_block = kept_per_token(model) * tokens / len(blocks(model))
-    weight = model.get_output_embeddings().weight
-    inputs = tokens * weight.shape[1] * weight.element_size()
+    per_block, count = batch_size * kept_by_block(model, longest), len(blocks(model))
+    weight = model.get_output_embeddings().weight       # (vocabulary, hidden)
+    block_input = batch_size * longest * weight.shape[1] * weight.element_size()
     return {"base weights": frozen, "trained weights": trained, "their gradients": trained, "AdamW moments": 2 * trained,
             # checkpointed: every block's input, and one block at a time whole, with as much again of gradients
-            "activations": int(len(blocks(model)) * inputs + 2 * per_block if checkpointed else (len(blocks(model)) + 1) * per_block),
+            "activations": count * block_input + 2 * per_block if checkpointed else (count + 1) * per_block,
             "logits": CHUNK * (12 + 2 * weight.element_size())}     # in the base's dtype and in fp32, each with its gradient
 
 
@@ -473,7 +474,7 @@ def main(args) -> Path:
     lengths, per_step = [len(ids) for ids, _ in examples], args.batch_size * args.grad_accum
     print(f"{len(examples):,} rows of {args.data}, {len(rows) - len(examples):,} dropped over {args.max_length} tokens; "
           f"{sum(lengths):,} tokens an epoch, about {sum(lengths) * per_step // len(lengths):,} a step of {args.batch_size} x {args.grad_accum} rows")
-    plan = memory_plan(model.train(), args.batch_size * max(lengths), args.checkpoint_activations)
+    plan = memory_plan(model.train(), args.batch_size, max(lengths), args.checkpoint_activations)
     if device.type != "cuda":
         plan = {"Python and libraries": max(0, peak_memory(device) - plan["base weights"]), **plan}
     planned = sum(plan.values())

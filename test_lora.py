@@ -1,0 +1,1131 @@
+"""Every claim, as a test: python -m pytest -q. Tiny seeded models, nothing downloaded; in the order of the files they test."""
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import (DistilBertConfig, DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig,
+                          LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification)
+from transformers.pytorch_utils import Conv1D
+
+import eval_gsm8k
+import train_math
+from eval_gsm8k import complete, encode_prompt, extract_answer, format_prompt, mcnemar_p, read_rows, wilson_interval
+from lora import (LoRAConfig, LoRALinear, adapter_state_dict, count_parameters, disable_lora, inject_lora, load_adapter, lora_layers,
+                  merge_lora, save_adapter, strip_lora, unmerge_lora)
+from train_math import (LossScaler, backward_loss, checkpoint_blocks, collate, demo_base, demo_problem, encode, epoch_batches,
+                        learning_rate_at)
+
+HERE = Path(__file__).parent
+HALF = [torch.float32, torch.bfloat16, torch.float16]
+IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def llama(**options):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                                  num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2), **options})).eval()
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2)).eval()
+
+
+def roberta():
+    torch.manual_seed(0)
+    return RobertaForSequenceClassification(RobertaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                                          intermediate_size=48, max_position_embeddings=40)).eval()
+
+
+def shake(model, scale=0.1):
+    """Gives everything that trains a random value, as if it had been trained."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+
+
+def bits(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# --- lora.py: the layer ---
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_zero_init_leaves_output_bit_identical(kind, dtype):
+    """Step 0 must be the frozen base, bit for bit (Sec. 4.1: B = 0)."""
+    torch.manual_seed(0)
+    base = kind(24, 16).to(dtype)
+    x = torch.randn(5, base.weight.shape[0] if kind is Conv1D else 24).to(dtype)
+    before = base(x)
+    layer = LoRALinear(base, r=4, alpha=8)
+    assert torch.equal(layer(x), before) and layer.lora_A.any() and not layer.lora_B.any()
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_forward_is_a_dense_layer_with_the_update_added(rslora):
+    """y must equal x (W0 + s B A)^T + b, with s = alpha / r or alpha / sqrt(r)."""
+    torch.manual_seed(0)
+    base = nn.Linear(24, 16)
+    layer = LoRALinear(base, r=4, alpha=12, rslora=rslora)
+    shake(layer)
+    scale = 12 / (2 if rslora else 4)
+    x = torch.randn(3, 5, 24)
+    dense = F.linear(x, base.weight + scale * layer.lora_B @ layer.lora_A, base.bias)
+    torch.testing.assert_close(layer(x), dense, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.delta(), scale * (layer.lora_B @ layer.lora_A).detach())
+
+
+def test_gradients_are_the_closed_form():
+    """For dL/dy = G must hold: dL/dB = s G^T x A^T, dL/dA = s B^T G^T x, dL/dx = G (W0 + s B A), and none for W0."""
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(24, 16).double(), r=4, alpha=8)
+    shake(layer)
+    x, G, s = torch.randn(5, 24, dtype=torch.float64, requires_grad=True), torch.randn(5, 16, dtype=torch.float64), 2.0
+    (layer(x) * G).sum().backward()
+    A, B, X = layer.lora_A.detach().double(), layer.lora_B.detach().double(), x.detach()
+    torch.testing.assert_close(layer.lora_B.grad.double(), s * G.T @ X @ A.T, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.lora_A.grad.double(), s * B.T @ G.T @ X, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(x.grad, G @ (layer.base.weight + s * B @ A))
+    assert layer.base.weight.grad is None
+
+
+def test_conv1d_agrees_with_linear():
+    """Over GPT-2's transposed Conv1D the same A and B must give the same output, update and merge."""
+    torch.manual_seed(0)
+    linear, conv = nn.Linear(24, 16), Conv1D(16, 24)
+    conv.weight.data, conv.bias.data = linear.weight.data.T.clone(), linear.bias.data.clone()
+    a, b = LoRALinear(linear, 4, 8), LoRALinear(conv, 4, 8)
+    shake(a)
+    b.lora_A.data, b.lora_B.data = a.lora_A.data, a.lora_B.data
+    x = torch.randn(5, 24)
+    assert (b.in_features, b.out_features) == (24, 16) and b.lora_A.shape == (4, 24) and b.lora_B.shape == (16, 4)
+    torch.testing.assert_close(a(x), b(x))
+    merge_lora(a), merge_lora(b)
+    torch.testing.assert_close(linear.weight.T, conv.weight)
+
+
+def test_full_rank_reaches_any_delta():
+    """At r = min(d, k) B A must be able to represent any change of W (Sec. 4.1: LoRA generalises full fine-tuning)."""
+    torch.manual_seed(0)
+    layer, wanted = LoRALinear(nn.Linear(24, 16), r=16, alpha=16), torch.randn(16, 24)
+    U, S, V = torch.linalg.svd(wanted, full_matrices=False)
+    layer.lora_B.data, layer.lora_A.data = U * S, V
+    torch.testing.assert_close(layer.delta(), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_adapter_stays_float32_over_any_base(dtype):
+    """A, B and their gradients must be fp32 while activations keep the base's dtype."""
+    layer = LoRALinear(nn.Linear(8, 8).to(dtype), 2, 4)
+    y = layer(torch.randn(3, 8).to(dtype))
+    y.float().sum().backward()
+    assert y.dtype == dtype and all(p.dtype == p.grad.dtype == torch.float32 for p in (layer.lora_A, layer.lora_B))
+
+
+def test_dropout_acts_on_the_adapter_alone_and_only_in_training():
+    """Dropout must leave base(x) alone, do nothing in eval, and keep the update's expectation."""
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(64, 4), r=4, alpha=4, dropout=0.5)
+    x = torch.randn(1, 64)
+    assert torch.equal(layer(x), layer.base(x))             # B = 0, whatever is dropped
+    shake(layer)
+    wanted = layer.eval()(x)
+    torch.testing.assert_close(wanted, F.linear(x, layer.base.weight + layer.delta(), layer.base.bias))
+    mean = layer.train()(x.expand(20000, 64)).mean(0)
+    torch.testing.assert_close(mean, wanted[0], atol=0.05, rtol=0)
+    assert isinstance(LoRALinear(nn.Linear(4, 4), 2, 4).dropout, nn.Identity)
+
+
+@pytest.mark.parametrize("bad", [dict(r=0), dict(r=1.5), dict(r=True), dict(alpha=0), dict(alpha=math.nan), dict(alpha=10**400), dict(dropout=1.0),
+                                 dict(dropout=-0.1), dict(dropout=math.nan), dict(rslora="yes"), dict(targets=("",)), dict(targets=(1,))])
+def test_config_refuses_values_out_of_range(bad):
+    """A bad value must be a ValueError that names the field."""
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        LoRAConfig(**bad)
+
+
+# --- lora.py: injection ---
+
+class Odd(nn.Module):
+    """A model that is no transformers model, with names made to confuse."""
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.eq_proj, self.norm = nn.Linear(8, 8), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.inner = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "mlp": nn.Sequential(nn.Linear(8, 8), nn.ReLU())})
+        self.lm_head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.lm_head(self.inner["mlp"](self.inner["q_proj"](self.norm(self.eq_proj(self.q_proj(x))))))
+
+
+def test_targets_match_whole_names():
+    """q_proj must match inner.q_proj and q_proj, never eq_proj; all-linear is all but the head and also_train."""
+    assert inject_lora(Odd(), LoRAConfig(targets=["q_proj"])) == ["q_proj", "inner.q_proj"]
+    assert inject_lora(Odd(), LoRAConfig(targets="inner.q_proj")) == ["inner.q_proj"]
+    assert inject_lora(Odd(), LoRAConfig(targets=["all-linear"], also_train=("inner.mlp",))) == ["q_proj", "eq_proj", "inner.q_proj"]
+    assert len(inject_lora(llama(), LoRAConfig(targets="all-linear"))) == 14
+    assert len(inject_lora(gpt2(), LoRAConfig(targets="all-linear"))) == 8
+    assert len(inject_lora(roberta(), LoRAConfig(targets="all-linear", also_train="classifier"))) == 12
+
+
+def test_a_target_without_match_names_what_exists():
+    """A misspelt target must name itself and the layers there are, and leave the model untouched."""
+    model = Odd()
+    before = bits(model)
+    with pytest.raises(ValueError, match=r"'q_porj' matches no linear layer.*eq_proj, lm_head, mlp.0, q_proj"):
+        inject_lora(model, LoRAConfig(targets=("q_proj", "q_porj")))
+    with pytest.raises(ValueError, match="also_train 'head'"):
+        inject_lora(model, LoRAConfig(also_train=("head",)))
+    assert same_bits(bits(model), before) and all(p.requires_grad for p in model.parameters())
+
+
+def test_injecting_twice_is_refused():
+    """A second injection would wrap wrappers: it must raise and say how to go on."""
+    model = llama()
+    inject_lora(model, LoRAConfig())
+    with pytest.raises(ValueError, match="strip_lora"):
+        inject_lora(model, LoRAConfig())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_tied_weight_is_refused(device):
+    """Adapting a head that shares the embedding's storage would change both: refused, as target and in also_train."""
+    with torch.device(device):
+        model = LlamaForCausalLM(llama(tie_word_embeddings=True).config)
+    model.tie_weights()
+    for config in (LoRAConfig(targets=("q_proj", "lm_head")), LoRAConfig(also_train=("lm_head",))):
+        with pytest.raises(ValueError, match="lm_head shares its weight with model.embed_tokens"):
+            inject_lora(model, config)
+    assert not list(lora_layers(model))
+
+
+def test_a_module_under_two_names_is_adapted_under_both():
+    """One layer standing in two places must stay one layer."""
+    model = Odd()
+    model.inner["q_proj"] = model.q_proj
+    inject_lora(model, LoRAConfig(targets=("q_proj",)))
+    assert model.q_proj is model.inner["q_proj"] and isinstance(model.q_proj, LoRALinear)
+
+
+def test_layers_that_are_read_but_never_called_are_refused():
+    """torch's own attention and encoder fast path read .weight: an adapter there would silently do nothing."""
+    with pytest.raises(ValueError, match="MultiheadAttention"):
+        inject_lora(nn.Sequential(nn.MultiheadAttention(8, 2)), LoRAConfig(targets="out_proj"))
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+    with pytest.raises(ValueError, match="set_fastpath_enabled"):
+        inject_lora(layer, LoRAConfig(targets="linear1"))
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        inject_lora(layer, LoRAConfig(targets="linear1"))
+        shake(layer)
+        with torch.no_grad():
+            x = torch.randn(1, 3, 8)
+            adapted = layer(x)
+            with disable_lora(layer):
+                assert not torch.equal(adapted, layer(x))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def on_meta(cls, config, lora):
+    with torch.device("meta"):
+        model = cls(config)
+    total = count_parameters(model)[1]
+    inject_lora(model, lora)
+    return count_parameters(model)[0], total, sum(l.lora_A.numel() + l.lora_B.numel() for _, l in lora_layers(model))
+
+
+def test_parameter_counts_of_the_published_models():
+    """Counts must be those of the papers and model cards (no weights needed: the meta device)."""
+    tiny = LlamaConfig(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4)
+    assert on_meta(LlamaForCausalLM, tiny, LoRAConfig())[:2] == (1_126_400, 1_100_048_384)
+    assert on_meta(LlamaForCausalLM, tiny, LoRAConfig(r=64, targets="all-linear"))[0] == 50_462_720
+    llama2 = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+    assert on_meta(LlamaForCausalLM, llama2, LoRAConfig())[0] == 4_194_304
+    medium = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
+    # r=4 on the fused c_attn: A (4, 1024), B (3072, 4); q and v's share of B is 2/3, of A the paper's two: 393,216 by its formula
+    trained, _, _ = on_meta(GPT2LMHeadModel, medium, LoRAConfig(r=4, targets="c_attn"))
+    assert trained == 24 * 4 * (1024 + 3072) and 24 * 2 * 4 * (1024 + 1024) == 393_216
+
+
+@pytest.mark.parametrize("r, alone, with_head", [(1, 36_864, 38_402), (2, 73_728, 75_266), (4, 147_456, 148_994), (8, 294_912, 296_450)])
+def test_parameter_counts_of_roberta(r, alone, with_head):
+    """RoBERTa-base, q and v, with the 1,538-weight output head (the paper's Table 2 counts)."""
+    config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
+    lora = LoRAConfig(r=r, targets=("query", "value"), also_train=("classifier.out_proj",))
+    trained, _, adapter = on_meta(RobertaForSequenceClassification, config, lora)
+    assert (adapter, trained) == (alone, with_head)
+
+
+def test_parameter_counts_of_distilbert_and_gpt3():
+    """DistilBERT q,v r=8 with its head 739,586 of 67,102,466; GPT-3 r=1 and r=8 from the paper's own dimensions."""
+    lora = LoRAConfig(r=8, targets=("q_lin", "v_lin"), also_train=("pre_classifier", "classifier"))
+    trained, total, adapter = on_meta(DistilBertForSequenceClassification, DistilBertConfig(), lora)
+    assert trained == 739_586 and total + adapter == 67_102_466
+    for r, wanted in ((1, 4_718_592), (8, 37_748_736)):
+        with torch.device("meta"):
+            model = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(12288, 12288), "v_proj": nn.Linear(12288, 12288)}) for _ in range(96))
+        inject_lora(model, LoRAConfig(r=r))
+        assert count_parameters(model)[0] == wanted
+
+
+def test_only_adapters_and_named_heads_move():
+    """Training must move every A, B and the head, and leave every bit of the base."""
+    model = roberta()
+    inject_lora(model, LoRAConfig(r=4, targets=("query", "value"), also_train=("classifier",)))
+    before = bits(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    for _ in range(3):
+        F.cross_entropy(model.train()(IDS).logits, torch.tensor([0, 1])).backward()
+        optimizer.step(), optimizer.zero_grad()
+    moved = {name for name, tensor in bits(model).items() if not torch.equal(tensor, before[name])}
+    assert moved == set(adapter_state_dict(model)) == {n for n in before if "lora_" in n or n.startswith("classifier.")}
+
+
+# --- lora.py: merge, strip, switch off ---
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_merge_rounds_once_and_unmerge_restores_every_bit(dtype):
+    """Merged W must be round(W0 + s B A), twice as once; unmerged W0 must be the old bits, in any dtype."""
+    model = llama().to(dtype)
+    inject_lora(model, LoRAConfig(r=4, alpha=8))
+    shake(model)
+    before, wanted = bits(model), {n: (l.base.weight.float() + 2.0 * l.lora_B @ l.lora_A).to(dtype) for n, l in lora_layers(model)}
+    unmerged = model(IDS).logits
+    merge_lora(model)
+    once = bits(model)
+    merge_lora(model)
+    assert same_bits(bits(model), once) and all(torch.equal(l.base.weight, wanted[n]) for n, l in lora_layers(model))
+    if dtype == torch.float32:
+        torch.testing.assert_close(model(IDS).logits, unmerged, atol=1e-5, rtol=1e-5)
+    unmerge_lora(model)
+    assert same_bits(bits(model), before)
+    unmerge_lora(model)
+    assert same_bits(bits(model), before)
+
+
+def test_merged_models_neither_train_nor_save(tmp_path):
+    """Both would silently lose the adapter: RuntimeError with the cure. Switching off a merged adapter too."""
+    model = llama()
+    inject_lora(model, LoRAConfig())
+    merge_lora(model)
+    model.eval()(IDS)
+    with pytest.raises(RuntimeError, match="unmerge_lora"):
+        model.train()(IDS)
+    with pytest.raises(RuntimeError, match="unmerge_lora"):
+        save_adapter(model, LoRAConfig(), tmp_path)
+    with pytest.raises(RuntimeError, match="unmerge_lora"), disable_lora(model):
+        pass
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_strip_leaves_plain_layers_and_the_original_keys(merged):
+    """After strip_lora the state_dict must have the original keys, with W0 or W0 + delta."""
+    model, keys = llama(), list(llama().state_dict())
+    before = bits(model)
+    inject_lora(model, LoRAConfig())
+    shake(model)
+    wanted = model(IDS).logits
+    if merged:
+        merge_lora(model)
+    assert strip_lora(model) is model and list(model.state_dict()) == keys and not list(lora_layers(model))
+    if merged:
+        torch.testing.assert_close(model(IDS).logits, wanted, atol=1e-5, rtol=1e-5)
+    else:
+        assert same_bits(bits(model), before)
+
+
+def test_disable_is_the_base_also_after_an_exception():
+    """Inside disable_lora the output must be the base's bits; after it, also when it raised, the adapter's."""
+    model = llama()
+    base = model(IDS).logits
+    inject_lora(model, LoRAConfig())
+    shake(model)
+    adapted = model(IDS).logits
+    with pytest.raises(KeyError), disable_lora(model):
+        assert torch.equal(model(IDS).logits, base)
+        raise KeyError
+    assert torch.equal(model(IDS).logits, adapted) and not torch.equal(base, adapted)
+
+
+# --- lora.py: adapter files ---
+
+def saved(folder, make=llama, base_name=None, **options):
+    model, config = make(), LoRAConfig(**{"r": 4, "alpha": 8, **options})
+    inject_lora(model, config)
+    shake(model)
+    model.config._name_or_path = base_name or ""
+    save_adapter(model, config, folder)
+    return model, config
+
+
+@pytest.mark.parametrize("make, options", [(llama, {}), (llama, dict(targets="all-linear", rslora=True)), (gpt2, dict(targets=("c_attn", "c_fc"))),
+                                           (roberta, dict(targets=("query", "value"), also_train=("classifier",)))])
+def test_a_saved_adapter_loads_exactly(make, options, tmp_path):
+    """Onto a fresh base, and onto one with another adapter, the file must give the same bits, with A and B in fp32."""
+    model, config = saved(tmp_path / "a", make, **options)
+    wanted = model(IDS).logits
+    fresh = make()
+    loaded = load_adapter(fresh, tmp_path / "a")
+    assert torch.equal(fresh(IDS).logits, wanted) and (loaded.r, loaded.scaling, loaded.also_train) == (4, config.scaling, config.also_train)
+    assert same_bits(adapter_state_dict(fresh), adapter_state_dict(model)) and sorted(os.listdir(tmp_path / "a")) == ["adapter_config.json", "adapter_model.safetensors"]
+    described = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert described["target_modules"] != ["all-linear"] and described["peft_type"] == "LORA" and described["fan_in_fan_out"] == (make is gpt2)
+
+
+def test_loading_replaces_an_adapter_of_another_shape(tmp_path):
+    """One base serves many adapters: another rank, other targets, merged or not, and the head goes back to its start."""
+    first, _ = saved(tmp_path / "a", roberta, targets=("query", "value"), also_train=("classifier",))
+    second, _ = saved(tmp_path / "b", roberta, r=2, targets=("dense",), also_train=())
+    model = roberta()
+    before = bits(model)
+    for folder, wanted in (("a", first), ("b", second), ("a", first), ("b", second)):
+        load_adapter(model, tmp_path / folder)
+        assert torch.equal(model(IDS).logits, wanted(IDS).logits)
+        merge_lora(model)
+    unmerge_lora(model)
+    assert same_bits(bits(strip_lora(model)), before)
+
+
+def test_a_custom_model_saves_and_loads(tmp_path):
+    """A model without config or name must save and load as well."""
+    torch.manual_seed(0)
+    model, config = Odd(), LoRAConfig(r=2, targets="all-linear")
+    inject_lora(model, config)
+    shake(model)
+    save_adapter(model, config, tmp_path)
+    torch.manual_seed(0)
+    other = Odd()
+    load_adapter(other, tmp_path)
+    assert torch.equal(other(torch.ones(1, 8)), model(torch.ones(1, 8)))
+
+
+def test_half_precision_bases_get_float32_adapters(tmp_path):
+    """Loading copies into fp32 tensors, also where file and base are bf16."""
+    saved(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({key: tensor.bfloat16() for key, tensor in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    model = llama().bfloat16()
+    load_adapter(model, tmp_path)
+    assert all(l.lora_A.dtype == l.lora_B.dtype == torch.float32 and l.lora_A.requires_grad for _, l in lora_layers(model))
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "lora_" not in n)
+
+
+def edit_config(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+BROKEN = {
+    "no such adapter folder": lambda f: [p.unlink() for p in f.iterdir()] and f.rmdir(),
+    "has no adapter_config.json": lambda f: (f / "adapter_config.json").unlink(),
+    "has no adapter_model.safetensors": lambda f: (f / "adapter_model.safetensors").unlink(),
+    "is a pickle": lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+    "not a whole safetensors file": lambda f: os.truncate(f / "adapter_model.safetensors", 3000),
+    "not a whole": lambda f: (f / "adapter_model.safetensors").write_bytes(b"junk" * 100),
+    "cannot be read": lambda f: (f / "adapter_config.json").write_text("{'r': 8}"),
+    "expected an object": lambda f: (f / "adapter_config.json").write_text("[]"),
+    "larger than 1 MiB": lambda f: edit_config(f, x="x" * 2**20),
+    "cannot be read .*recursion": lambda f: (f / "adapter_config.json").write_text("[" * 10**5),
+    "peft_type is 'IA3'": lambda f: edit_config(f, peft_type="IA3"),
+    "use_dora = True": lambda f: edit_config(f, use_dora=True),
+    "rank_pattern": lambda f: edit_config(f, rank_pattern={"q_proj": 2}),
+    "bias is 'lora_only'": lambda f: edit_config(f, bias="lora_only"),
+    "init_lora_weights is 'pissa'": lambda f: edit_config(f, init_lora_weights="pissa"),
+    "r is '8'": lambda f: edit_config(f, r="8"),
+    "has no lora_alpha": lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}'),
+    "dropout is nan": lambda f: edit_config(f, lora_dropout=math.nan),
+    "target_modules is": lambda f: edit_config(f, target_modules=[1]),
+    "has shape .4, 32., expected .8, 32.": lambda f: edit_config(f, r=8),
+    "disagrees on .*k_proj": lambda f: edit_config(f, target_modules=["q_proj", "k_proj", "v_proj"]),
+    "lacks .*layers.0.self_attn.q_proj.lora_A": lambda f: edit_tensors(f, lambda t: t.pop(KEY)),
+    "holds .*surprise": lambda f: edit_tensors(f, lambda t: t.update({"surprise": torch.ones(1)})),
+    "no linear layer of this model": lambda f: edit_tensors(f, lambda t: t.update({KEY.replace("q_proj", "qkv"): t[KEY].clone()})),
+    "holds NaN or infinity": lambda f: edit_tensors(f, lambda t: t[KEY].fill_(math.inf)),
+    "is I64": lambda f: edit_tensors(f, lambda t: t.update({KEY: t[KEY].long()})),
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_broken_adapter_is_refused_and_the_model_left_as_it_was(message, tmp_path):
+    """Each way to be broken must be a ValueError that says so, and nothing may change, also on a model with an adapter."""
+    saved(tmp_path / "good", r=2, targets=("o_proj",))
+    saved(tmp_path / "bad")
+    BROKEN[message](tmp_path / "bad")
+    model = llama()
+    load_adapter(model, tmp_path / "good")
+    before = bits(model)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, tmp_path / "bad")
+    assert same_bits(bits(model), before) and [l.lora_A.shape[0] for _, l in lora_layers(model)] == [2, 2]
+
+
+def test_adapters_that_do_nothing_or_fit_another_base_warn(tmp_path):
+    """An all-zero B changes nothing, another base means nonsense: both load, both must warn."""
+    saved(tmp_path / "a", base_name="someone/base-one")
+    model = llama()
+    model.config._name_or_path = "models/base-two"
+    with pytest.warns(UserWarning, match="someone/base-one, this model is models/base-two"):
+        load_adapter(model, tmp_path / "a")
+    edit_tensors(tmp_path / "a", lambda t: [t[key].zero_() for key in t if "lora_B" in key])
+    with pytest.warns(UserWarning, match="every lora_B is zero"):
+        load_adapter(llama(), tmp_path / "a")
+
+
+def test_saving_refuses_what_would_not_load_again(tmp_path):
+    """Another config than the injected one, or a weight that trains unnamed, must raise."""
+    model, config = saved(tmp_path)
+    with pytest.raises(ValueError, match="the config that was injected"):
+        save_adapter(model, LoRAConfig(r=4, alpha=16), tmp_path)
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="model.norm.weight trains but is not in also_train"):
+        save_adapter(model, config, tmp_path)
+    with pytest.raises(ValueError, match="no adapter to save"):
+        save_adapter(llama(), config, tmp_path)
+
+
+# --- PEFT as oracle ---
+
+CASES = [(llama, {}), (llama, dict(rslora=True)), (gpt2, dict(targets=("c_attn",))), (roberta, dict(targets=("query", "value"), also_train=("classifier",)))]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make, options", CASES)
+def test_peft_loads_our_adapter_and_we_load_peft_s(make, options, tmp_path):
+    """Logits must agree within 1e-5 both ways."""
+    peft = pytest.importorskip("peft")
+    model, _ = saved(tmp_path / "ours", make, **options)
+    wanted = model(IDS).logits
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(IDS).logits, wanted, atol=1e-5, rtol=0)
+    theirs.save_pretrained(tmp_path / "peft")
+    again = make()
+    assert load_adapter(again, tmp_path / "peft").scaling == pytest.approx(8 / (2 if options.get("rslora") else 4))
+    torch.testing.assert_close(again(IDS).logits, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_we_load_what_peft_made_from_its_own_config(tmp_path):
+    """An adapter that PEFT created, SEQ_CLS with modules_to_save that half exist, must load and agree."""
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(roberta(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], task_type="SEQ_CLS", use_rslora=True))
+    shake(theirs)
+    theirs.eval().save_pretrained(tmp_path)
+    model = roberta()
+    assert load_adapter(model, tmp_path).also_train == ("classifier",)
+    torch.testing.assert_close(model(IDS).logits, theirs(IDS).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make, options", CASES)
+def test_training_curve_equals_peft_s(make, options, tmp_path):
+    """From equal starts 20 AdamW steps must give losses equal within 1e-4."""
+    peft = pytest.importorskip("peft")
+    model, config = make(), LoRAConfig(r=4, alpha=8, **options)
+    inject_lora(model, config)
+    save_adapter(model, config, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path, is_trainable=True)
+    curves = []
+    for net in (model.eval(), theirs.eval()):
+        parameters = [p for p in net.parameters() if p.requires_grad]
+        optimizer, losses = torch.optim.AdamW(parameters, lr=1e-2), []
+        for _ in range(20):
+            labels = {"labels": torch.tensor([0, 1])} if make is roberta else {"labels": IDS}
+            loss = net(input_ids=IDS, **labels).loss
+            loss.backward()
+            optimizer.step(), optimizer.zero_grad()
+            losses.append(float(loss))
+        curves.append(losses)
+    assert curves[0][-1] < curves[0][0] - 0.1
+    assert curves[0] == pytest.approx(curves[1], abs=1e-4)
+
+
+# --- eval_gsm8k.py: prompt, answers, statistics ---
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(folder of a tiny base model with its tokenizer, train file, test file), made once; the base is untrained."""
+    import random
+    folder, rng = tmp_path_factory.mktemp("tiny"), random.Random(0)
+    problems = [demo_problem(rng, two_steps=i % 2 == 0) for i in range(80)]
+    model, tokenizer = demo_base([format_prompt(p["question"]) + " " + p["answer"] for p in problems])
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}))
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    for name, part in (("train", problems[:64]), ("test", problems[64:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in part))
+    return folder
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def load(tiny):
+    return eval_gsm8k.load_model(str(tiny / "base"), torch.float32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("text, strict", [
+    ("#### 1,234", "1234"), ("5 + 5 = 10\n#### 10\n#### 11", "10"), ("The answer is: $29.00.", "29"), ("#### -5", "-5"), ("#### $-5", "-5"),
+    ("#### -$5", "-5"), ("The answer is 12 apples.", "12"), ("#### 1/2", "0.5"), (r"The answer is: \boxed{18}", "18"),
+    (r"The answer is: $\frac{3}{4}$", "0.75"), (r"The answer is -\frac{3}{4}", "-0.75"), ("The answer is 3. So the answer is 4.", "4"),
+    ("#### 7\nThe answer is: 7\n\nQuestion: next\nAnswer: The answer is 9", "7"), ("#### 29.5", "29.5"), ("#### .5", "0.5"),
+    ("The answer is 1,2 and 3", "1"), ("#### 12,345,678.25 dollars", "12345678.25"), ("#### 1/0", None), ("#### none\n5", None),
+    ("She has 5 apples.", None), ("", None), ("Question: #### 5", None), ("#### \u22125", "-5"), ("The answer is:\n18", "18"), ("#### 50%", "50")])
+def test_extract_answer_strict(text, strict):
+    """Only a number behind a marker counts, before the next question, compared as a Decimal."""
+    assert extract_answer(text) == (None if strict is None else Decimal(strict))
+
+
+@pytest.mark.parametrize("text, flexible", [("She has 5, then 6 apples.", "6"), ("10-5=5 and 20-30", "30"), ("#### 7 or 8", "7"), ("nothing", None),
+                                            ("so it is -3.", "-3"), ("5 then\nQuestion: 7", "5"), ("The answer is unknown, 4", "4")])
+def test_extract_answer_flexible(text, flexible):
+    """Without a number behind a marker the last number counts."""
+    assert extract_answer(text, flexible=True) == (None if flexible is None else Decimal(flexible))
+    assert extract_answer("29.00") is None and extract_answer("29.00", flexible=True) == 29 != extract_answer("29.5", flexible=True)
+
+
+def test_intervals_and_exact_test_give_published_values():
+    """Wilson's interval and McNemar's exact p must equal values worked out elsewhere."""
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)       # Newcombe 1998, Table I
+    assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=1e-4)
+    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    first, second = [True] * 1 + [False] * 9 + [True] * 90, [False] * 1 + [True] * 9 + [True] * 90
+    assert mcnemar_p(first, second) == pytest.approx(2 * (1 + 10) / 2**10) == mcnemar_p(second, first)
+    assert mcnemar_p(first, first) == 1.0
+
+
+class Template:
+    """A tokenizer that puts BOS in front and EOS behind, as some do."""
+    def __call__(self, text, add_special_tokens=True):
+        ids = [ord(c) for c in text]
+        return argparse.Namespace(input_ids=[1, *ids, 2] if add_special_tokens else ids)
+
+
+def test_prompt_has_bos_once_and_never_eos():
+    """What the tokenizer puts in front comes once; an EOS that it would append would end the prompt before the answer."""
+    assert encode_prompt(Template(), "ab") == [1, 97, 98]
+    assert format_prompt("1 + 1?") == "Question: 1 + 1?\nAnswer:"
+
+
+def test_rows_of_all_three_schemas(workdir):
+    """MetaMathQA, GSM8K (its <<...>> marks removed) and Alpaca rows must come out as question and answer."""
+    for name, row, wanted in (("a.jsonl", {"query": "q", "response": "r", "type": "t"}, ("q", "r")),
+                              ("b.jsonl", {"question": "q", "answer": "48/2 = <<48/2=24>>24\n#### 24"}, ("q", "48/2 = 24\n#### 24")),
+                              ("c.jsonl", {"instruction": "do", "input": "this", "output": "done"}, ("do\nthis", "done")),
+                              ("d.json", {"instruction": "do", "input": "", "output": "done"}, ("do", "done"))):
+        Path(name).write_text(json.dumps([row] * 3) if name == "d.json" else (json.dumps(row) + "\n") * 3)
+        assert read_rows(name, "train") == [wanted] * 3 and len(read_rows(name, "train", 2)) == 2
+    Path("e.csv").write_text("question,answer\nq,a\n")
+    assert read_rows("e.csv", "train") == [("q", "a")]
+
+
+@pytest.mark.parametrize("name, text, message", [
+    ("x.jsonl", None, "no such file"), ("x.jsonl", "", "the file is empty"), ("x.jsonl", "{broken\n", "cannot be read"), ("x.txt", "a", "not a data file"),
+    ("x.jsonl", '{"text": "a", "tag": 1}\n', "has the columns text, tag; expected query and response"), ("x.json", "[]", "x.json"),
+    ("x.jsonl", '{"question": "q", "answer": "a"}\n{"question": "q", "answer": null}\n', "row 2"),
+    ("x.jsonl", '{"question": " ", "answer": "a"}\n', "row 1"), ("x.csv", "question,answer\n", "holds no rows")])
+def test_bad_data_is_one_clear_error(name, text, message, workdir):
+    """Every way that a data file can be wrong must be a ValueError of one line that names the file."""
+    if text is not None:
+        Path(name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(name)) as caught:
+        read_rows(name, "train")
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    eval_gsm8k.hub_reachable.cache_clear()
+    yield
+    eval_gsm8k.hub_reachable.cache_clear()
+
+
+def test_without_a_hub_one_line_names_the_ways_out(no_hub):
+    """A Hub out of reach must end in seconds, naming --model DIR, --data FILE and --demo."""
+    for call in (lambda: read_rows("someone/data", "train"), lambda: eval_gsm8k.load_model("someone/model", torch.float32, torch.device("cpu"))):
+        with pytest.raises(ValueError, match="cannot be reached.*--model DIR and --data FILE.*--demo"):
+            call()
+
+
+def test_models_that_cannot_serve_are_refused(workdir):
+    """No folder, an empty folder, junk, and an encoder (its head would be random) must each be one line."""
+    device = torch.device("cpu")
+    Path("empty").mkdir()
+    Path("junk").mkdir()
+    Path("junk/config.json").write_text("{")
+    roberta().save_pretrained("encoder")
+    Path("encoder/tokenizer.json").write_text("{}")
+    for name in ("./none", "empty", "junk", "encoder"):
+        with pytest.raises(ValueError, match=f"--model {name}") as caught:
+            eval_gsm8k.load_model(name, torch.float32, device)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="--device cuda:7"):
+        eval_gsm8k.pick_device("cuda:7")
+    with pytest.raises(ValueError, match="--device gpu"):
+        eval_gsm8k.pick_device("gpu")
+
+
+def test_batched_generation_equals_one_by_one(tiny):
+    """Left padding with a mask must not change a token, and the order of the prompts must be kept."""
+    model, tokenizer = load(tiny)
+    prompts = [format_prompt(q) for q, _ in read_rows(str(tiny / "test.jsonl"), "test")]
+    assert len({len(encode_prompt(tokenizer, p)) for p in prompts}) > 1
+    alone = [complete(model, tokenizer, [p], 1, 12)[0] for p in prompts]
+    assert complete(model, tokenizer, prompts, 8, 12) == alone and len({text for text, _ in alone}) > 1
+
+
+def test_evaluation_writes_scores_for_base_and_every_checkpoint(tiny, workdir):
+    """A run folder must stand for its checkpoints; JSON, completions and chart must be there; merged must answer the same."""
+    for step in (2, 4):
+        model, config = saved(f"checkpoints/run/step_{step:06d}", lambda: load(tiny)[0])
+    argv = ["--model", str(tiny / "base"), "--data", str(tiny / "test.jsonl"), "--max-new-tokens", "8", "--dtype", "float32", "--device", "cpu"]
+    scores = eval_gsm8k.main(eval_gsm8k.parse_args([*argv, "--adapter", "checkpoints/run"]))
+    assert [name for name, _ in scores] == ["base", "run-step_000002", "run-step_000004"]
+    result = json.loads(Path("eval_results/run-step_000004-test.json").read_text())
+    assert {"model", "adapter", "data", "n", "correct", "accuracy", "ci95", "correct_flexible", "accuracy_flexible", "no_answer", "truncated",
+            "seconds", "p_value"} <= set(result) and result["n"] == 16
+    assert json.loads(Path("eval_results/base-test.json").read_text())["adapter"] is None
+    assert len(Path("eval_results/base-test.jsonl").read_text().splitlines()) == 16
+    pytest.importorskip("matplotlib") and Path("eval_results/run-test.png").stat()
+    eval_gsm8k.main(eval_gsm8k.parse_args([*argv, "--adapter", "checkpoints/run/step_000004", "--save-merged", "merged"]))
+    completions = [[json.loads(line)["completion"] for line in Path(f"eval_results/run-step_000004{x}-test.jsonl").read_text().splitlines()] for x in ("", "-merged")]
+    assert completions[0] == completions[1]
+    reloaded, tokenizer = eval_gsm8k.load_model("merged", torch.float32, torch.device("cpu"))
+    load_adapter(model, "checkpoints/run/step_000004")
+    torch.testing.assert_close(reloaded(IDS).logits, model.eval()(IDS).logits, atol=1e-5, rtol=1e-5)
+    for bad, message in ((["--save-merged", "merged"], "exactly one adapter"), (["--adapter", "nowhere"], "no such adapter folder"),
+                         (["--shots", "16"], "no problem is left")):
+        with pytest.raises(ValueError, match=message):
+            eval_gsm8k.main(eval_gsm8k.parse_args([*argv, *bad]))
+
+
+# --- train_math.py: data ---
+
+def test_training_masks_exactly_what_generation_is_given(tiny):
+    """An example must be the prompt's ids, then the answer's and EOS; targets are all behind the prompt, also in the longest row."""
+    _, tokenizer = load(tiny)
+    tokenizer.pad_token = tokenizer.eos_token                   # pad == eos must not lose the final EOS
+    rows = read_rows(str(tiny / "train.jsonl"), "train", 5)
+    examples = encode(rows, tokenizer, 512)
+    ids, targets_row, targets_column = collate(examples, "cpu")
+    for row, ((question, answer), (tokens, prompt)) in enumerate(zip(rows, examples)):
+        assert tokens[:prompt] == encode_prompt(tokenizer, format_prompt(question))
+        assert tokenizer.decode(tokens[prompt:-1]) == answer and tokens[-1] == tokenizer.eos_token_id
+        assert targets_column[targets_row == row].tolist() == list(range(prompt, len(tokens)))
+        assert ids[row, :len(tokens)].tolist() == tokens
+
+
+def test_long_rows_are_dropped_not_cut(tiny):
+    """A row over --max-length must be missing, never shortened; no row left must be an error that tells the lengths."""
+    _, tokenizer = load(tiny)
+    rows = read_rows(str(tiny / "train.jsonl"), "train")
+    whole = encode(rows, tokenizer, 512)
+    limit = sorted(len(ids) for ids, _ in whole)[len(whole) // 2]
+    assert encode(rows, tokenizer, limit) == [e for e in whole if len(e[0]) <= limit] != whole
+    with pytest.raises(ValueError, match="--max-length 5 leaves no row"):
+        encode(rows, tokenizer, 5)
+
+
+def test_batches_follow_from_seed_and_epoch_and_start_with_the_largest():
+    """Each epoch must hold every row once, be reproducible, differ from the next, waste little padding, begin with the largest."""
+    lengths = torch.randint(10, 500, (1003,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = epoch_batches(lengths, 8, seed=0, epoch=0)
+    assert sorted(sum(batches, [])) == list(range(1003)) and batches == epoch_batches(lengths, 8, 0, 0)
+    assert batches != epoch_batches(lengths, 8, 0, 1) and batches != epoch_batches(lengths, 8, 1, 0)
+    padded = lambda batch: len(batch) * max(lengths[row] for row in batch)
+    assert padded(batches[0]) == max(map(padded, batches)) and sum(map(padded, batches)) < 1.1 * sum(lengths)
+    assert batches[1:] != sorted(batches[1:], key=padded)       # grouped, but the order of batches is random
+
+
+# --- train_math.py: loss, accumulation, checkpointing ---
+
+def adapted(tiny, dtype=torch.float32):
+    model, tokenizer = eval_gsm8k.load_model(str(tiny / "base"), dtype, torch.device("cpu"))
+    inject_lora(model, LoRAConfig(r=4))
+    shake(model)
+    return model.train(), encode(read_rows(str(tiny / "train.jsonl"), "train"), tokenizer, 512)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("chunk", [2**22, 300])
+def test_loss_and_gradients_equal_the_full_computation(tiny, chunk, monkeypatch):
+    """Logits in chunks, only at targets, without a mask, must equal all logits with a padding mask and labels of -100."""
+    monkeypatch.setattr(train_math, "CHUNK", chunk)
+    model, examples = adapted(tiny)
+    batch = sorted(examples[:6])
+    total = backward_loss(model, collate(batch, "cpu"), 0.5)
+    ours = gradients(model)
+    model.zero_grad()
+    longest = max(len(ids) for ids, _ in batch)
+    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch])
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in batch])
+    labels = torch.tensor([[-100] * prompt + ids[prompt:] + [-100] * (longest - len(ids)) for ids, prompt in batch])
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    (0.5 * loss).backward()
+    torch.testing.assert_close(total, loss.detach())
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(ours[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_heads_that_change_their_logits_are_refused(tiny):
+    """Where the model scales or caps logits after its head, our loss would be silently wrong: refused."""
+    model, tokenizer = load(tiny)
+    train_math.check_head(model, [3, 4, 5])
+    forward = model.forward
+
+    def capped(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = 30 * torch.tanh(out.logits / 30) * 0.5
+        return out
+    model.forward = capped
+    with pytest.raises(ValueError, match="scales or caps its logits"):
+        train_math.check_head(model, [3, 4, 5])
+
+
+def test_checkpointing_gives_the_same_gradients_and_reaches_every_adapter(tiny):
+    """With a frozen embedding each lora_B must have a finite non-zero gradient after the first backward, equal to that without."""
+    found = []
+    for checkpointed in (False, True):
+        model, tokenizer = load(tiny)
+        inject_lora(model, LoRAConfig(r=4, dropout=0.1))        # B = 0, as at the first step
+        model.train()
+        if checkpointed:
+            checkpoint_blocks(model)
+        torch.manual_seed(0)
+        backward_loss(model, collate(encode(read_rows(str(tiny / "train.jsonl"), "train", 4), tokenizer, 512), "cpu"))
+        found.append(gradients(model))
+    assert same_bits(*found)
+    assert all(g.isfinite().all() and g.any() for name, g in found[1].items() if name.endswith("lora_B"))
+
+
+def test_checkpointing_keeps_only_block_inputs(tiny):
+    """What a checkpointed model keeps for backward must be a small part of what it keeps otherwise."""
+    kept = []
+    for checkpointed in (False, True):
+        model, examples = adapted(tiny)
+        if checkpointed:
+            checkpoint_blocks(model)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+            model.base_model(input_ids=collate(examples[:8], "cpu")[0], use_cache=False)
+        kept.append(sum(sizes))
+    assert kept[1] < 0.2 * kept[0]
+
+
+def test_memory_plan_counts_what_a_block_keeps(tiny):
+    """The plan's activations must grow with batch and length, shrink with checkpointing, and its weights be exact."""
+    model, _ = adapted(tiny)
+    plan = train_math.memory_plan(model, 4, 40, False)
+    assert plan["trained weights"] == 4 * count_parameters(model)[0] and plan["AdamW moments"] == 2 * plan["trained weights"]
+    assert plan["activations"] == pytest.approx(2 * train_math.memory_plan(model, 2, 40, False)["activations"])
+    assert plan["activations"] > train_math.memory_plan(model, 4, 40, True)["activations"] > 0
+    assert model(IDS).logits.requires_grad                      # measuring left the model as it was
+
+
+def run(tiny, *flags, name="run", **_):
+    """Runs main() in this process and returns the last checkpoint's folder."""
+    return train_math.main(train_math.parse_args(["--model", str(tiny / "base"), "--data", str(tiny / "train.jsonl"), "--run-name", name, "--device", "cpu",
+                                                  "--dtype", "float32", "--lr", "1e-2", "--r", "4", *flags]))
+
+
+def metrics(name="run"):
+    return [json.loads(line) for line in Path(f"runs/{name}/metrics.jsonl").read_text().splitlines()]
+
+
+def test_accumulation_equals_one_big_batch(tiny, workdir):
+    """Windows of 8 x 1, 4 x 2 and 2 x 4 rows of unequal length must step to the same weights: divided by the window's targets."""
+    results = []
+    for batch, accumulate in ((8, 1), (4, 2), (2, 4)):
+        # one row per epoch position: the same eight rows make up the only window whatever the batching
+        last = run(tiny, "--nb-samples", "8", "--epochs", "1", "--batch-size", str(batch), "--grad-accum", str(accumulate), "--dropout", "0", name=f"b{batch}")
+        results.append((load_file(last / "adapter_model.safetensors"), metrics(f"b{batch}")[0]))
+    for tensors, line in results[1:]:
+        assert line["loss"] == pytest.approx(results[0][1]["loss"], rel=1e-6) and line["grad_norm"] == pytest.approx(results[0][1]["grad_norm"], rel=1e-4)
+        assert line["tokens"] == results[0][1]["tokens"]
+    lengths = {len(ids) for ids, _ in adapted(tiny)[1][:8]}
+    assert len(lengths) > 1
+
+
+def test_windows_cross_epochs_and_the_last_is_stepped(tiny, workdir):
+    """10 rows, 3 epochs, windows of 4: 30 micro-batches must be 8 steps, the last of 2, and every token counted."""
+    run(tiny, "--nb-samples", "10", "--epochs", "3", "--grad-accum", "4")
+    lines = metrics()
+    _, examples = adapted(tiny)
+    assert len(lines) == 8 and sum(line["tokens"] for line in lines) == 3 * sum(len(ids) for ids, _ in examples[:10])
+    assert lines[-1]["tokens"] < min(line["tokens"] for line in lines[:-1])
+
+
+# --- train_math.py: loss scaling, schedule, numbers that go wrong ---
+
+def test_loss_scaler_agrees_with_torch_s_grad_scaler():
+    """On a recorded sequence of good and overflowing steps scale and skips must be GradScaler's."""
+    ours = LossScaler(True, scale=2.0**16, interval=3)
+    theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
+    weight, mine = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizers = torch.optim.SGD([weight], lr=0.1), torch.optim.SGD([mine], lr=0.1)
+    for gradient in [1, 2, math.inf, 3, 1, 2, 3, math.nan, math.inf, 1, 1, 1, 1, 1, 1, 1]:
+        theirs.scale((weight * gradient).sum()).backward()
+        theirs.unscale_(optimizers[0])
+        theirs.step(optimizers[0])
+        theirs.update()
+        ((mine * gradient).sum() * ours.scale).backward()
+        ours.unscale([mine])
+        finite = bool(mine.grad.isfinite().all())
+        if finite:
+            optimizers[1].step()
+        ours.update(finite)
+        [optimizer.zero_grad() for optimizer in optimizers]
+        assert ours.scale == theirs.get_scale() and torch.equal(mine, weight)
+    assert ours.scale != 2.0**16
+
+
+def test_schedule_warms_up_then_falls_to_zero():
+    """At most a tenth of the steps rise to the peak, then half a cosine."""
+    rates = [learning_rate_at(step, 100, 1000, 1.0) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5) and rates[-1] < 1e-3 and rates[10:] == sorted(rates[10:], reverse=True)
+    assert learning_rate_at(0, 1, 100, 1.0) == 1.0 and learning_rate_at(0, 5, 0, 1.0) == 1.0
+
+
+def test_a_skipped_step_leaves_weights_moments_and_schedule_untouched(tiny, workdir, monkeypatch):
+    """In fp16 an overflow must halve the scale and change nothing else; training then goes on."""
+    real, seen = train_math.backward_loss, []
+
+    def overflow(model, batch, weight=1.0):
+        loss = real(model, batch, weight)
+        seen.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+        if len(seen) == 2:
+            next(p for p in model.parameters() if p.requires_grad).grad.fill_(math.inf)
+        return loss
+    monkeypatch.setattr(train_math, "backward_loss", overflow)
+    last = run(tiny, "--dtype", "float16", "--max-steps", "3", "--grad-accum", "1", "--warmup-steps", "0")
+    lines, state = metrics(), torch.load(last / "trainer_state.pt", weights_only=True)
+    assert [line["skipped"] for line in lines] == [False, True, False] and [line["loss_scale"] for line in lines] == [2**16, 2**15, 2**15]
+    assert all(torch.equal(a, b) for a, b in zip(seen[1], seen[2])) and any(not torch.equal(a, b) for a, b in zip(seen[0], seen[1]))
+    assert lines[1]["lr"] == lines[2]["lr"] != lines[0]["lr"] and {float(s["step"]) for s in state["optimizer"]["state"].values()} == {2.0}
+    assert lines[1]["grad_norm"] is None and state["loss_scale"] == 2**15
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_module(tiny, workdir, monkeypatch):
+    """In fp32 the run must end at once, naming the first module whose output went wrong; in fp16 after 20 skips in a row."""
+    real = train_math.inject_lora
+
+    def spoiled(model, config):
+        names = real(model, config)
+        model.model.layers[1].mlp.register_forward_hook(lambda module, inputs, output: output * math.nan)
+        return names
+    monkeypatch.setattr(train_math, "inject_lora", spoiled)
+    with pytest.raises(ValueError, match=r"step 1: loss nan.*first output that is not finite is that of model.layers.1.mlp.*--lr"):
+        run(tiny, name="a")
+    with pytest.raises(ValueError, match="step 20: .*20 skipped in a row"):
+        run(tiny, "--dtype", "float16", "--grad-accum", "1", name="b")
+
+
+def test_out_of_memory_names_the_flags_that_help(tiny, workdir, monkeypatch):
+    """One line, the flags in the order of their effect."""
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
+    monkeypatch.setattr(train_math, "backward_loss", full)
+    with pytest.raises(ValueError, match="out of memory.*--checkpoint-activations.*--batch-size.*--max-length.*--dtype"):
+        run(tiny)
+
+
+# --- train_math.py: the run, its files, resuming ---
+
+def test_training_learns_and_writes_what_it_says(tiny, workdir, capsys):
+    """The loss must fall, every step leave a line, the checkpoint load, and facts and plan stand before step 0."""
+    last = run(tiny, "--epochs", "4", "--save-every", "10")
+    lines, out = metrics(), capsys.readouterr().out
+    assert len(lines) == 32 and [line["step"] for line in lines] == list(range(1, 33))
+    assert set(lines[0]) == {"step", "loss", "lr", "grad_norm", "loss_scale", "tokens", "tokens_per_s", "peak_memory_gb", "skipped"}
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert "4 layers adapted" in out and "memory plan" in out and "parameters train" in out
+    folders = sorted(p.name for p in Path("checkpoints/run").iterdir())
+    assert folders == ["step_000010", "step_000020", "step_000030", "step_000032"] and last.name == folders[-1]
+    assert [(Path("checkpoints/run") / f / "trainer_state.pt").exists() for f in folders] == [False, False, True, True]
+    model, _ = load(tiny)
+    assert load_adapter(model, last).targets == ("q_proj", "v_proj")
+    described = json.loads((last / "adapter_config.json").read_text())
+    assert described["task_type"] == "CAUSAL_LM" and described["base_model_name_or_path"] == str(tiny / "base")
+
+
+def test_resume_continues_bitwise(tiny, workdir, capsys):
+    """With dropout on and windows across epochs, 5 steps + 5 resumed must be the bits of 10, and the metrics the same lines."""
+    flags = ["--epochs", "3", "--nb-samples", "13", "--grad-accum", "4", "--dropout", "0.1", "--save-every", "5", "--max-steps", "10"]
+    whole = run(tiny, *flags, name="whole")
+    run(tiny, *flags, name="cut")
+    import shutil
+    shutil.rmtree("checkpoints/cut/step_000010")                # as if killed after step 7: lines that the checkpoint does not cover
+    resumed = run(tiny, *flags, "--resume", name="cut")
+    assert same_bits(load_file(whole / "adapter_model.safetensors"), load_file(resumed / "adapter_model.safetensors"))
+    a, b = (torch.load(folder / "trainer_state.pt", weights_only=True)["optimizer"]["state"] for folder in (whole, resumed))
+    assert all(torch.equal(a[i][key], b[i][key]) for i in a for key in a[i])
+    steady = lambda lines: [{k: v for k, v in line.items() if k not in ("tokens_per_s", "peak_memory_gb")} for line in lines]
+    assert steady(metrics("whole")) == steady(metrics("cut")) and len(metrics("cut")) == 10
+    run(tiny, *flags, "--resume", name="cut")
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_resume_refuses_what_it_cannot_continue(tiny, workdir, capsys):
+    """A run that never was, other flags, a name that is taken: refused by name; a damaged newest checkpoint is passed over."""
+    flags = ["--max-steps", "4", "--save-every", "2"]
+    with pytest.raises(ValueError, match="no whole checkpoint to continue from"):
+        run(tiny, "--resume")
+    run(tiny, *flags)
+    with pytest.raises(ValueError, match="add --resume to continue from step_000004"):
+        run(tiny, *flags)
+    with pytest.raises(ValueError, match="--r was 4, is 8; --lr was 0.01, is 0.02"):
+        run(tiny, *flags, "--resume", "--r", "8", "--lr", "0.02")
+    os.truncate("checkpoints/run/step_000004/trainer_state.pt", 1000)
+    run(tiny, *flags, "--resume")
+    assert "step_000004 is damaged" in capsys.readouterr().err and len(metrics()) == 4
+
+
+def test_interrupting_saves_and_says_how_to_resume(tiny, workdir, capsys):
+    """SIGTERM must finish the step, save, print the command that continues, and exit with 143."""
+    pid = os.getpid()
+    real = train_math.learning_rate_at
+
+    def later(step, *rest):
+        if step == 3:
+            os.kill(pid, signal.SIGTERM)
+        return real(step, *rest)
+    train_math.learning_rate_at = later
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run(tiny)
+    finally:
+        train_math.learning_rate_at = real
+    assert stopped.value.code == 143 and len(metrics()) == 4 and (Path("checkpoints/run/step_000004") / "trainer_state.pt").exists()
+    assert "--resume" in capsys.readouterr().out
+
+
+# --- the command lines, the README ---
+
+@pytest.mark.parametrize("flags, culprit", [
+    (["--r", "0"], "--r"), (["--r", "two"], "--r"), (["--batch-size", "0"], "--batch-size"), (["--grad-accum", "-1"], "--grad-accum"),
+    (["--dropout", "1"], "--dropout"), (["--dropout", "nan"], "--dropout"), (["--lr", "nan"], "--lr"), (["--lr", "-1"], "--lr"), (["--lr", "inf"], "--lr"),
+    (["--alpha", "inf"], "--alpha"), (["--dtype", "float8"], "--dtype"), (["--run-name", "../up"], "--run-name"), (["--run-name", "a/b"], "--run-name"),
+    (["--run-name", ""], "--run-name"), (["--max-length", "1"], "--max-length"), (["--targets"], "--targets"), (["--rank", "4"], "--rank"), (["--vram", "0"], "--vram")])
+def test_flags_out_of_range_are_one_line_and_exit_code_2(flags, culprit, capsys):
+    """argparse must answer with one line that names the flag, and no usage block."""
+    with pytest.raises(SystemExit) as stopped:
+        train_math.parse_args(flags)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and culprit in err
+
+
+@pytest.mark.parametrize("flags, message", [(["--targets", "q_porj"], "'q_porj' matches no linear layer"), (["--device", "cuda:9"], "--device cuda:9"),
+                                            (["--max-length", "4"], "leaves no row"), (["--vram", "4"], "--vram 4 caps the CUDA allocator"),
+                                            (["--data", "none.jsonl"], "no such file"), (["--model", "./none"], "no such folder")])
+def test_bad_input_to_training_is_a_clear_error(flags, message, tiny, workdir):
+    """What a flag or a file can cause must be a ValueError that names it, before anything is written."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(tiny, *flags)
+    assert not Path("checkpoints").exists()
+
+
+@pytest.mark.parametrize("script, flags", [("train_math.py", ["--data", "none.jsonl"]), ("eval_gsm8k.py", ["--data", "none.jsonl"])])
+def test_scripts_end_in_one_line_without_traceback(script, flags, workdir):
+    """From the shell: exit code 2, one line on stderr."""
+    done = subprocess.run([sys.executable, str(HERE / script), *flags], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none.jsonl" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_tied_head_as_target_is_refused_by_the_script(tiny, workdir):
+    """--targets lm_head on a model with tied embeddings must be refused with the reason."""
+    model, tokenizer = load(tiny)
+    LlamaForCausalLM(LlamaConfig(**{**model.config.to_dict(), "tie_word_embeddings": True})).save_pretrained("tied")
+    tokenizer.save_pretrained("tied")
+    with pytest.raises(ValueError, match="shares its weight"):
+        run(tiny, "--model", "tied", "--targets", "lm_head")
+
+
+README = (HERE / "README.md").read_text(encoding="utf8")
+PARSERS = {"train_math.py": train_math.parse_args, "eval_gsm8k.py": eval_gsm8k.parse_args}
+
+
+def test_every_command_in_the_readme_parses():
+    """Each `python x.py ...` in the README must go through that script's parser."""
+    commands = re.findall(r"python (\w+\.py)([^\n`#&|]*)", README.replace("\\\n", " "))
+    assert len(commands) >= 6
+    for script, flags in commands:
+        if script in PARSERS:
+            PARSERS[script](shlex.split(flags))
+
+
+class Block(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.norm, self.q_proj, self.k_proj, self.v_proj, self.out = nn.LayerNorm(d), *(nn.Linear(d, d) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + self.out(F.scaled_dot_product_attention(self.q_proj(h), self.k_proj(h), self.v_proj(h), is_causal=True))
+
+
+class SmallGPT(nn.Module):
+    """A GPT of one's own: no transformers, no config."""
+    def __init__(self, vocabulary=20, d=16):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.blocks, self.head = nn.Embedding(vocabulary, d), nn.ModuleList(Block(d) for _ in range(2)), nn.Linear(d, vocabulary)
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def test_the_readme_s_lines_adapt_a_gpt_of_one_s_own(workdir):
+    """The README's snippet, run as it stands there on a model that is no transformers model, must train and come back merged."""
+    snippet = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "inject_lora" in block)
+    ids = torch.randint(0, 20, (4, 9), generator=torch.Generator().manual_seed(0))
+    losses = []
+
+    def loss_of(model, batch):
+        losses.append(F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()))
+        return losses[-1]
+    scope = {"MyModel": SmallGPT, "batches": [ids] * 60, "loss_of": loss_of}
+    exec(snippet, scope)
+    assert losses[-1] < 0.9 * losses[0] and not list(lora_layers(scope["model"]))
+    torch.testing.assert_close(loss_of(scope["model"], ids), losses[-1], atol=0.1, rtol=0)
