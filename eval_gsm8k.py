@@ -85,7 +85,7 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
 
 
 _NUMBER = r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
-_VALUE = re.compile(rf"(?P<sign>(?<![\w)])[-\u2212]\s?)?[$\u20ac\u00a3]?\s?(?P<minus>-)?"       # -$5 and $-5; 10-5 ends in 5
+_VALUE = re.compile(rf"(?:[$\u20ac\u00a3]\s?(?P<minus>[-\u2212])|(?P<sign>(?<![\w)])[-\u2212])?[$\u20ac\u00a3]?\s?)"     # $-5, -$5; 10-5 ends in 5
                     rf"(?:\\d?frac\{{(?P<top>{_NUMBER})\}}\{{(?P<bottom>{_NUMBER})\}}|(?P<a>{_NUMBER})(?:\s?/\s?(?P<b>{_NUMBER}))?)")
 
 

@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 from decimal import Decimal
 from pathlib import Path
 
@@ -655,7 +654,7 @@ def test_rows_of_all_three_schemas(workdir):
     ("x.jsonl", None, "no such file"), ("x.jsonl", "", "the file is empty"), ("x.jsonl", "{broken\n", "cannot be read"), ("x.txt", "a", "not a data file"),
     ("x.jsonl", '{"text": "a", "tag": 1}\n', "has the columns text, tag; expected query and response"), ("x.json", "[]", "x.json"),
     ("x.jsonl", '{"question": "q", "answer": "a"}\n{"question": "q", "answer": null}\n', "row 2"),
-    ("x.jsonl", '{"question": " ", "answer": "a"}\n', "row 1"), ("x.csv", "question,answer\n", "holds no rows")])
+    ("x.jsonl", '{"question": " ", "answer": "a"}\n', "row 1"), ("x.csv", "question,answer\n", "no data")])
 def test_bad_data_is_one_clear_error(name, text, message, workdir):
     """Every way that a data file can be wrong must be a ValueError of one line that names the file."""
     if text is not None:
@@ -754,7 +753,7 @@ def test_long_rows_are_dropped_not_cut(tiny):
     _, tokenizer = load(tiny)
     rows = read_rows(str(tiny / "train.jsonl"), "train")
     whole = encode(rows, tokenizer, 512)
-    limit = sorted(len(ids) for ids, _ in whole)[len(whole) // 2]
+    limit = max(len(ids) for ids, _ in whole) - 1
     assert encode(rows, tokenizer, limit) == [e for e in whole if len(e[0]) <= limit] != whole
     with pytest.raises(ValueError, match="--max-length 5 leaves no row"):
         encode(rows, tokenizer, 5)
@@ -825,6 +824,7 @@ def test_checkpointing_gives_the_same_gradients_and_reaches_every_adapter(tiny):
     found = []
     for checkpointed in (False, True):
         model, tokenizer = load(tiny)
+        torch.manual_seed(0)
         inject_lora(model, LoRAConfig(r=4, dropout=0.1))        # B = 0, as at the first step
         model.train()
         if checkpointed:
@@ -901,6 +901,7 @@ def test_loss_scaler_agrees_with_torch_s_grad_scaler():
     theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
     weight, mine = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizers = torch.optim.SGD([weight], lr=0.1), torch.optim.SGD([mine], lr=0.1)
+    scales = []
     for gradient in [1, 2, math.inf, 3, 1, 2, 3, math.nan, math.inf, 1, 1, 1, 1, 1, 1, 1]:
         theirs.scale((weight * gradient).sum()).backward()
         theirs.unscale_(optimizers[0])
@@ -914,7 +915,8 @@ def test_loss_scaler_agrees_with_torch_s_grad_scaler():
         ours.update(finite)
         [optimizer.zero_grad() for optimizer in optimizers]
         assert ours.scale == theirs.get_scale() and torch.equal(mine, weight)
-    assert ours.scale != 2.0**16
+        scales.append(ours.scale)
+    assert set(scales) == {2.0**14, 2.0**15, 2.0**16}
 
 
 def test_schedule_warms_up_then_falls_to_zero():
@@ -976,7 +978,7 @@ def test_training_learns_and_writes_what_it_says(tiny, workdir, capsys):
     lines, out = metrics(), capsys.readouterr().out
     assert len(lines) == 32 and [line["step"] for line in lines] == list(range(1, 33))
     assert set(lines[0]) == {"step", "loss", "lr", "grad_norm", "loss_scale", "tokens", "tokens_per_s", "peak_memory_gb", "skipped"}
-    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert sum(line["loss"] for line in lines[-8:]) < sum(line["loss"] for line in lines[:8]) - 0.4
     assert "4 layers adapted" in out and "memory plan" in out and "parameters train" in out
     folders = sorted(p.name for p in Path("checkpoints/run").iterdir())
     assert folders == ["step_000010", "step_000020", "step_000030", "step_000032"] and last.name == folders[-1]

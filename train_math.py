@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -321,12 +322,9 @@ def train(model, examples, args, config: LoRAConfig | None = None, state: dict |
         scaler.scale, scaler.good_steps = state["loss_scale"], state["good_steps"]
         optimizer.load_state_dict(state["optimizer"])
     batches_of = functools.lru_cache(2)(lambda epoch: epoch_batches(lengths, args.batch_size, args.seed, epoch))
-    run.mkdir(parents=True, exist_ok=True)
-    metrics, board = open_metrics(run, step)
-    stopped_by, checkpoint_folder = [], None
-    previous = {s: signal.signal(s, lambda number, _: stopped_by.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    checkpoint_folder = None
     model.train()
-    with tqdm(total=steps, initial=step, unit="step", disable=None) as bar:
+    with open_log(run, step) as log, catch_signals() as stopped_by, tqdm(total=steps, initial=step, unit="step", disable=None) as bar:
         while step < steps:
             start = time.perf_counter()
             rate = learning_rate_at(step - skipped, steps, args.warmup_steps, args.lr)      # a skipped step does not advance it
@@ -366,10 +364,7 @@ def train(model, examples, args, config: LoRAConfig | None = None, state: dict |
             line = {"step": step, "loss": loss if math.isfinite(loss) else None, "lr": rate, "grad_norm": norm if math.isfinite(norm) else None,
                     "loss_scale": scaler.scale, "tokens": tokens, "tokens_per_s": tokens / seconds,
                     "peak_memory_gb": peak_memory(device) / 2**30, "skipped": not finite}
-            metrics.write(json.dumps(line) + "\n")
-            metrics.flush()
-            for key in ("loss", "lr", "grad_norm", "tokens_per_s") if board else ():
-                board.add_scalar(key, line[key] if line[key] is not None else math.nan, step)
+            log(line)
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}  lr {rate:.1e}  {tokens / seconds:.0f} tok/s  {line['peak_memory_gb']:.2f} GiB")
             if step % max(1, steps // 10) == 0:
@@ -381,11 +376,6 @@ def train(model, examples, args, config: LoRAConfig | None = None, state: dict |
                 save_checkpoint(checkpoint_folder, model, config, optimizer, progress, args)
             if stopped_by:
                 break
-    metrics.close()
-    if board:
-        board.close()
-    for s, handler in previous.items():
-        signal.signal(s, handler)
     if stopped_by and step < steps:
         if config and "--demo" not in sys.argv:
             flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
@@ -395,20 +385,44 @@ def train(model, examples, args, config: LoRAConfig | None = None, state: dict |
     return checkpoint_folder
 
 
-def open_metrics(run: Path, step: int):
-    """(metrics.jsonl cut back to the lines up to `step` and open for more, a TensorBoard writer or None)."""
+@contextmanager
+def open_log(run: Path, step: int):
+    """Yields log(line): to metrics.jsonl, cut back to its first `step` lines, and to TensorBoard where it is installed."""
+    run.mkdir(parents=True, exist_ok=True)
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf8").splitlines(keepends=True)[:step] if step and path.exists() else []
     path.write_text("".join(lines), encoding="utf8")
-    if not step:
-        for old in run.glob("events.out.tfevents.*"):
-            old.unlink()
+    for old in run.glob("events.out.tfevents.*") if not step else ():
+        old.unlink()
     try:
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(run, purge_step=step + 1)
     except ImportError:
         board = None
-    return open(path, "a", encoding="utf8"), board
+
+    def log(line: dict) -> None:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        for key in ("loss", "lr", "grad_norm", "tokens_per_s") if board else ():
+            board.add_scalar(key, math.nan if line[key] is None else line[key], line["step"])
+    with open(path, "a", encoding="utf8") as file:
+        try:
+            yield log
+        finally:
+            if board:
+                board.close()
+
+
+@contextmanager
+def catch_signals():
+    """Ctrl-C and SIGTERM are noted in the list that this yields, instead of ending the process in the middle of a step."""
+    caught = []
+    before = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @torch.no_grad()
