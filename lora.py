@@ -16,13 +16,14 @@ Use, in any PyTorch model that calls its linear layers:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
     ...                                                            # train as ever
     save_adapter(model, config, "my-adapter")                      # a few MB, in PEFT's format
-    load_adapter(model, "my-adapter"); merge_lora(model)           # later: back to plain dense layers
+    load_adapter(model, "my-adapter")                              # later; build optimizers after this, it makes new A and B
+    merge_lora(model); strip_lora(model)                           # back to plain dense layers
 
 Differences from the paper
 - A starts as nn.Linear does (Kaiming uniform, a = sqrt(5)), as the authors' released code has it; the paper says Gaussian.
 - Dropout on the adapter's input is the released code's; the paper's equations have none.
 - Merging happens when it is called. The released code merges inside eval(), where a checkpoint saved at the wrong moment
-  holds W0 + BA under W0's name.
+  holds W0 + BA under W0's name; here state_dict() and save_adapter refuse while merged.
 - A fused projection (GPT-2's c_attn) is adapted whole; the released code can adapt its q and v thirds alone.
 - rslora divides by sqrt(r) instead of r (Kalajdzievski 2023, arXiv:2312.03732).
 """
@@ -62,20 +63,21 @@ class LoRAConfig:
     rslora: bool = False
 
     def __post_init__(self):
-        number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
-        if not (isinstance(self.r, int) and not isinstance(self.r, bool) and self.r >= 1):
+        if not (type(self.r) is int and self.r >= 1):               # type, not isinstance: True is an int
             raise ValueError(f"r is {self.r!r}: expected a whole number of at least 1")
-        if not (number(self.alpha) and 0 < self.alpha <= sys.float_info.max):
+        if not (type(self.alpha) in (int, float) and 0 < self.alpha <= sys.float_info.max):
             raise ValueError(f"alpha is {self.alpha!r}: expected a positive finite number")
-        if not (number(self.dropout) and 0 <= self.dropout < 1):
+        if not (type(self.dropout) in (int, float) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout is {self.dropout!r}: expected a probability from 0 up to, not including, 1")
         if not isinstance(self.rslora, bool):
             raise ValueError(f"rslora is {self.rslora!r}: expected True or False")
         for field in ("targets", "also_train"):         # lists and single names become tuples; "all-linear" stays
             value = getattr(self, field)
-            value = (value,) if isinstance(value, str) else tuple(value)
-            if not all(isinstance(name, str) and name for name in value):
+            value = (value,) if isinstance(value, str) else tuple(value or ())
+            if not all(isinstance(name, str) and name for name in value) or (field == "targets" and not value):
                 raise ValueError(f"{field} is {value!r}: expected names of modules")
+            if "all-linear" in value and (len(value) > 1 or field != "targets"):
+                raise ValueError(f"{field} is {value!r}: all-linear stands alone, in targets")
             object.__setattr__(self, field, "all-linear" if field == "targets" and value == ("all-linear",) else value)
 
     @property
@@ -88,19 +90,21 @@ class LoRAConfig:
 
 def is_linear(module: nn.Module) -> bool:
     """nn.Linear, anything that states in_features and out_features (4-bit layers), or GPT-2's Conv1D."""
-    return is_conv1d(module) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+    weight = getattr(module, "weight", None)
+    return (isinstance(weight, torch.Tensor) and not nn.parameter.is_lazy(weight)
+            and (is_conv1d(module) or (hasattr(module, "in_features") and hasattr(module, "out_features"))))
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"            # transformers' class, whose weight is (k, d), not (d, k)
+    return type(module).__name__ == "Conv1D" and module.weight.dim() == 2       # transformers' class; its weight is (k, d)
 
 
 class LoRALinear(nn.Module):
     """y = base(x) + B(A(dropout(x)) * scaling), Eq. 3, around a frozen linear layer of any kind.
 
     base        (..., k) -> (..., d); its parameters are frozen here
-    lora_A      (r, k) and lora_B (d, r), always fp32, cast to x's dtype in forward: an update of lr = 3e-4 on a weight of
-                0.02 is below half a bf16 step and would be rounded away. Convert a model's dtype before wrapping, not after.
+    lora_A      (r, k) and lora_B (d, r), always fp32, cast to x's dtype in forward: late in a schedule an update of 3e-5 on a
+                weight of 0.02 is below half a bf16 step and would be rounded away. Change a model's dtype before wrapping it.
     scaling     alpha / r, or alpha / sqrt(r) with rslora
     Raises ValueError for values out of range, RuntimeError in forward when trained while merged.
     """
@@ -114,7 +118,7 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(r, k, device=base.weight.device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(d, r, device=base.weight.device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))       # uniform within 1 / sqrt(k)
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()    # Dropout(0) would still keep a mask
+        self.dropout = nn.Dropout(dropout)
         self.enabled = True
         self.unmerged_weight = None                                 # the untouched W0, on the CPU, while merged
 
@@ -128,7 +132,7 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return y
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))      # (..., k) -> (..., r)
-        # the scale is applied r wide, not d wide. B = 0 makes dL/dA zero at step 1: A first moves at step 2
+        # the scale is applied r wide, not d wide. B = 0 makes dL/dA zero at step 1: A gets its first gradient at step 2
         return y + F.linear(z * self.scaling, self.lora_B.to(x.dtype))      # (..., r) -> (..., d)
 
     @property
@@ -137,18 +141,24 @@ class LoRALinear(nn.Module):
 
     def delta(self) -> torch.Tensor:
         """The update scaling * B A in fp32, shaped like base.weight: (d, k), or (k, d) over Conv1D."""
-        delta = self.scaling * (self.lora_B.detach() @ self.lora_A.detach())
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            delta = self.scaling * (self.lora_B.detach() @ self.lora_A.detach())
         return delta.T if self.transposed else delta
 
     def merge(self) -> None:
-        """W = W0 + scaling B A, summed in fp32 and rounded once to W0's dtype. No latency remains (Sec. 4.1)."""
+        """W = W0 + scaling B A, summed in fp32 and rounded once to W0's dtype. Forward is then the base's own (Sec. 4.1);
+        the untouched W0 stays on the CPU until unmerge, or strip_lora."""
         if self.merged:
             return
+        if not self.enabled:
+            raise RuntimeError("the adapter is switched off: merge outside of disable_lora")
+        if "weight" not in self.base._parameters or not self.base.weight.is_floating_point():
+            raise ValueError(f"cannot merge into {type(self.base).__name__}: its weight is {self.base.weight.dtype} or is computed "
+                             "(weight_norm, quantisation); load the base with plain weights to merge")
         weight = self.base.weight.detach()
-        if not weight.is_floating_point():
-            raise ValueError(f"cannot merge into a weight of dtype {weight.dtype}: load the base model unquantised to merge")
-        self.unmerged_weight = weight.to("cpu", copy=True)
+        untouched = weight.to("cpu", copy=True)
         weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.delta())
+        self.unmerged_weight = untouched
 
     def unmerge(self) -> None:
         """W0 comes back bit for bit. W - scaling B A would not do that: (a + b) - b is not a in floating point."""
@@ -159,6 +169,12 @@ class LoRALinear(nn.Module):
     # for code that looks at the layer it thinks it has
     weight = property(lambda self: self.base.weight)
     bias = property(lambda self: self.base.bias)
+
+    def _save_to_state_dict(self, *args):
+        if self.merged:
+            raise RuntimeError("a state_dict with merged weights and their adapter would apply it twice when loaded: call "
+                               "unmerge_lora(model) or strip_lora(model) first")
+        super()._save_to_state_dict(*args)
 
     def extra_repr(self) -> str:
         return f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}, merged={self.merged}"
@@ -174,8 +190,13 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     """
     if next(lora_layers(model), None):
         raise ValueError("the model carries an adapter already: call strip_lora(model) first, or load_adapter to replace it")
-    names = match_targets(model, config)
-    _wrap(model, names, config)
+    names, full = match_targets(model, config), match_modules(model, config.also_train)
+    if not names:
+        raise ValueError("there is no linear layer to adapt in this model")
+    _refuse_unsafe(model, names, full)
+    _wrap(model, names, full, config)
+    if half := [name for name, p in model.named_parameters() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)]:
+        warnings.warn(f"{half[0]} trains in {model.get_parameter(half[0]).dtype}, where most small updates round away: load the model in float32")
     return names
 
 
@@ -184,40 +205,28 @@ def lora_layers(model: nn.Module):
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear))
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer by name; a wrapped one stands under the name its base had."""
-    inner = {id(layer.base) for _, layer in lora_layers(model)}
-    return {name: module for name, module in model.named_modules() if is_linear(module) and id(module) not in inner}
-
-
-def _ends_with(name: str, ending: str) -> bool:
-    return name == ending or name.endswith("." + ending)            # whole names: q_proj is not the end of eq_proj
+def linear_layers(model: nn.Module, outside=()) -> dict[str, nn.Module]:
+    """{name: layer} of the linear layers, a wrapped one under the name its base had; none inside the modules `outside`."""
+    bases = {id(layer.base) for _, layer in lora_layers(model)}
+    return {name: module for name, module in model.named_modules() if name and is_linear(module) and id(module) not in bases
+            and not any(f"{name}.".startswith(f"{other}.") for other in outside)}
 
 
 def _matching(names, endings) -> list[str]:
-    return [name for name in names if any(_ends_with(name, ending) for ending in endings)]
-
-
-def _candidates(model: nn.Module, full) -> dict[str, nn.Module]:
-    """The linear layers outside the modules that are trained in full."""
-    return {name: module for name, module in linear_layers(model).items()
-            if not any(name == module_name or name.startswith(module_name + ".") for module_name in full)}
+    """Names that end in one of the endings, by whole dotted parts: q_proj is not the end of eq_proj."""
+    return [name for name in names if any(f".{name}".endswith(f".{ending}") for ending in endings)]
 
 
 def match_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     """The names of the layers that config.targets means in this model. ValueError names a target that matches none."""
-    linears = _candidates(model, match_modules(model, config.also_train))
+    linears = linear_layers(model, outside=match_modules(model, config.also_train))
     if config.targets == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        names = [n for n, module in linears.items() if module is not head and (head is not None or not _ends_with(n, "lm_head"))]
-        if not names:
-            raise ValueError("all-linear found no linear layer in this model")
-        return names
+        return [name for name, layer in linears.items()
+                if not (layer is head or (head is None and _matching([name], ["lm_head"])))]
     for target in config.targets:
         if not _matching(linears, [target]):
             raise ValueError(f"target {target!r} matches no linear layer; this model has: {', '.join(short_names(linears))}")
-    if not config.targets:
-        raise ValueError(f"no targets given; this model has the linear layers: {', '.join(short_names(linears))}")
     return _matching(linears, config.targets)
 
 
@@ -225,7 +234,7 @@ def match_modules(model: nn.Module, endings) -> list[str]:
     """The names of the modules that also_train means; ValueError names one that matches no module with weights."""
     modules = {name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())}
     for ending in endings:
-        if not any(_ends_with(name, ending) for name in modules):
+        if not _matching(modules, [ending]):
             raise ValueError(f"also_train {ending!r} matches no module with weights; at the top this model has: "
                              f"{', '.join(name for name in modules if '.' not in name)}")
     return _matching(modules, endings)
@@ -248,6 +257,8 @@ def _refuse_unsafe(model: nn.Module, names, full) -> None:
             if len(owners[id(parameter)]) > 1:
                 raise ValueError(f"{name} shares its weight with {', '.join(sorted(owners[id(parameter)] - {name}))} (tied): adapting one "
                                  "would change the other; choose other layers, or untie them first by giving one its own copy")
+        if name in full and any(True for _ in modules[name].buffers()):
+            raise ValueError(f"{name} has buffers (running statistics), which an adapter file does not hold: it cannot be in also_train")
     for name in names:                      # these read .weight instead of calling the layer: the adapter would be skipped
         parent = modules[name.rpartition(".")[0]]
         if isinstance(parent, nn.MultiheadAttention):
@@ -258,27 +269,22 @@ def _refuse_unsafe(model: nn.Module, names, full) -> None:
                              "call torch.backends.mha.set_fastpath_enabled(False) first")
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def _replace(model: nn.Module, pairs) -> None:
+    """Puts each (old, new) module's new one in all the places of the old: one module may stand under two names."""
+    new = {id(old): module for old, module in pairs}
     for parent in list(model.modules()):
-        for name, child in parent._modules.items():     # all places: one module may stand under two names
-            if child is old:
-                parent._modules[name] = new
+        for name, child in parent._modules.items():
+            parent._modules[name] = new.get(id(child), child)
 
 
-def _copy_to_cpu(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.detach().clone() if parameter.is_meta else parameter.detach().to("cpu", copy=True)
-
-
-def _wrap(model: nn.Module, names, config: LoRAConfig) -> None:
-    full = match_modules(model, config.also_train)
-    _refuse_unsafe(model, names, full)
-    model.requires_grad_(False)
+def _wrap(model: nn.Module, names, full, config: LoRAConfig) -> None:
     modules = dict(model.named_modules())
-    for name in names:
-        layer = LoRALinear(modules[name], config.r, config.alpha, config.dropout, config.rslora)
-        _replace(model, modules[name], layer.train(modules[name].training))
+    layers = [LoRALinear(modules[name], config.r, config.alpha, config.dropout, config.rslora).train(modules[name].training) for name in names]
+    model.requires_grad_(False)
+    _replace(model, [(layer.base, layer) for layer in layers])
     for name in full:                       # the untouched copy comes back when load_adapter replaces this adapter
-        modules[name].lora_untouched = {key: _copy_to_cpu(p) for key, p in modules[name].named_parameters()}
+        modules[name].lora_untouched = {key: p.detach().to("meta" if p.is_meta else "cpu", copy=True)
+                                        for key, p in modules[name].named_parameters()}
         modules[name].requires_grad_(True)
 
 
@@ -292,9 +298,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Adds every update to its base weight. A second call changes nothing."""
-    for _, layer in lora_layers(model):
-        layer.merge()
+    """Adds every update to its base weight, or on an error none. A second call changes nothing."""
+    try:
+        for _, layer in lora_layers(model):
+            layer.merge()
+    except Exception:
+        unmerge_lora(model)
+        raise
 
 
 @torch.no_grad()
@@ -309,8 +319,7 @@ def strip_lora(model: nn.Module) -> nn.Module:
 
     Returns the model, which is also changed in place. It stays frozen.
     """
-    for _, layer in list(lora_layers(model)):
-        _replace(model, layer, layer.base)
+    _replace(model, [(layer, layer.base) for _, layer in lora_layers(model)])
     for module in model.modules():
         module.__dict__.pop("lora_untouched", None)
     return model.base if isinstance(model, LoRALinear) else model
@@ -354,6 +363,7 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
     Raises RuntimeError while merged, ValueError when config is not the one that was injected.
     """
     from safetensors.torch import save_file
+    model = _unwrap(model)
     layers, tensors = dict(lora_layers(model)), {}
     if not layers:
         raise ValueError("the model carries no adapter to save: call inject_lora(model, config) first")
@@ -365,12 +375,13 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
                              f"scaling={config.scaling:g}: pass the config that was injected")
         tensors |= {f"{PREFIX}{name}.lora_{x}.weight": getattr(layer, f"lora_{x}").detach() for x in "AB"}
     full = match_modules(model, config.also_train)
-    for name, tensor in adapter_state_dict(model).items():
-        if name.rpartition(".")[0] in layers:
-            continue
-        if not any(name.startswith(module + ".") for module in full):
+    for name in full:                       # all of it, also if it was frozen again after training
+        if not hasattr(model.get_submodule(name), "lora_untouched"):
+            raise ValueError(f"{name} is in also_train but was not when the adapter was injected: pass the config that was injected")
+        tensors |= {f"{PREFIX}{name}.{key}": parameter.detach() for key, parameter in model.get_submodule(name).named_parameters()}
+    for name in adapter_state_dict(model):
+        if PREFIX + name not in tensors and name.rpartition(".")[0] not in layers:
             raise ValueError(f"{name} trains but is not in also_train, so it would not be loaded again: name its module there")
-        tensors[PREFIX + name] = tensor
     # all-linear is saved as the names it matched: PEFT and vLLM read those words each in its own way
     targets = _exact_targets(model, config.targets, layers, full)
     described = {
@@ -391,6 +402,13 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
         os.replace(part[name], folder / name)
 
 
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's or DataParallel's wrapper, whose prefixes no other reader of a file would know."""
+    while type(model).__name__ in ("OptimizedModule", "DistributedDataParallel", "DataParallel"):
+        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    return model
+
+
 def _task_type(model: nn.Module) -> str | None:
     name = type(model).__name__
     return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else "SEQ_CLS" if name.endswith("ForSequenceClassification") else None
@@ -402,23 +420,24 @@ def load_adapter(model: nn.Module, folder) -> LoRAConfig:
     Reads safetensors and JSON only: nothing in a stranger's file is run. The keys in the file decide what is wrapped. A and B
     are fp32 whatever the file holds, and require grad; the base is frozen. On any ValueError the model is as it was.
     """
-    folder, old = Path(folder), [layer for _, layer in lora_layers(model)]
-    for layer in old:                       # the file is compared with the plain model
-        _replace(model, layer, layer.base)
+    model, folder = _unwrap(model), Path(folder)
+    old = [layer for _, layer in lora_layers(model)]
+    if not all(layer.enabled for layer in old):
+        raise RuntimeError("the adapter is switched off: load another outside of disable_lora")
+    _replace(model, [(layer, layer.base) for layer in old])         # the file is compared with the plain model
     try:
-        described = _read_config(folder)
-        config = _to_config(model, folder, described)
+        config, described = _read_config(model, folder)
         full = match_modules(model, config.also_train)
         tensors = _read_weights(model, folder, config, full)
-        linears, listed = _candidates(model, full), described.get("target_modules")
+        linears, listed = linear_layers(model, outside=full), described.get("target_modules")
         names = [name for name in linears if f"{PREFIX}{name}.lora_A.weight" in tensors]
         narrowed = any(described.get(key) for key in ("layers_to_transform", "layers_pattern", "exclude_modules"))
-        if isinstance(listed, list) and not narrowed and (odd := set(_matching(linears, listed)) ^ set(names)):
+        exact = not isinstance(listed, list) or narrowed or set(listed) == set(names)
+        if not exact and (odd := set(_matching(linears, listed)) ^ set(names)):
             raise ValueError(f"{folder}: {CONFIG} targets {', '.join(listed)}, {WEIGHTS} disagrees on {_some(sorted(odd))}: copy both again")
         _refuse_unsafe(model, names, full)
     except BaseException:
-        for layer in old:
-            _replace(model, layer.base, layer)
+        _replace(model, [(layer.base, layer) for layer in old])
         raise
 
     # All is checked. From here on the model changes.
@@ -428,10 +447,10 @@ def load_adapter(model: nn.Module, folder) -> LoRAConfig:
         for key, original in module.__dict__.pop("lora_untouched", {}).items():
             module.get_parameter(key).detach().copy_(original)
     config = replace(config, targets=_exact_targets(model, listed, names, full))
-    _wrap(model, names, config)
+    _wrap(model, names, full, config)
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        model.get_parameter(name.removesuffix(".weight") if ".lora_" in name else name).detach().copy_(tensor)
+        model.get_parameter(name.removesuffix(".weight") if name.endswith((".lora_A.weight", ".lora_B.weight")) else name).detach().copy_(tensor)
     if not any(layer.lora_B.any() for _, layer in lora_layers(model)):
         warnings.warn(f"{folder}: every lora_B is zero, so this adapter changes nothing: was it saved before training?")
     here, there = _base_name(model), described.get("base_model_name_or_path")
@@ -440,52 +459,42 @@ def load_adapter(model: nn.Module, folder) -> LoRAConfig:
     return config
 
 
-def _read_config(folder: Path) -> dict:
-    """adapter_config.json as a dict whose options are all of a kind that this code can honour."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such adapter folder; expected one that holds {CONFIG} and {WEIGHTS}")
+def _read_config(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict]:
+    """adapter_config.json as (config, all that it says), once every option in it is known to be one that this code honours."""
     path = folder / CONFIG
     if not path.is_file():
         steps = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
-        raise ValueError(f"{folder} has no {CONFIG}" + (f"; did you mean one of its checkpoints: {_some(steps)}?" if steps else ""))
+        raise ValueError(f"{folder}: no such adapter folder" if not folder.is_dir() else f"{folder} has no {CONFIG}" +
+                         (f"; did you mean one of its checkpoints: {_some(steps)}?" if steps else ": it is no adapter, or an incomplete one"))
     try:
         if path.stat().st_size > 2**20:
             raise ValueError("larger than 1 MiB")
         described = json.loads(path.read_text(encoding="utf8"))
         if not isinstance(described, dict):
             raise ValueError(f"a {type(described).__name__}, expected an object")
-    except (ValueError, RecursionError, OSError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): copy it again") from None
-    if described.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type is {described.get('peft_type')!r}, expected 'LORA'")
-    if described.get("bias", "none") != "none":
-        raise ValueError(f"{path}: bias is {described['bias']!r}: trained biases are not supported; train with bias='none'")
-    if described.get("init_lora_weights", True) not in (True, False, "gaussian"):
-        raise ValueError(f"{path}: init_lora_weights is {described['init_lora_weights']!r}, which changed the base weights: "
-                         "let PEFT convert it to a plain LoRA first (path_initial_model_for_weight_conversion)")
-    for key, value in described.items():
-        if key not in KNOWN and value not in (None, False, "") and value != [] and value != {}:
-            raise ValueError(f"{path}: the option {key} = {value!r} is not supported here: load this adapter with PEFT")
-    return described
-
-
-def _to_config(model: nn.Module, folder: Path, described: dict) -> LoRAConfig:
-    listed, saved = described.get("target_modules"), described.get("modules_to_save") or []
-    for key, names in (("target_modules", listed if isinstance(listed, list) else []), ("modules_to_save", saved)):
-        if not (isinstance(names, list) and all(isinstance(name, str) and name for name in names)):
-            raise ValueError(f"{folder / CONFIG}: {key} is {names!r}, expected a list of names")
-    if not isinstance(described.get("base_model_name_or_path") or "", str):
-        raise ValueError(f"{folder / CONFIG}: base_model_name_or_path is no text")
-    for key in ("r", "lora_alpha"):
-        if key not in described:
-            raise ValueError(f"{folder / CONFIG} has no {key}: expected the file that PEFT or save_adapter wrote")
-    # PEFT lists names in modules_to_save that the model may not have (score beside classifier): those are left out
-    present = tuple(name for name in dict.fromkeys(saved) if _matching((n for n, _ in model.named_modules()), [name]))
-    try:
+        if described.get("peft_type") != "LORA":
+            raise ValueError(f"peft_type is {described.get('peft_type')!r}, expected 'LORA'")
+        if described.get("bias") not in ("none", None):
+            raise ValueError(f"bias is {described['bias']!r}: trained biases are not supported; train with bias='none'")
+        if described.get("init_lora_weights") not in (True, False, None, "gaussian", "orthogonal", "eva"):
+            raise ValueError(f"init_lora_weights is {described['init_lora_weights']!r}, which changed the base weights: "
+                             "let PEFT convert it to a plain LoRA (path_initial_model_for_weight_conversion)")
+        for key, value in described.items():
+            if key not in KNOWN and not (value is None or value is False or value in ("", [], {})):
+                raise ValueError(f"the option {key} = {value!r} is not supported here: load this adapter with PEFT")
+        listed, saved = described.get("target_modules"), described.get("modules_to_save") or []
+        for key, value in (("target_modules", listed if isinstance(listed, list) else []), ("modules_to_save", saved)):
+            if not (isinstance(value, list) and all(isinstance(name, str) and name for name in value)):
+                raise ValueError(f"{key} is {value!r}, expected a list of names")
+        for key, kind in (("r", int), ("lora_alpha", (int, float)), ("base_model_name_or_path", (str, type(None)))):
+            if not isinstance(described.get(key), kind):
+                raise ValueError(f"{key} is {described.get(key)!r}: expected what PEFT or save_adapter writes")
+        # PEFT lists names in modules_to_save that the model may not have (score beside classifier): those are left out
+        present = [name for name in dict.fromkeys(saved) if _matching((n for n, _ in model.named_modules()), [name])]
         return LoRAConfig(r=described["r"], alpha=described["lora_alpha"], dropout=described.get("lora_dropout", 0.0),
-                          also_train=present, rslora=described.get("use_rslora", False))
-    except ValueError as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from None
+                          also_train=tuple(present), rslora=described.get("use_rslora", False)), described
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _read_weights(model: nn.Module, folder: Path, config: LoRAConfig, full) -> dict[str, torch.Tensor]:
@@ -496,14 +505,14 @@ def _read_weights(model: nn.Module, folder: Path, config: LoRAConfig, full) -> d
         pickled = (folder / "adapter_model.bin").exists()
         raise ValueError(f"{folder} has no {WEIGHTS}" + (": adapter_model.bin is a pickle, which could run code; save it again "
                                                          "with PEFT's save_pretrained(safe_serialization=True)" if pickled else ""))
-    layers, parameters, expected = _candidates(model, full), dict(model.named_parameters()), {}
+    layers, parameters, expected = linear_layers(model, outside=full), dict(model.named_parameters()), {}
     for name in parameters:
         if any(name.startswith(module + ".") for module in full):
             expected[PREFIX + name] = list(parameters[name].shape)
     try:
         with safe_open(path, "pt") as file:
             found = {key: file.get_slice(key) for key in file.keys()}
-            names = {key.removeprefix(PREFIX).partition(".lora_")[0] for key in found if ".lora_" in key}
+            names = {key.removeprefix(PREFIX)[:-len(".lora_A.weight")] for key in found if key.endswith((".lora_A.weight", ".lora_B.weight"))}
             for name in sorted(names):
                 if name not in layers:
                     raise ValueError(f"{path} adapts {name}, which is no linear layer of this model (it has "
@@ -536,7 +545,7 @@ def _read_weights(model: nn.Module, folder: Path, config: LoRAConfig, full) -> d
 def _exact_targets(model: nn.Module, preferred, names, full) -> tuple[str, ...]:
     """The first that means exactly these layers: the preferred list, their short names, their whole names."""
     for targets in ([] if isinstance(preferred, str) else preferred or [], short_names(names)):
-        if set(_matching(_candidates(model, full), targets)) == set(names):
+        if set(_matching(linear_layers(model, outside=full), targets)) == set(names):
             return tuple(targets)
     return tuple(sorted(names))
 

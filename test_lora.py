@@ -59,7 +59,7 @@ def shake(model, scale=0.1):
 
 
 def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor.detach().clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
 def same_bits(a, b):
@@ -152,7 +152,6 @@ def test_dropout_acts_on_the_adapter_alone_and_only_in_training():
     torch.testing.assert_close(wanted, F.linear(x, layer.base.weight + layer.delta(), layer.base.bias))
     mean = layer.train()(x.expand(20000, 64)).mean(0)
     torch.testing.assert_close(mean, wanted[0], atol=0.05, rtol=0)
-    assert isinstance(LoRALinear(nn.Linear(4, 4), 2, 4).dropout, nn.Identity)
 
 
 @pytest.mark.parametrize("bad", [dict(r=0), dict(r=1.5), dict(r=True), dict(alpha=0), dict(alpha=math.nan), dict(alpha=10**400), dict(dropout=1.0),
@@ -247,6 +246,34 @@ def test_layers_that_are_read_but_never_called_are_refused():
         torch.backends.mha.set_fastpath_enabled(True)
 
 
+def test_what_only_looks_linear_is_left_alone():
+    """Composites that state in_features, foreign Conv1D classes, lazy layers and a bare layer must not be half wrapped."""
+    class Experts(nn.Module):
+        in_features = out_features = 8
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+    class Conv1D(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3, 3, 3))
+    model = nn.Sequential(nn.Linear(8, 8), Experts(), Conv1D(), nn.LazyLinear(3))
+    assert inject_lora(nn.Sequential(nn.Linear(8, 8), Experts(), Conv1D()), LoRAConfig(targets="all-linear")) == ["0", "1.inner"]
+    with pytest.raises(ValueError, match="no linear layer"):
+        inject_lora(nn.Linear(8, 8), LoRAConfig(targets="all-linear"))
+    with pytest.raises(ValueError, match="'3' matches no linear layer"):
+        inject_lora(model, LoRAConfig(targets="3"))
+
+
+def test_modules_that_cannot_be_trained_in_full_well_are_named():
+    """A head in half precision warns, a module with running statistics is refused: the file would not hold them."""
+    with pytest.warns(UserWarning, match="classifier.dense.weight trains in torch.bfloat16"):
+        inject_lora(roberta().bfloat16(), LoRAConfig(targets="query", also_train="classifier"))
+    with pytest.raises(ValueError, match="1 has buffers"):
+        inject_lora(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), LoRAConfig(targets="0", also_train="1"))
+
+
 def on_meta(cls, config, lora):
     with torch.device("meta"):
         model = cls(config)
@@ -336,6 +363,33 @@ def test_merged_models_neither_train_nor_save(tmp_path):
         save_adapter(model, LoRAConfig(), tmp_path)
     with pytest.raises(RuntimeError, match="unmerge_lora"), disable_lora(model):
         pass
+
+
+def test_a_failed_merge_leaves_nothing_merged():
+    """Weights that are computed or quantised cannot be merged into: ValueError, and the layers before it unmerged again."""
+    model = Odd()
+    torch.nn.utils.parametrizations.weight_norm(model.inner["q_proj"])
+    inject_lora(model, LoRAConfig(r=2, targets="q_proj"))
+    shake(model)
+    before = bits(model)
+    with pytest.raises(ValueError, match="cannot merge into ParametrizedLinear"):
+        merge_lora(model)
+    assert same_bits(bits(model), before) and not model.q_proj.merged
+
+
+def test_merging_does_not_mix_with_other_states(tmp_path):
+    """state_dict() while merged, merging or loading while switched off: each would apply an update wrongly, so each raises."""
+    model, _ = saved(tmp_path)
+    with disable_lora(model):
+        for call in (lambda: merge_lora(model), lambda: load_adapter(model, tmp_path)):
+            with pytest.raises(RuntimeError, match="switched off"):
+                call()
+    wanted = {n: (l.base.weight + 2.0 * l.lora_B @ l.lora_A) for n, l in lora_layers(model)}
+    with torch.autocast("cpu", torch.bfloat16):             # the sum stays fp32 under autocast
+        merge_lora(model)
+    assert all(torch.equal(layer.base.weight, wanted[name]) for name, layer in lora_layers(model))
+    with pytest.raises(RuntimeError, match="twice"):
+        model.state_dict()
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -450,17 +504,17 @@ BROKEN = {
     "is a pickle": lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
     "not a whole safetensors file": lambda f: os.truncate(f / "adapter_model.safetensors", 3000),
     "not a whole": lambda f: (f / "adapter_model.safetensors").write_bytes(b"junk" * 100),
-    "cannot be read": lambda f: (f / "adapter_config.json").write_text("{'r': 8}"),
+    "adapter_config.json: Expecting": lambda f: (f / "adapter_config.json").write_text("{'r': 8}"),
     "expected an object": lambda f: (f / "adapter_config.json").write_text("[]"),
     "larger than 1 MiB": lambda f: edit_config(f, x="x" * 2**20),
-    "cannot be read .*recursion": lambda f: (f / "adapter_config.json").write_text("[" * 10**5),
+    "recursion": lambda f: (f / "adapter_config.json").write_text("[" * 10**5),
     "peft_type is 'IA3'": lambda f: edit_config(f, peft_type="IA3"),
     "use_dora = True": lambda f: edit_config(f, use_dora=True),
     "rank_pattern": lambda f: edit_config(f, rank_pattern={"q_proj": 2}),
     "bias is 'lora_only'": lambda f: edit_config(f, bias="lora_only"),
     "init_lora_weights is 'pissa'": lambda f: edit_config(f, init_lora_weights="pissa"),
     "r is '8'": lambda f: edit_config(f, r="8"),
-    "has no lora_alpha": lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}'),
+    "lora_alpha is None": lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}'),
     "dropout is nan": lambda f: edit_config(f, lora_dropout=math.nan),
     "target_modules is": lambda f: edit_config(f, target_modules=[1]),
     "has shape .4, 32., expected .8, 32.": lambda f: edit_config(f, r=8),
@@ -509,6 +563,33 @@ def test_saving_refuses_what_would_not_load_again(tmp_path):
         save_adapter(model, config, tmp_path)
     with pytest.raises(ValueError, match="no adapter to save"):
         save_adapter(llama(), config, tmp_path)
+
+
+def test_files_are_the_same_from_inside_a_wrapper(tmp_path):
+    """torch.compile and DataParallel prefix every name: the file must be that of the plain model, and load through a wrapper."""
+    model, config = saved(tmp_path / "plain")
+    for wrapped in (torch.compile(model), nn.DataParallel(model)):
+        save_adapter(wrapped, config, tmp_path / "wrapped")
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "wrapped" / name).read_bytes()
+        fresh = llama()
+        load_adapter(nn.DataParallel(fresh), tmp_path / "wrapped")
+        assert torch.equal(fresh(IDS).logits, model(IDS).logits)
+
+
+def test_odd_names_come_back(tmp_path):
+    """A head called lora_head, frozen again after training, beside layers whose whole names are endings of others, must load."""
+    def make():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"q": nn.Linear(4, 4), "b": nn.ModuleDict({"q": nn.Linear(4, 4), "lm_head": nn.Linear(4, 4)}), "lora_head": nn.Linear(4, 2)})
+    model, config = make(), LoRAConfig(r=2, targets="all-linear", also_train="lora_head")
+    inject_lora(model, config)
+    shake(model)
+    model.requires_grad_(False)
+    save_adapter(model, config, tmp_path)
+    other = make()
+    load_adapter(other, tmp_path)
+    assert same_bits(bits(other), bits(model))
 
 
 # --- PEFT as oracle ---

@@ -413,6 +413,27 @@ def open_log(run: Path, step: int):
                 board.close()
 
 
+def plot_loss(run: Path) -> None:
+    """runs/RUN/loss.png, where matplotlib is installed: each step's loss, and its running mean."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf8").splitlines()]
+    lines = [line for line in lines if line["loss"] is not None]
+    steps, losses, mean = [line["step"] for line in lines], [line["loss"] for line in lines], []
+    for loss in losses:
+        mean.append(loss if not mean else 0.95 * mean[-1] + 0.05 * loss)
+    fig, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(steps, losses, color="0.8", linewidth=0.8)
+    axes.plot(steps, mean)
+    axes.set(xlabel="optimizer step", ylabel="cross-entropy per target token (nats)", title=run.name)
+    fig.savefig(run / "loss.png", dpi=120)
+    plt.close(fig)
+
+
 @contextmanager
 def catch_signals():
     """Ctrl-C and SIGTERM are noted in the list that this yields, instead of ending the process in the middle of a step."""
@@ -505,6 +526,7 @@ def main(args) -> Path:
         print(f"the run was finished already: {newest[0]}")
         return newest[0]
     peak = peak_memory(device)
+    plot_loss(Path("runs") / args.run_name)
     print(f"peak memory {peak / 2**30:.2f} GiB, planned {planned / 2**30:.2f}. Written: {last}/, runs/{args.run_name}/metrics.jsonl")
     print(f"score it:  python eval_gsm8k.py --model {args.model} --adapter {folder}")
     return last
