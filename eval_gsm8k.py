@@ -10,6 +10,7 @@ train_math.py imports the prompt and the data from here, so that training masks 
 """
 import argparse
 import functools
+import glob
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import warnings
 from decimal import Decimal
 from pathlib import Path
 
@@ -61,13 +63,17 @@ def parse_args(argv=None):
     add("--shots", type=number(int, 0), default=0, help="worked examples in the prompt: the first rows of the data, which are then not scored")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="storage and compute of the model")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--seed", type=number(int, 0), default=0, help="seeds torch; greedy decoding itself draws nothing")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="seeds torch; greedy decoding itself draws nothing")
     add("--save-merged", metavar="DIR", help="write the one adapter merged into the model, with tokenizer, and score that too")
     add("--out", default="eval_results", help="folder for the scores")
     return parser.parse_args(argv)
 
 
 # --- the task: prompt and answer ---
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+
 
 def format_prompt(question: str) -> str:
     """The prompt of training and evaluation alike; the answer follows after a space."""
@@ -121,6 +127,7 @@ def _numbers(text: str) -> list[Decimal]:
 # --- data ---
 
 SCHEMAS = (("query", "response"), ("question", "answer"), ("instruction", "output"))    # MetaMathQA, GSM8K, Alpaca
+TEXTS = [*(column for pair in SCHEMAS for column in pair), "input"]
 
 
 def read_rows(data: str, split: str, nb_samples: int | None = None) -> list[tuple[str, str]]:
@@ -130,25 +137,29 @@ def read_rows(data: str, split: str, nb_samples: int | None = None) -> list[tupl
     """
     import datasets
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)       # it logs what it also raises
     path, kinds = Path(data), {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-    if path.suffix in kinds or path.exists():
-        if path.suffix not in kinds or not path.is_file():
-            raise ValueError(f"--data {data}: {'no such file' if path.suffix in kinds and not path.exists() else 'not a data file'}; "
-                             f"expected a {', '.join(kinds)} file or a Hub id")
-        if path.stat().st_size == 0:
-            raise ValueError(f"--data {data}: the file is empty")
-        load = functools.partial(datasets.load_dataset, kinds[path.suffix], data_files=str(path), split="train")
+    if path.exists() or path.suffix in kinds or data.count("/") != 1 or data.startswith((".", "/", "~")):
+        if not path.is_file() or path.suffix not in kinds:
+            raise ValueError(f"--data {data}: {'not a data file' if path.exists() else 'no such file'}; expected a {', '.join(kinds)} file or a Hub id (owner/name)")
+        with open(path, "rb") as file:
+            start = file.read(4096).strip()
+        if not start or (kinds[path.suffix] == "json" and start[:1] not in b"{["):      # pyarrow may crash on other JSON
+            raise ValueError(f"--data {data}: {'the file is empty' if not start else f'begins with {start[:20]!r}, expected a JSON object a line, or a list of them'}")
+        # csv: text stays text (no 2.0 for 2, no None for NA), and a row with a field too many does not shift the columns
+        options = {"converters": dict.fromkeys(TEXTS, str), "keep_default_na": False, "index_col": False} if path.suffix == ".csv" else {}
+        load = functools.partial(datasets.load_dataset, kinds[path.suffix], data_files=glob.escape(str(path)), split="train", **options)
     else:
-        offline = not hub_reachable()
-        datasets.config.HF_HUB_OFFLINE = offline            # what was downloaded earlier still loads
+        datasets.config.HF_HUB_OFFLINE = not hub_reachable()        # what was downloaded earlier still loads
         load = functools.partial(datasets.load_dataset, data, "main" if data.endswith("gsm8k") else None, split=split)
     try:
         table = load()
     except Exception as error:              # datasets raises its own, pyarrow's, and OSErrors, several lines each
         if not path.exists() and not hub_reachable():
             raise ValueError(f"--data {data}: {OFFLINE}") from None
-        cause = error.__cause__ or error
-        raise ValueError(f"--data {data} cannot be read: {type(cause).__name__}: {str(cause).strip().splitlines()[0][:200]}") from None
+        if "corresponds to no data" in str(error) or "BatchSize" in str(error):
+            raise ValueError(f"--data {data} holds no rows") from None
+        raise ValueError(f"--data {data} cannot be read: {first_line(error.__cause__ or error)}") from None
     schema = next((pair for pair in SCHEMAS if set(pair) <= set(table.column_names)), None)
     if schema is None:
         raise ValueError(f"--data {data} has the columns {', '.join(table.column_names)}; expected query and response, "
@@ -156,10 +167,10 @@ def read_rows(data: str, split: str, nb_samples: int | None = None) -> list[tupl
     table, rows = table.select(range(min(nb_samples or len(table), len(table)))), []
     for index, row in enumerate(table):
         question, answer = row[schema[0]], row[schema[1]]
-        if not (isinstance(question, str) and isinstance(answer, str) and question.strip() and answer.strip()):
-            raise ValueError(f"--data {data}, row {index + 1}: {schema[0]} and {schema[1]} must be text, got {question!r:.60} and {answer!r:.60}")
-        if schema[0] == "instruction" and row.get("input"):
-            question += "\n" + row["input"]
+        more = row.get("input") or "" if schema[0] == "instruction" else ""
+        if not all(isinstance(text, str) for text in (question, answer, more)) or not question.strip() or not answer.strip():
+            raise ValueError(f"--data {data}, row {index + 1}: {schema[0]} and {schema[1]} must be text and not empty, got {question!r:.60} and {answer!r:.60}")
+        question += "\n" + more if more else ""
         rows.append((question, re.sub(r"<<.*?>>", "", answer)))
     if not rows:
         raise ValueError(f"--data {data} holds no rows")
@@ -200,6 +211,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):     # torch's ways of saying no, on many lines
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise ValueError(f"--device {name}: this machine has cpu{', mps' if torch.backends.mps.is_available() else ''} "
                          f"and {torch.cuda.device_count()} cuda devices") from None
     return device
@@ -225,7 +238,7 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device):
     transformers.logging.disable_progress_bar()
     path = Path(name)
     if not path.is_dir() and (path.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1):
-        raise ValueError(f"--model {name}: no such folder")
+        raise ValueError(f"--model {name}: {'not a folder' if path.exists() else 'no such folder'}; expected one with config.json, model.safetensors and tokenizer.json")
     local = path.is_dir() or not hub_reachable()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
@@ -234,12 +247,19 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device):
     except Exception as error:              # OSError, ValueError, SafetensorError, tokenizers' own: the first line says it
         if local and not path.is_dir():
             raise ValueError(f"--model {name}: {OFFLINE}") from None
-        raise ValueError(f"--model {name} cannot be loaded: {str(error).strip().splitlines()[0][:300]}") from None
+        raise ValueError(f"--model {name} cannot be loaded: {first_line(error)}; expected a folder with whole config.json, "
+                         "model.safetensors and tokenizer.json that belong together, of a causal language model") from None
     if info["missing_keys"]:                # they would be random weights, and training would quietly start from them
         raise ValueError(f"--model {name} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}: expected a causal language model")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--model {name}: its tokenizer has no EOS token, so answers would have no end")
     return model.to(device).eval(), tokenizer
+
+
+def check_ids(model, encoded: list[list[int]]) -> None:
+    words = model.get_input_embeddings().weight.shape[0]
+    if (largest := max(max(ids, default=0) for ids in encoded)) >= words:
+        raise ValueError(f"the tokenizer gives id {largest}, the model has {words} embeddings: they do not belong together")
 
 
 # --- generation ---
@@ -249,6 +269,7 @@ def complete(model, tokenizer, prompts: list[str], batch_size: int = 16, max_new
     """Greedy completions of the prompts, in their order: (text, whether max_new_tokens cut it off)."""
     from transformers import GenerationConfig, StoppingCriteriaList
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    check_ids(model, encoded)
     own_eos = model.generation_config.eos_token_id or []
     eos = sorted({tokenizer.eos_token_id, *([own_eos] if isinstance(own_eos, int) else own_eos)})
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
@@ -338,10 +359,13 @@ def find_adapters(folders: list[str]) -> list[tuple[str, Path]]:
     """[(name, folder)]; a run folder becomes all its checkpoints, in order."""
     found = []
     for folder in map(Path, folders):
-        steps = sorted(folder.glob("step_*[0-9]/")) if not (folder / "adapter_config.json").exists() else []
-        for path in steps or [folder]:
-            path_name = path.resolve()
-            found.append((f"{path_name.parent.name}-{path_name.name}" if path_name.name.startswith("step_") else path_name.name, path))
+        steps = sorted(path.parent for path in folder.glob("step_*[0-9]/adapter_config.json"))
+        for path in [folder] if (folder / "adapter_config.json").exists() or not steps else steps:
+            whole = path.resolve()
+            found.append((f"{whole.parent.name}-{whole.name}" if whole.name.startswith("step_") else whole.name, path))
+    names = ["base", *(name for name, _ in found)]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"--adapter: two results would be called {twice!r}; rename a folder, or score them one by one with another --out")
     return found
 
 
@@ -374,6 +398,8 @@ def main(args) -> list[tuple[str, dict]]:
         raise ValueError(f"--save-merged writes one model: give exactly one adapter, got {len(adapters)}")
     if args.save_merged and Path(args.save_merged).exists() and any(Path(args.save_merged).iterdir()):
         raise ValueError(f"--save-merged {args.save_merged}: the folder exists and is not empty; name another")
+    for folder in [args.out, *([args.save_merged] if args.save_merged else [])]:
+        Path(folder).mkdir(parents=True, exist_ok=True)     # what cannot be written shows now, not after an hour
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     dtype, reason = pick_dtype(args.dtype, device)
@@ -385,7 +411,6 @@ def main(args) -> list[tuple[str, dict]]:
     print(f"{args.model} on {device} in {str(dtype)[6:]} ({reason}), {len(rows) - args.shots} problems of {args.data}", flush=True)
 
     out, data_name, scores, answered = Path(args.out), Path(args.data).stem, [], {}
-    out.mkdir(parents=True, exist_ok=True)
 
     def score(name, folder):
         start = time.perf_counter()
@@ -418,10 +443,17 @@ def main(args) -> list[tuple[str, dict]]:
     return scores
 
 
-if __name__ == "__main__":
+def run_script(name: str, main, parse_args) -> None:
+    """The edge of a script: what a flag or a file can cause ends in one line on stderr and exit code 2."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         main(parse_args())
-    except ValueError as error:
-        sys.exit(print(f"eval_gsm8k.py: {error}", file=sys.stderr) or 2)
+    except (ValueError, OSError) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_script("eval_gsm8k.py", main, parse_args)

@@ -463,7 +463,7 @@ def _read_config(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict]:
     """adapter_config.json as (config, all that it says), once every option in it is known to be one that this code honours."""
     path = folder / CONFIG
     if not path.is_file():
-        steps = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
+        steps = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}") if p.parent.suffix != ".part")
         raise ValueError(f"{folder}: no such adapter folder" if not folder.is_dir() else f"{folder} has no {CONFIG}" +
                          (f"; did you mean one of its checkpoints: {_some(steps)}?" if steps else ": it is no adapter, or an incomplete one"))
     try:
@@ -483,7 +483,7 @@ def _read_config(model: nn.Module, folder: Path) -> tuple[LoRAConfig, dict]:
             if key not in KNOWN and not (value is None or value is False or value in ("", [], {})):
                 raise ValueError(f"the option {key} = {value!r} is not supported here: load this adapter with PEFT")
         listed, saved = described.get("target_modules"), described.get("modules_to_save") or []
-        for key, value in (("target_modules", listed if isinstance(listed, list) else []), ("modules_to_save", saved)):
+        for key, value in (("target_modules", [] if listed is None or isinstance(listed, str) else listed), ("modules_to_save", saved)):
             if not (isinstance(value, list) and all(isinstance(name, str) and name for name in value)):
                 raise ValueError(f"{key} is {value!r}, expected a list of names")
         for key, kind in (("r", int), ("lora_alpha", (int, float)), ("base_model_name_or_path", (str, type(None)))):

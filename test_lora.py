@@ -727,15 +727,19 @@ def test_rows_of_all_three_schemas(workdir):
                               ("d.json", {"instruction": "do", "input": "", "output": "done"}, ("do", "done"))):
         Path(name).write_text(json.dumps([row] * 3) if name == "d.json" else (json.dumps(row) + "\n") * 3)
         assert read_rows(name, "train") == [wanted] * 3 and len(read_rows(name, "train", 2)) == 2
-    Path("e.csv").write_text("question,answer\nq,a\n")
-    assert read_rows("e.csv", "train") == [("q", "a")]
+    Path("e.csv").write_text("question,answer\nhow many?,2\nNA,b\n")
+    assert read_rows("e.csv", "train") == [("how many?", "2"), ("NA", "b")]
+    Path("f[0]*.jsonl").write_text('{"question": "q", "answer": "a"}\n')       # a name, not a pattern
+    Path("f01.jsonl").write_text('{"question": "q", "answer": "b"}\n')
+    assert read_rows("f[0]*.jsonl", "train") == [("q", "a")]
 
 
 @pytest.mark.parametrize("name, text, message", [
     ("x.jsonl", None, "no such file"), ("x.jsonl", "", "the file is empty"), ("x.jsonl", "{broken\n", "cannot be read"), ("x.txt", "a", "not a data file"),
     ("x.jsonl", '{"text": "a", "tag": 1}\n', "has the columns text, tag; expected query and response"), ("x.json", "[]", "x.json"),
     ("x.jsonl", '{"question": "q", "answer": "a"}\n{"question": "q", "answer": null}\n', "row 2"),
-    ("x.jsonl", '{"question": " ", "answer": "a"}\n', "row 1"), ("x.csv", "question,answer\n", "no data")])
+    ("x.jsonl", '{"question": " ", "answer": "a"}\n', "row 1"), ("x.csv", "question,answer\n", "holds no rows"), ("x.jsonl", "null", "expected a JSON object"),
+    ("x.jsonl", "\0" * 99, "expected a JSON object"), ("x.json", '[{"instruction": "a", "input": 5, "output": "b"}]', "row 1"), ("data", None, "no such file")])
 def test_bad_data_is_one_clear_error(name, text, message, workdir):
     """Every way that a data file can be wrong must be a ValueError of one line that names the file."""
     if text is not None:
@@ -1093,7 +1097,7 @@ def test_resume_refuses_what_it_cannot_continue(tiny, workdir, capsys):
     with pytest.raises(ValueError, match="no whole checkpoint to continue from"):
         run(tiny, "--resume")
     run(tiny, *flags)
-    with pytest.raises(ValueError, match="add --resume to continue from step_000004"):
+    with pytest.raises(ValueError, match="has checkpoints up to step_000004: add --resume"):
         run(tiny, *flags)
     with pytest.raises(ValueError, match="--r was 4, is 8; --lr was 0.01, is 0.02"):
         run(tiny, *flags, "--resume", "--r", "8", "--lr", "0.02")

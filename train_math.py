@@ -10,6 +10,7 @@ runs/RUN/ (TensorBoard events, where tensorboard is installed). The memory plan 
 after the last step. By hand here: mixed precision with loss scaling, gradient accumulation, activation checkpointing, the loop.
 """
 import functools
+import hashlib
 import json
 import math
 import os
@@ -27,11 +28,13 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import eval_gsm8k
-from eval_gsm8k import BASE_MODEL, Parser, encode_prompt, format_prompt, load_model, number, pick_device, pick_dtype, read_rows
+from eval_gsm8k import (BASE_MODEL, Parser, check_ids, encode_prompt, first_line, format_prompt, load_model, number, pick_device, pick_dtype,
+                        read_rows, run_script)
 from lora import LoRAConfig, count_parameters, disable_lora, inject_lora, load_adapter, save_adapter
 
 try:
@@ -50,7 +53,7 @@ def parse_args(argv=None):
     add("--nb-samples", type=number(int, 1), default=10000, help="train on the first N rows")
     add("--epochs", type=number(int, 1), default=3, help="passes over the data")
     add("--max-steps", type=number(int, 1), help="stop after N optimizer steps, the schedule ending there")
-    add("--r", type=number(int, 1), default=8, help="rank (Hu et al., Sec. 4.1)")
+    add("--r", type=number(int, 1, 2**16), default=8, help="rank (Hu et al., Sec. 4.1)")
     add("--alpha", type=number(float, 1e-6), default=16.0, help="the update is scaled by alpha / r")
     add("--dropout", type=number(float, 0, 1, open_high=True), default=0.05, help="probability, on the adapter's input")
     add("--targets", nargs="+", default=["q_proj", "v_proj"], help="name endings of the layers to adapt, or all-linear")
@@ -200,7 +203,8 @@ def backward_loss(model, batch, weight: float = 1.0) -> torch.Tensor:
         (loss * weight).backward()
         gradients.append(h.grad)
         total = total + loss.detach()
-    hidden.backward(torch.cat(gradients))
+    if hidden.requires_grad:                # not where only the head is adapted
+        hidden.backward(torch.cat(gradients))
     return total
 
 
@@ -209,6 +213,8 @@ def check_head(model, ids: list[int]) -> None:
     """ValueError for an architecture that changes its logits after the output head, where the loss above would be wrong."""
     ids = torch.tensor([ids[:8]], device=next(model.parameters()).device)
     ours = model.get_output_embeddings()(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if not ours.isfinite().all():
+        raise ValueError(f"the base model's own output is not finite in {ours.dtype}: try another --dtype, or is the model damaged?")
     if not torch.allclose(ours, model(input_ids=ids, use_cache=False).logits, equal_nan=True):
         raise ValueError(f"{type(model).__name__} scales or caps its logits after the output head, which is not supported here")
 
@@ -293,13 +299,17 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
     """(folder, trainer state) of the newest whole checkpoint; one that cannot be read is passed over with a warning."""
     for path in sorted(folder.glob("step_*[0-9]/"), reverse=True):
         try:
+            if not (path / "trainer_state.pt").exists():
+                continue                    # an older checkpoint keeps its adapter only
             state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)
-            if (path / "adapter_config.json").exists():
-                return path, state
-        except FileNotFoundError:
-            continue                        # an older checkpoint keeps its adapter only
+            if missing := {"step", "skipped", "loss_scale", "good_steps", "optimizer", "args", "data"} - set(state):
+                raise ValueError(f"trainer_state.pt lacks {', '.join(sorted(missing))}")
+            with safe_open(path / "adapter_model.safetensors", "pt") as file:
+                file.keys()
+            json.loads((path / "adapter_config.json").read_text(encoding="utf8"))
+            return path, state
         except Exception as error:          # cut off, half deleted, junk
-            print(f"warning: {path} is damaged and passed over ({type(error).__name__}: {str(error).splitlines()[0][:80]})", file=sys.stderr)
+            print(f"warning: {path} is damaged and passed over ({first_line(error)})", file=sys.stderr)
     return None
 
 
@@ -322,7 +332,11 @@ def train(model, examples, args, config: LoRAConfig | None = None, state: dict |
         scaler.scale, scaler.good_steps = state["loss_scale"], state["good_steps"]
         optimizer.load_state_dict(state["optimizer"])
     batches_of = functools.lru_cache(2)(lambda epoch: epoch_batches(lengths, args.batch_size, args.seed, epoch))
-    checkpoint_folder = None
+    checkpoint_folder, data = None, hashlib.sha256(repr(examples).encode()).hexdigest()
+    if state and state["data"] != data:
+        raise ValueError(f"--resume: the rows of {args.data} are not those that the run began with; start anew with another --run-name")
+    if config:
+        folder.mkdir(parents=True, exist_ok=True)           # what cannot be written shows now, not at the first save
     model.train()
     with open_log(run, step) as log, catch_signals() as stopped_by, tqdm(total=steps, initial=step, unit="step", disable=None) as bar:
         while step < steps:
@@ -372,7 +386,7 @@ def train(model, examples, args, config: LoRAConfig | None = None, state: dict |
             if config and (step % args.save_every == 0 or step == steps or stopped_by):
                 checkpoint_folder = folder / f"step_{step:06d}"
                 progress = {"step": step, "micro_batch": numbers.stop, "skipped": skipped, "skipped_in_a_row": skipped_in_a_row,
-                            "loss_scale": scaler.scale, "good_steps": scaler.good_steps}
+                            "loss_scale": scaler.scale, "good_steps": scaler.good_steps, "data": data}
                 save_checkpoint(checkpoint_folder, model, config, optimizer, progress, args)
             if stopped_by:
                 break
@@ -380,7 +394,7 @@ def train(model, examples, args, config: LoRAConfig | None = None, state: dict |
         if config and "--demo" not in sys.argv:
             flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
             print(f"stopped after step {step}, saved in {checkpoint_folder}; continue with:\n"
-                  f"    python train_math.py {shlex.join(flags)} --resume")
+                  f"    python {shlex.quote(sys.argv[0])} {shlex.join(flags)} --resume")
         sys.exit(128 + stopped_by[0])       # 130 for Ctrl-C, 143 for SIGTERM
     return checkpoint_folder
 
@@ -436,9 +450,10 @@ def plot_loss(run: Path) -> None:
 
 @contextmanager
 def catch_signals():
-    """Ctrl-C and SIGTERM are noted in the list that this yields, instead of ending the process in the middle of a step."""
+    """Ctrl-C, SIGTERM and a closed terminal are noted in the list that this yields, instead of ending the process in the middle of a step."""
     caught = []
-    before = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]      # Windows has no SIGHUP
+    before = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in numbers}
     try:
         yield caught
     finally:
@@ -474,11 +489,12 @@ def main(args) -> Path:
     if args.demo:
         return demo()
     folder = Path("checkpoints") / args.run_name
-    newest = newest_checkpoint(folder)
-    if newest and not args.resume:
-        raise ValueError(f"{folder} has checkpoints already: add --resume to continue from {newest[0].name}, or give another --run-name")
+    newest = newest_checkpoint(folder) if args.resume else None
+    if not args.resume and (steps := sorted(folder.glob("step_*[0-9]"))):
+        raise ValueError(f"{folder} has checkpoints up to {steps[-1].name}: add --resume to continue, or give another --run-name")
     if args.resume and not newest:
-        raise ValueError(f"--resume: {folder} has no whole checkpoint to continue from; start it without --resume")
+        raise ValueError(f"--resume: {folder} has no whole checkpoint to continue from; start anew, without --resume"
+                         + (" and with another --run-name" if any(folder.glob("step_*")) else ""))
     device = pick_device(args.device)
     if args.vram:
         limit_vram(args.vram, device)
@@ -489,12 +505,13 @@ def main(args) -> Path:
         changed = [f"--{key.replace('_', '-')} was {saved.get(key)}, is {value}" for key, value in vars(args).items()
                    if key not in FREE and saved.get(key) != value]
         if changed:
-            raise ValueError(f"--resume cannot continue {folder} with other flags: {'; '.join(changed)}")
+            raise ValueError(f"--resume cannot continue {folder} with other flags: {'; '.join(changed)}; repeat the old ones, or give another --run-name")
     rows = read_rows(args.data, "train", args.nb_samples)
     model, tokenizer = load_model(args.model, dtype, device)
     if device.type == "cpu":                # the backward of torch's fused attention is slow there: plain products train 1.35x faster
         model.set_attn_implementation("eager")
     examples = encode(rows, tokenizer, args.max_length)
+    check_ids(model, [ids for ids, _ in examples])
     check_head(model, examples[0][0])
 
     # Facts before step 0.
@@ -506,10 +523,10 @@ def main(args) -> Path:
     trainable, total = count_parameters(model)
     print(f"{args.model}: {len(names)} layers adapted ({', '.join(names[:2])} ...), {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
     print(f"{args.dtype} base on {device}: {reason}; adapter, gradients and moments in float32")
-    lengths, per_step = [len(ids) for ids, _ in examples], args.batch_size * args.grad_accum
+    lengths, batch_size = [len(ids) for ids, _ in examples], min(args.batch_size, len(examples))
     print(f"{len(examples):,} rows of {args.data}, {len(rows) - len(examples):,} dropped over {args.max_length} tokens; "
-          f"{sum(lengths):,} tokens an epoch, about {sum(lengths) * per_step // len(lengths):,} a step of {args.batch_size} x {args.grad_accum} rows")
-    plan = memory_plan(model.train(), args.batch_size, max(lengths), args.checkpoint_activations)
+          f"{sum(lengths):,} tokens an epoch, about {sum(lengths) * batch_size * args.grad_accum // len(lengths):,} a step of {batch_size} x {args.grad_accum} rows")
+    plan = memory_plan(model.train(), batch_size, max(lengths), args.checkpoint_activations)
     if device.type != "cuda":
         plan = {"Python and libraries": max(0, peak_memory(device) - plan["base weights"]), **plan}
     planned = sum(plan.values())
@@ -528,7 +545,7 @@ def main(args) -> Path:
     peak = peak_memory(device)
     plot_loss(Path("runs") / args.run_name)
     print(f"peak memory {peak / 2**30:.2f} GiB, planned {planned / 2**30:.2f}. Written: {last}/, runs/{args.run_name}/metrics.jsonl")
-    print(f"score it:  python eval_gsm8k.py --model {args.model} --adapter {folder}")
+    print(f"score it:  python eval_gsm8k.py --model {shlex.quote(args.model)} --adapter {folder}")
     return last
 
 
@@ -567,6 +584,8 @@ def demo_base(texts: list[str]):
 def demo() -> Path:
     """Pretrains a base on one-step problems, adapts it to two-step ones with the real main(), scores, switches off, merges."""
     begin, folder = time.perf_counter(), Path("demo")
+    if folder.exists() and not (folder / "one-step-train.jsonl").exists():
+        raise ValueError("--demo writes to ./demo, and there is a folder of that name that is not the demo's: run it elsewhere")
     for old in (folder, Path("checkpoints/demo"), Path("runs/demo"), Path("runs/demo-base")):
         shutil.rmtree(old, ignore_errors=True)
     folder.mkdir()
@@ -615,9 +634,4 @@ def demo() -> Path:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except ValueError as error:
-        sys.exit(print(f"train_math.py: {error}", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script("train_math.py", main, parse_args)

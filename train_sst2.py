@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from eval_gsm8k import OFFLINE, Parser, hub_reachable, number, pick_device, pick_dtype, wilson_interval
+from eval_gsm8k import OFFLINE, Parser, hub_reachable, number, pick_device, pick_dtype, run_script, wilson_interval
 from lora import (LoRAConfig, count_parameters, disable_lora, inject_lora, linear_layers, load_adapter, lora_layers, match_modules,
                   merge_lora, save_adapter, short_names, unmerge_lora)
 
@@ -407,9 +407,4 @@ def demo() -> list[dict]:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except ValueError as error:
-        sys.exit(print(f"train_sst2.py: {error}", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_script("train_sst2.py", main, parse_args)
