@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 import eval_gsm8k
 import train_math
+import train_sst2
 from eval_gsm8k import complete, encode_prompt, extract_answer, format_prompt, mcnemar_p, read_rows, wilson_interval
 from lora import (LoRAConfig, LoRALinear, adapter_state_dict, count_parameters, disable_lora, inject_lora, load_adapter, lora_layers,
                   merge_lora, save_adapter, strip_lora, unmerge_lora)
@@ -783,6 +784,14 @@ def test_models_that_cannot_serve_are_refused(workdir):
         eval_gsm8k.pick_device("gpu")
 
 
+def test_the_dtype_asked_for_is_the_dtype_loaded(tiny, workdir):
+    """transformers takes the checkpoint's own dtype unless told: float32 asked of a bf16 checkpoint must be float32."""
+    load(tiny)[0].bfloat16().save_pretrained("half")
+    load(tiny)[1].save_pretrained("half")
+    for dtype in HALF:
+        assert {p.dtype for p in eval_gsm8k.load_model("half", dtype, torch.device("cpu"))[0].parameters()} == {dtype}
+
+
 def test_batched_generation_equals_one_by_one(tiny):
     """Left padding with a mask must not change a token, and the order of the prompts must be kept."""
     model, tokenizer = load(tiny)
@@ -1125,6 +1134,95 @@ def test_interrupting_saves_and_says_how_to_resume(tiny, workdir, capsys):
     assert "--resume" in capsys.readouterr().out
 
 
+# --- train_sst2.py ---
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """(folder of a tiny random BERT with its tokenizer, folder of train and validation sentences)."""
+    import random
+    folder, rng = tmp_path_factory.mktemp("sst2"), random.Random(0)
+    model, tokenizer = train_sst2.demo_encoder()
+    model.save_pretrained(folder / "bert")
+    tokenizer.save_pretrained(folder / "bert")
+    (folder / "data").mkdir()
+    for split, count in (("train", 96), ("validation", 40)):
+        (folder / "data" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train_sst2.demo_sentences(rng, count, "story")))
+    return folder
+
+
+def sst2(encoder, *flags):
+    return train_sst2.parse_args(["--model", str(encoder / "bert"), "--data", str(encoder / "data"), "--device", "cpu", "--dtype", "float32",
+                                  "--epochs", "1", "--batch-size", "16", "--lr", "5e-3", *flags])
+
+
+def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, workdir, monkeypatch, capsys):
+    """Ranks, seeds and full fine-tuning must each stand in sst2.jsonl, adapter and head counted apart; a second start trains nothing."""
+    lines = train_sst2.main(sst2(encoder, "--ranks", "1", "2", "--seeds", "0", "1", "--full-finetune"))
+    assert [(line["r"], line["seed"]) for line in lines] == [(1, 0), (1, 1), (2, 0), (2, 1), (None, 0), (None, 1)]
+    assert [line["adapter_parameters"] for line in lines] == [512, 512, 1024, 1024, 0, 0] and lines[0]["head_parameters"] == 64 * 2 + 2
+    assert lines[-1]["trainable"] == lines[-1]["total"] and len(lines[0]["history"]) >= 4 and "spread" in capsys.readouterr().out
+    path = Path("results/sst2.jsonl")
+    path.write_text("".join(line for line in path.read_text().splitlines(keepends=True)[:-1]))     # as if killed in the last run
+    trained, real = [], train_sst2.train
+    monkeypatch.setattr(train_sst2, "train", lambda args, data, r, seed, *rest: trained.append((r, seed)) or real(args, data, r, seed, *rest))
+    again = train_sst2.main(sst2(encoder, "--ranks", "1", "2", "--seeds", "0", "1", "--full-finetune"))
+    assert trained == [(None, 1)] and again[:-1] == lines[:-1] and again[-1]["loss"] == lines[-1]["loss"]
+
+
+def test_an_adapter_with_its_head_predicts_the_same_elsewhere(encoder, workdir, capsys):
+    """Loaded under another seed, whose fresh head differs, every prediction must be the same; merged too."""
+    args = sst2(encoder, "--ranks", "2")
+    data = {split: train_sst2.read_sentences(args.data, split) for split in ("train", "validation")}
+    _, model = train_sst2.train(args, data, 2, 0, torch.device("cpu"), torch.float32)
+    tokens = train_sst2.encode(data["validation"], train_sst2.load_encoder(args.model, None, 0, "cpu")[1], 128)
+    wanted, loss = train_sst2.evaluate(model, tokens, 0, 64, torch.float32)
+    other = train_sst2.load_encoder(args.model, None, 5, "cpu")[0]
+    assert not torch.equal(other.classifier.weight, model.classifier.weight)
+    load_adapter(other, "checkpoints/sst2-bert-r2-s0")
+    assert train_sst2.evaluate(other, tokens, 0, 64, torch.float32) == (wanted, loss)
+    args = train_sst2.parse_args(["--adapter", "checkpoints/sst2-bert-r2-s0", "--data", str(encoder / "data"), "--dtype", "float32", "--device", "cpu", "--seeds", "7"])
+    train_sst2.main(args)                                       # the model's name comes from the adapter
+    out = capsys.readouterr().out
+    assert "0 labels change when merged" in out and "merged" in out
+    assert train_sst2.score_adapter(args, torch.device("cpu"), torch.float32) == wanted
+
+
+def test_padding_does_not_change_an_encoder_s_loss(encoder):
+    """Evaluated one by one or in padded batches, in any order, labels must be the same and the loss equal."""
+    model, tokenizer, _, _ = train_sst2.load_encoder(str(encoder / "bert"), None, 0, "cpu")
+    examples = train_sst2.encode(train_sst2.read_sentences(str(encoder / "data"), "validation"), tokenizer, 128)
+    alone, padded = train_sst2.evaluate(model, examples, 0, 1, torch.float32), train_sst2.evaluate(model, examples, 0, 16, torch.float32)
+    assert len({len(ids) for ids, _ in examples}) > 1 and alone[0] == padded[0] and alone[1] == pytest.approx(padded[1], abs=1e-5)
+    import random
+    batches = train_sst2.batches(examples, 16, random.Random(0))
+    assert sorted(map(str, sum(batches, []))) == sorted(map(str, examples)) and [len(b) for b in batches].count(16) == 2
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data", "nowhere/at/all"], "no such folder"), (["--data", "empty"], "no train file"), (["--data", "columns"], "has the columns text, label"),
+    (["--data", "unlabelled"], "label is -1"), (["--targets", "q_porj"], "'q_porj' matches no linear layer"), (["--head", "top"], "also_train 'top'"),
+    (["--model", "./none"], "no such folder"), (["--adapter", "nowhere"], "names no base model")])
+def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder, workdir):
+    """Folders, columns, labels, targets: each must be a ValueError that names it."""
+    for name, row in (("columns", {"text": "a", "label": 1}), ("unlabelled", {"sentence": "a", "label": -1})):
+        Path(name).mkdir()
+        for split in ("train", "validation"):
+            (Path(name) / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    Path("empty").mkdir()
+    args = sst2(encoder, *flags)
+    args.model = None if "--adapter" in flags else args.model
+    with pytest.raises(ValueError, match=message):
+        train_sst2.main(args)
+
+
+def test_a_model_that_is_no_known_encoder_lists_its_layers(tiny, encoder, workdir):
+    """A decoder without --targets and --head must be refused with the linear layers that it has; ranks below 1 by the parser."""
+    with pytest.raises(ValueError, match="is of type llama.*give --targets and --head.*q_proj"):
+        train_sst2.main(sst2(encoder, "--model", str(tiny / "base")))
+    with pytest.raises(SystemExit):
+        train_sst2.parse_args(["--ranks", "4", "0"])
+
+
 # --- the command lines, the README ---
 
 @pytest.mark.parametrize("flags, culprit", [
@@ -1167,7 +1265,7 @@ def test_a_tied_head_as_target_is_refused_by_the_script(tiny, workdir):
 
 
 README = (HERE / "README.md").read_text(encoding="utf8")
-PARSERS = {"train_math.py": train_math.parse_args, "eval_gsm8k.py": eval_gsm8k.parse_args}
+PARSERS = {"train_math.py": train_math.parse_args, "eval_gsm8k.py": eval_gsm8k.parse_args, "train_sst2.py": train_sst2.parse_args}
 
 
 def test_every_command_in_the_readme_parses():

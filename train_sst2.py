@@ -205,7 +205,7 @@ def train(args, data, r: int | None, seed: int, device, dtype):
                 ids, mask, labels = collate(batch, tokenizer.pad_token_id, device)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     logits = model(input_ids=ids, attention_mask=mask).logits
-                loss = F.cross_entropy(logits.float(), labels)
+                loss = F.cross_entropy(logits.float(), labels)              # in fp32
                 scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -359,47 +359,53 @@ GOOD, BAD = ["lovely", "superb", "charming", "moving", "fresh", "witty"], ["dull
 
 
 def demo_sentences(rng, count: int, about: str) -> list[dict]:
-    """Two things are judged, the music and the story in either order; the label is what is said about one of them."""
+    """First the music is judged, then the story; the label is whether something is judged well, or whether the story is."""
     rows = []
     for _ in range(count):
         said = {"music": rng.choice([GOOD, BAD]), "story": rng.choice([GOOD, BAD])}
         parts = [f"the {thing} was {rng.choice(['', 'very ', 'rather '])}{rng.choice(words)}" for thing, words in said.items()]
-        rng.shuffle(parts)
-        rows.append({"sentence": f"{parts[0]} {rng.choice(['and', 'but', 'while'])} {parts[1]} .", "label": int(said[about] is GOOD)})
+        rows.append({"sentence": f"{parts[0]} {rng.choice(['and', 'but', 'while'])} {parts[1]} .", "label": int(GOOD in ([said["story"]] if about == "story" else said.values()))})
     return rows
 
 
-def demo() -> list[dict]:
-    """Pretrains an encoder on what is said about the music, then adapts it to what is said about the story."""
+def demo_encoder():
+    """(a BERT of about 100,000 random weights, a word-level tokenizer for the demo's sentences)."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-    begin, folder, rng = time.perf_counter(), Path("demo-sst2"), random.Random(0)
-    shutil.rmtree(folder, ignore_errors=True)
-    for about, sizes in (("music", (6000, 200)), ("story", (2000, 500))):
-        (folder / about).mkdir(parents=True)
-        for split, count in zip(("train", "validation"), sizes):
-            (folder / about / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demo_sentences(rng, count, about)))
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({*GOOD, *BAD, *"the music story was very rather and but while .".split()})]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
     torch.manual_seed(0)
-    encoder = BertModel(BertConfig(vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
-                                   max_position_embeddings=32))
+    return BertModel(BertConfig(vocab_size=len(words), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256,
+                                max_position_embeddings=32)), tokenizer
+
+
+def demo() -> list[dict]:
+    """Pretrains an encoder to tell whether anything is judged well, then adapts it to how the story is judged."""
+    begin, folder, rng = time.perf_counter(), Path("demo-sst2"), random.Random(0)
+    if folder.exists() and not (folder / "story").exists():
+        raise ValueError("--demo writes to ./demo-sst2, and there is a folder of that name that is not the demo's: run it elsewhere")
+    shutil.rmtree(folder, ignore_errors=True)
+    for about, sizes in (("anything", (6000, 200)), ("story", (2000, 500))):
+        (folder / about).mkdir(parents=True)
+        for split, count in zip(("train", "validation"), sizes):
+            (folder / about / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in demo_sentences(rng, count, about)))
+    encoder, tokenizer = demo_encoder()
     common, device = ["--dtype", "float32", "--device", "cpu"], torch.device("cpu")
 
-    print("1. An encoder learns from scratch what is said about the music.", flush=True)
+    print("1. An encoder learns from scratch whether anything is judged well.", flush=True)
     encoder.save_pretrained(folder / "random")
     tokenizer.save_pretrained(folder / "random")
-    args = parse_args([*common, "--model", "demo-sst2/random", "--data", "demo-sst2/music", "--full-lr", "1e-3", "--epochs", "2"])
+    args = parse_args([*common, "--model", "demo-sst2/random", "--data", "demo-sst2/anything", "--full-lr", "1e-3", "--epochs", "1"])
     _, model = train(args, {split: read_sentences(args.data, split) for split in ("train", "validation")}, None, 0, device, torch.float32)
     model.base_model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
 
-    print(f"\n2. LoRA and full fine-tuning on what is said about the story ({time.perf_counter() - begin:.0f} s so far).", flush=True)
-    flags = ["--model", "demo-sst2/base", "--data", "demo-sst2/story", "--ranks", "1", "4", "--full-finetune", "--lr", "5e-3", "--full-lr", "1e-3",
-             "--epochs", "3", "--out", "demo-sst2", *common]
+    print(f"\n2. LoRA and full fine-tuning on how the story is judged ({time.perf_counter() - begin:.0f} s so far).", flush=True)
+    flags = ["--model", "demo-sst2/base", "--data", "demo-sst2/story", "--ranks", "1", "4", "--seeds", "0", "1", "--full-finetune", "--lr", "2e-3", "--full-lr", "1e-3",
+             "--epochs", "4", "--out", "demo-sst2", *common]
     print(f"python train_sst2.py {' '.join(flags)}", flush=True)
     lines = main(parse_args(flags))
     print(f"All in {time.perf_counter() - begin:.0f} s.")
