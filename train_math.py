@@ -569,7 +569,8 @@ def demo_problem(rng, two_steps: bool) -> dict:
 def demo_base(texts: list[str]):
     """(a Llama of about 1M parameters with random weights, a word-level tokenizer for exactly these texts)."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
+    logging.disable_progress_bar()
     split = pre_tokenizers.Whitespace()
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}, unk_token="<unk>"))
@@ -584,7 +585,7 @@ def demo_base(texts: list[str]):
 def demo() -> Path:
     """Pretrains a base on one-step problems, adapts it to two-step ones with the real main(), scores, switches off, merges."""
     begin, folder = time.perf_counter(), Path("demo")
-    if folder.exists() and not (folder / "one-step-train.jsonl").exists():
+    if folder.exists() and any(folder.iterdir()) and not (folder / "one-step-train.jsonl").exists():
         raise ValueError("--demo writes to ./demo, and there is a folder of that name that is not the demo's: run it elsewhere")
     for old in (folder, Path("checkpoints/demo"), Path("runs/demo"), Path("runs/demo-base")):
         shutil.rmtree(old, ignore_errors=True)

@@ -371,7 +371,8 @@ def demo_sentences(rng, count: int, about: str) -> list[dict]:
 def demo_encoder():
     """(a BERT of about 100,000 random weights, a word-level tokenizer for the demo's sentences)."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, logging
+    logging.disable_progress_bar()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted({*GOOD, *BAD, *"the music story was very rather and but while .".split()})]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -385,7 +386,7 @@ def demo_encoder():
 def demo() -> list[dict]:
     """Pretrains an encoder to tell whether anything is judged well, then adapts it to how the story is judged."""
     begin, folder, rng = time.perf_counter(), Path("demo-sst2"), random.Random(0)
-    if folder.exists() and not (folder / "story").exists():
+    if folder.exists() and any(folder.iterdir()) and not (folder / "story").exists():
         raise ValueError("--demo writes to ./demo-sst2, and there is a folder of that name that is not the demo's: run it elsewhere")
     shutil.rmtree(folder, ignore_errors=True)
     for about, sizes in (("anything", (6000, 200)), ("story", (2000, 500))):
