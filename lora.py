@@ -357,7 +357,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json, which PEFT, vLLM and load_adapter read.
+    """Writes adapter_model.safetensors and adapter_config.json, which PEFT and load_adapter read.
 
     Each file is written beside its place, flushed, and renamed: a crash leaves no half adapter that would load.
     Raises RuntimeError while merged, ValueError when config is not the one that was injected.
