@@ -52,7 +52,7 @@ def parse_args(argv=None):
     add("--adapter", metavar="DIR", help="evaluate this saved adapter and stop")
     add("--ranks", nargs="+", type=number(int, 1), default=[8], help="one LoRA run for each; several are the ablation")
     add("--seeds", nargs="+", type=number(int, 0), default=[0], help="one run for each: the start of A and head, the data's order")
-    add("--alpha", type=number(float, 1e-6), default=16.0, help="the same for every rank (the released script's; the paper's Table 9 says r)")
+    add("--alpha", type=number(float, 1e-6), default=16.0, help="the same for every rank (the released script has 16, the paper's Table 9 has 8)")
     add("--dropout", type=number(float, 0, 1, open_high=True), default=0.05, help="probability, on the adapter's input")
     add("--lr", type=number(float, 1e-12, 1), default=5e-4, help="peak learning rate of the LoRA runs (Hu et al., Table 9: 5e-4)")
     add("--full-finetune", action="store_true", help="beside them, train every weight")
