@@ -1,7 +1,7 @@
 """LoRA fine-tuning of TinyLlama-1.1B on MetaMathQA, planned for one 4 GB card.
 
     python train_math.py                                             # the experiment: 10,000 problems, 3 epochs, r=8 on q and v
-    python train_math.py --demo                                      # all of it in 3 minutes on a CPU, nothing downloaded
+    python train_math.py --demo                                      # all of it in under 2 minutes on a CPU, nothing downloaded
     python train_math.py --model DIR --data train.jsonl --r 16       # your own model and data
     python eval_gsm8k.py --adapter checkpoints/lora-r8-MetaMathQA    # then score every checkpoint against the base
 
@@ -452,13 +452,13 @@ def plot_loss(run: Path) -> None:
 def catch_signals():
     """Ctrl-C, SIGTERM and a closed terminal are noted in the list that this yields, instead of ending the process in the middle of a step."""
     caught = []
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]      # Windows has no SIGHUP
-    before = {number: signal.signal(number, lambda n, _: caught.append(n)) for number in numbers}
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]      # Windows has no SIGHUP
+    before = {s: signal.signal(s, lambda n, _: caught.append(n)) for s in signals}
     try:
         yield caught
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 @torch.no_grad()
