@@ -18,6 +18,7 @@ Use, in any PyTorch model that calls its linear layers:
     save_adapter(model, config, "my-adapter")                      # a few MB, in PEFT's format
     load_adapter(model, "my-adapter")                              # later; build optimizers after this, it makes new A and B
     merge_lora(model); strip_lora(model)                           # back to plain dense layers
+    quantize_nf4(model)                                            # before all this: the base in 4 bits (QLoRA)
 
 Differences from the paper
 - A starts as nn.Linear does (Kaiming uniform, a = sqrt(5)), as the authors' released code has it; the paper says Gaussian.
@@ -35,6 +36,7 @@ import warnings
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -120,7 +122,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))       # uniform within 1 / sqrt(k)
         self.dropout = nn.Dropout(dropout)
         self.enabled = True
-        self.unmerged_weight = None                                 # the untouched W0, on the CPU, while merged
+        self.unmerged = None                                        # while merged: the untouched W0, on the CPU, or the 4-bit base
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)                                            # (..., k) -> (..., d)
@@ -137,7 +139,7 @@ class LoRALinear(nn.Module):
 
     @property
     def merged(self) -> bool:
-        return self.unmerged_weight is not None
+        return self.unmerged is not None
 
     def delta(self) -> torch.Tensor:
         """The update scaling * B A in fp32, shaped like base.weight: (d, k), or (k, d) over Conv1D."""
@@ -147,24 +149,29 @@ class LoRALinear(nn.Module):
 
     def merge(self) -> None:
         """W = W0 + scaling B A, summed in fp32 and rounded once to W0's dtype. Forward is then the base's own (Sec. 4.1);
-        the untouched W0 stays on the CPU until unmerge, or strip_lora."""
+        the untouched W0 stays on the CPU until unmerge, or strip_lora. An NF4 base becomes a dense one: W0 is what was trained on."""
         if self.merged:
             return
         if not self.enabled:
             raise RuntimeError("the adapter is switched off: merge outside of disable_lora")
-        if "weight" not in self.base._parameters or not self.base.weight.is_floating_point():
-            raise ValueError(f"cannot merge into {type(self.base).__name__}: its weight is {self.base.weight.dtype} or is computed "
+        base = self.base.dense() if isinstance(self.base, NF4Linear) else self.base
+        if "weight" not in base._parameters or not base.weight.is_floating_point():
+            raise ValueError(f"cannot merge into {type(base).__name__}: its weight is {base.weight.dtype} or is computed "
                              "(weight_norm, quantisation); load the base with plain weights to merge")
-        weight = self.base.weight.detach()
-        untouched = weight.to("cpu", copy=True)
-        weight.copy_(weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.delta())
-        self.unmerged_weight = untouched
+        weight = base.weight.detach()
+        merged = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.delta()
+        # the 4-bit base stands in a list, so that it is no submodule
+        self.unmerged = weight.to("cpu", copy=True) if base is self.base else [self.base]
+        weight.copy_(merged)
+        self.base = base
 
     def unmerge(self) -> None:
         """W0 comes back bit for bit. W - scaling B A would not do that: (a + b) - b is not a in floating point."""
-        if self.merged:
-            self.base.weight.detach().copy_(self.unmerged_weight)
-            self.unmerged_weight = None
+        if isinstance(self.unmerged, list):
+            self.base = self.unmerged[0].to(self.base.weight.device)
+        elif self.merged:
+            self.base.weight.detach().copy_(self.unmerged)
+        self.unmerged = None
 
     # for code that looks at the layer it thinks it has
     weight = property(lambda self: self.base.weight)
@@ -245,13 +252,18 @@ def short_names(names) -> list[str]:
     return sorted({".".join(name.split(".")[-2:]) if name.split(".")[-1].isdigit() else name.split(".")[-1] for name in names})
 
 
+def _owners(model: nn.Module) -> dict[int, set[str]]:
+    """{id of a parameter: names of the modules that hold it}. By identity: data_ptr() is 0 for every tensor on the meta device."""
+    owners = defaultdict(set)
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)].add(name)
+    return owners
+
+
 def _refuse_unsafe(model: nn.Module, names, full) -> None:
     """ValueError for layers in which an adapter would change more than it says, or nothing at all."""
-    owners, modules = defaultdict(set), dict(model.named_modules())
-    for name, module in modules.items():
-        for parameter in module._parameters.values():
-            if parameter is not None:       # the same object: data_ptr() is 0 for every tensor on the meta device
-                owners[id(parameter)].add(name)
+    owners, modules = _owners(model), dict(model.named_modules())
     for name in [*names, *full]:
         for parameter in modules[name].parameters():
             if len(owners[id(parameter)]) > 1:
@@ -289,9 +301,10 @@ def _wrap(model: nn.Module, names, full, config: LoRAConfig) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) numbers of weights; a shared tensor counts once."""
+    """(trainable, total) numbers of weights; a shared tensor counts once, a 4-bit weight like any other."""
     parameters = list(model.parameters())
-    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+    packed = sum(module.out_features * module.in_features for module in model.modules() if isinstance(module, NF4Linear))
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters) + packed
 
 
 # --- merge, switch off, take off ---
@@ -339,6 +352,114 @@ def disable_lora(model: nn.Module):
     finally:
         for layer, enabled in zip(layers, before):
             layer.enabled = enabled
+
+
+# --- a 4-bit base: NF4 (QLoRA, Dettmers et al. 2023, arXiv:2305.14314) ---
+
+# Quantiles of a normal distribution, scaled to [-1, 1], with an exact 0 (their Appendix E).
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+BLOCK, GROUP = 64, 256      # weights that share an absmax; absmaxes that share a range (their Sec. 3, "double quantization")
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer in 4.13 bits a weight: W flattened in blocks of 64, each value the nearest of NF4 times its block's absmax.
+
+    weight  (bytes,) uint8, two codes a byte
+    absmax  (groups, 256) uint8, between its group's least and largest: absmax = range[:, 0] + range[:, 1] * code. The paper has
+            8-bit floats around the mean; an even range is finer for the same bits
+    range   (groups, 2) fp32: the least absmax and the step
+    bias    as it was
+    Computes in x's dtype. Raises ValueError for a weight that is not finite.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.out_features, self.in_features = _features(layer)
+        self.dtype, self.bias = layer.weight.dtype, layer.bias if layer.bias is None else layer.bias.requires_grad_(False)
+        w = (layer.weight.T if is_conv1d(layer) else layer.weight).detach().flatten().float()
+        blocks = F.pad(w, (0, -len(w) % BLOCK)).view(-1, BLOCK)         # the last block may be short: zeros fill it up
+        absmax = blocks.abs().amax(1)
+        if not absmax.isfinite().all():
+            raise ValueError("the weight holds NaN or infinity, which have no 4-bit code")
+        blocks = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        codes = sum((blocks > (low + high) / 2).byte() for low, high in zip(NF4, NF4[1:])).view(-1, 2)     # the nearest value's place
+        self.register_buffer("weight", codes[:, 0] << 4 | codes[:, 1])
+        groups = F.pad(absmax, (0, -len(absmax) % GROUP), value=absmax[-1].item()).view(-1, GROUP)
+        least, step = groups.amin(1, keepdim=True), (groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)) / 255
+        self.register_buffer("absmax", ((groups - least) / step.clamp(min=torch.finfo(torch.float32).tiny)).round().byte())
+        self.register_buffer("range", torch.cat([least, step], dim=1))
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """W as (d, k)."""
+        # A byte's two values are fetched at once, as one number of twice the width: the index costs 2 bytes a weight, not 8.
+        w = _nf4_pairs(dtype, self.weight.device).index_select(0, self.weight.int()).view(dtype).view(-1, BLOCK)
+        absmax = (self.range[:, :1] + self.range[:, 1:] * self.absmax).flatten()[:len(w), None]
+        return w.mul_(absmax.to(dtype)).flatten()[:self.out_features * self.in_features].view(self.out_features, self.in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _NF4Product.apply(x, self)
+
+    def dense(self) -> nn.Linear:
+        """A plain layer of the same values, in the dtype that the quantised layer had."""
+        layer = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=False, device=self.weight.device, dtype=self.dtype)
+        layer.weight, layer.bias = nn.Parameter(self.dequantize(self.dtype), requires_grad=False), self.bias
+        return layer.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class _NF4Product(torch.autograd.Function):
+    """x W^T + b, which keeps nothing for backward: W is frozen, so x is not needed, and W is dequantised again."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return F.linear(x, layer.dequantize(x.dtype), layer.bias if layer.bias is None else layer.bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.layer.dequantize(gradient.dtype), None
+
+
+@cache
+def _nf4_pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(256,): for every byte its two values side by side, viewed as one number."""
+    pairs = torch.tensor([(first, second) for first in NF4 for second in NF4], dtype=dtype, device=device)
+    return pairs.view(torch.float64 if dtype == torch.float32 else torch.float32).flatten()
+
+
+@torch.no_grad()
+def quantize_nf4(model: nn.Module, skip: tuple[str, ...] = ("lm_head",)) -> list[str]:
+    """Puts an NF4Linear in place of every linear layer but those whose names end in one of `skip`. Returns the names.
+
+    Call it while the half-precision model is on the CPU, then move the model: the device never holds a dense layer. Embeddings
+    stay; so does a layer that shares its weight with another module, with a warning. Adapters come after it.
+    Raises ValueError, with the model untouched, when there is nothing to quantise or a layer cannot be.
+    """
+    if next(lora_layers(model), None):
+        raise ValueError("the model carries an adapter: quantise the base first, then inject or load the adapter")
+    linears, owners = linear_layers(model), _owners(model)
+    names = [name for name, layer in linears.items() if "weight" in layer._parameters and not _matching([name], skip)]
+    for name in [name for name in names if len(owners[id(linears[name].weight)]) > 1]:
+        warnings.warn(f"{name} shares its weight with {', '.join(sorted(owners[id(linears[name].weight)] - {name}))} (tied): it stays in {linears[name].weight.dtype}")
+        names.remove(name)
+    if not names:
+        raise ValueError("there is no linear layer to quantise in this model")
+    _refuse_unsafe(model, names, ())
+    for name in names:
+        if not linears[name].weight.isfinite().all():
+            raise ValueError(f"the weight of {name} holds NaN or infinity, which have no 4-bit code: is the model damaged?")
+    for name in names:                      # one at a time: the dense weight is freed before the next is quantised
+        _replace(model, [(linears[name], NF4Linear(linears.pop(name)))])
+    return names
+
+
+def dequantize_nf4(model: nn.Module) -> None:
+    """The way back to plain layers, which hold the rounded values."""
+    _replace(model, [(module, module.dense()) for module in model.modules() if isinstance(module, NF4Linear)])
 
 
 # --- adapter files, in PEFT's format ---

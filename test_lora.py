@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import weakref
 from decimal import Decimal
 from pathlib import Path
 
@@ -24,8 +25,8 @@ import eval_gsm8k
 import train_math
 import train_sst2
 from eval_gsm8k import complete, encode_prompt, extract_answer, format_prompt, mcnemar_p, read_rows, wilson_interval
-from lora import (LoRAConfig, LoRALinear, adapter_state_dict, count_parameters, disable_lora, inject_lora, load_adapter, lora_layers,
-                  merge_lora, save_adapter, strip_lora, unmerge_lora)
+from lora import (BLOCK, NF4, LoRAConfig, LoRALinear, NF4Linear, adapter_state_dict, count_parameters, dequantize_nf4, disable_lora,
+                  inject_lora, linear_layers, load_adapter, lora_layers, merge_lora, quantize_nf4, save_adapter, strip_lora, unmerge_lora)
 from train_math import (LossScaler, backward_loss, checkpoint_blocks, collate, demo_base, demo_problem, encode, epoch_batches,
                         learning_rate_at)
 
@@ -421,6 +422,174 @@ def test_disable_is_the_base_also_after_an_exception():
         assert torch.equal(model(IDS).logits, base)
         raise KeyError
     assert torch.equal(model(IDS).logits, adapted) and not torch.equal(base, adapted)
+
+
+# --- lora.py: NF4 ---
+
+def linear(weight, bias=None):
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight.clone())
+    return layer
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_sixteen_values_come_back_exactly(dtype):
+    """A weight made of the code book's own values, one absmax for all blocks, must come back bit for bit, with all 16 codes used."""
+    values = torch.tensor(NF4)
+    w = values[torch.randint(16, (48, 64), generator=torch.Generator().manual_seed(0))]
+    w[:, 0] = 1                             # every block reaches its absmax
+    layer = NF4Linear(linear((w * 0.5).to(dtype)))
+    codes = torch.stack([layer.weight >> 4, layer.weight & 15], 1).flatten().long()
+    assert torch.equal(values[codes], w.flatten()) and len(set(codes.tolist())) == 16
+    assert torch.equal(layer.dequantize(dtype), (w * 0.5).to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(8, 128), (13, 7), (1, 1), (300, 70), (512, 64)])
+def test_nf4_error_is_within_half_a_gap(shape):
+    """|W - dequantised| must stay below half the code book's gap around it times the block's absmax, plus the absmax's own rounding."""
+    torch.manual_seed(0)
+    w = torch.randn(shape) * torch.logspace(-2, 1, shape[0])[:, None]           # rows of very different size
+    layer = NF4Linear(linear(w))
+    blocks = F.pad(w.flatten(), (0, -w.numel() % BLOCK)).view(-1, BLOCK)
+    absmax, values = blocks.abs().amax(1, keepdim=True), torch.tensor(NF4)
+    nearest = (blocks[..., None] / absmax[..., None] - values).abs().amin(-1) * absmax          # what the code book alone costs
+    back = F.pad(layer.dequantize(torch.float32).flatten(), (0, -w.numel() % BLOCK)).view(-1, BLOCK)
+    groups = F.pad(absmax.flatten(), (0, -len(absmax) % 256), value=absmax[-1].item()).view(-1, 256)
+    half_step = ((groups.amax(1) - groups.amin(1)) / 255 / 2).repeat_interleave(256)[:len(absmax), None]
+    assert ((back - blocks).abs() <= nearest + 1.001 * half_step + 1e-6 * absmax).all()
+    assert (nearest <= 0.152 * absmax).all()                                    # half the widest gap, -1 to -0.696
+    if shape == (512, 64):
+        assert (back - blocks).pow(2).mean().sqrt() < 0.1 * blocks.pow(2).mean().sqrt()
+        assert sum(8 * b.numel() * b.element_size() for b in layer.buffers()) / w.numel() < 4.13
+
+
+def test_nf4_codes_agree_with_bitsandbytes():
+    """The same block size and code book must give the very same packed bytes, and values as close as the absmax's rounding."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    torch.manual_seed(0)
+    w = 0.02 * torch.randn(256, 320)
+    packed, state = functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
+    layer = NF4Linear(linear(w))
+    assert torch.equal(packed.flatten(), layer.weight)
+    torch.testing.assert_close(layer.dequantize(torch.float32), functional.dequantize_4bit(packed, state), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_nf4_computes_and_differentiates_like_the_dense_layer(kind, dtype):
+    """Output and dL/dx must equal those of a dense layer with the dequantised values, over Linear and Conv1D, with a bias."""
+    torch.manual_seed(0)
+    base = (nn.Linear(40, 24) if kind is nn.Linear else Conv1D(24, 40)).to(dtype)
+    nn.init.normal_(base.bias)
+    layer, g = NF4Linear(base), torch.randn(3, 5, 24).to(dtype)
+    x, y = (torch.randn(3, 5, 40, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_() for _ in range(2))
+    dense = F.linear(y, layer.dequantize(dtype), base.bias)
+    assert torch.equal(layer(x), dense)
+    layer(x).backward(g)
+    dense.backward(g)
+    torch.testing.assert_close(x.grad, y.grad)
+    assert torch.equal(layer.dense()(x), dense) and layer.dense().weight.dtype == dtype
+
+
+def test_nf4_keeps_no_dense_weight_for_backward(monkeypatch):
+    """Between forward and backward nothing may be kept: no saved bytes, and the dequantised W freed as soon as it was used."""
+    layer, made, sizes = NF4Linear(nn.Linear(64, 64)), [], []
+    dequantize = NF4Linear.dequantize
+
+    def watched(self, dtype):
+        w = dequantize(self, dtype)
+        made.append(weakref.ref(w))
+        return w
+    monkeypatch.setattr(NF4Linear, "dequantize", watched)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+        y = layer(torch.randn(2, 64, requires_grad=True))
+    assert sum(sizes) == 0 and len(made) == 1 and made[0]() is None
+    y.sum().backward()
+    assert len(made) == 2 and made[1]() is None
+
+
+def test_lora_over_nf4_trains_saves_and_merges(tmp_path):
+    """QLoRA: only A and B get gradients; the file loads onto a dense base too; merging gives dequantised W plus delta, unmerging 4 bits."""
+    model = llama()
+    names = quantize_nf4(model)
+    assert len(names) == 14 and "lm_head" not in names and count_parameters(model)[1] == count_parameters(llama())[1]
+    config = LoRAConfig(r=4, targets="all-linear")
+    assert inject_lora(model, config) == names
+    before = bits(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    trained = set(adapter_state_dict(model))
+    assert {name for name, tensor in bits(model).items() if not torch.equal(tensor, before[name])} == trained
+    save_adapter(model, config, tmp_path)
+    load_adapter(llama(), tmp_path)
+    out, packed = model.eval()(IDS).logits, bits(model)
+    wanted = {name: layer.base.dequantize(torch.float32) + layer.delta() for name, layer in lora_layers(model)}
+    merge_lora(model)
+    torch.testing.assert_close(model(IDS).logits, out, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(layer.weight, wanted[name]) for name, layer in lora_layers(model))
+    unmerge_lora(model)
+    assert same_bits(bits(model), packed) and torch.equal(model(IDS).logits, out)
+    merge_lora(model)
+    strip_lora(model)
+    assert set(model.state_dict()) == set(llama().state_dict())
+
+
+def test_the_way_back_from_nf4():
+    """dequantize_nf4 must leave plain layers with the original keys, which compute the same."""
+    model = llama()
+    quantize_nf4(model)
+    out = model(IDS).logits
+    dequantize_nf4(model)
+    assert torch.equal(model(IDS).logits, out) and set(model.state_dict()) == set(llama().state_dict())
+    assert quantize_nf4(model) and torch.equal(model(IDS).logits, out)         # quantising its own values changes nothing
+
+
+def test_quantising_leaves_what_it_must():
+    """Embeddings and skipped layers stay; a tied layer stays with the reason; adapters, NaN and an empty choice are refused untouched."""
+    model = llama(tie_word_embeddings=True)
+    with pytest.warns(UserWarning, match="lm_head shares its weight with model.embed_tokens"):
+        assert "lm_head" not in quantize_nf4(model, skip=("q_proj",))
+    assert type(model.lm_head) is nn.Linear and type(model.model.embed_tokens) is nn.Embedding
+    assert all(isinstance(layer, NF4Linear) != name.endswith(("q_proj", "lm_head")) for name, layer in linear_layers(model).items())
+    with pytest.raises(ValueError, match="no linear layer to quantise"):
+        quantize_nf4(model, skip=("q_proj", "lm_head"))
+    model = llama()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = math.nan
+    before = bits(model)
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj holds NaN"):
+        quantize_nf4(model)
+    inject_lora(model, LoRAConfig())
+    with pytest.raises(ValueError, match="carries an adapter"):
+        quantize_nf4(model)
+    strip_lora(model)
+    assert all(torch.equal(t, before[n]) or n.endswith("layers.1.mlp.up_proj.weight") for n, t in bits(model).items())
+    with pytest.raises(ValueError, match="MultiheadAttention"):
+        quantize_nf4(nn.Sequential(nn.MultiheadAttention(8, 2)))
+
+
+def test_an_adapted_layer_keeps_its_input_once():
+    """At dropout 0 a layer may keep for backward x, in x's dtype, and tensors of the rank's size: no d-wide one, no copy of x."""
+    for base in (nn.Linear(96, 80).bfloat16(), NF4Linear(nn.Linear(96, 80).bfloat16())):
+        layer, kept = LoRALinear(base, r=4, alpha=8).train(), {}
+        own = {t.untyped_storage().data_ptr() for t in [*layer.parameters(), *layer.buffers()]}
+
+        def keep(t):
+            if t.untyped_storage().data_ptr() not in own:
+                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+        x = torch.randn(50, 96).bfloat16().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            y = layer(x)
+        rank_sized = 2 * 4 * (2 * 50 + 96 + 80)         # z and the scaled z, A and B in bf16
+        assert x.nbytes <= sum(kept.values()) <= x.nbytes + rank_sized
+        y.sum().backward()
 
 
 # --- lora.py: adapter files ---
