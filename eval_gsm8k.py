@@ -3,6 +3,7 @@
     python eval_gsm8k.py --model TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T --adapter checkpoints/lora-r8-MetaMathQA
     python eval_gsm8k.py --model DIR --data gsm8k_test.jsonl --nb-samples 400              # the base alone, from files
     python eval_gsm8k.py --model DIR --adapter checkpoints/RUN/step_000500 --save-merged merged
+    torchrun --nproc-per-node 2 -- eval_gsm8k.py --model DIR                               # the problems shared out over two GPUs
 
 The base is always scored; each adapter is compared with it by McNemar's exact test. A run folder stands for all its
 checkpoints. Decoding is greedy. Written to eval_results/: NAME.json (scores), NAME.jsonl (every completion), a chart (PNG).
@@ -25,9 +26,10 @@ from decimal import Decimal
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-from lora import load_adapter, merge_lora, strip_lora
+from lora import dequantize_nf4, load_adapter, merge_lora, quantize_nf4, strip_lora
 
 BASE_MODEL = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 
@@ -62,11 +64,17 @@ def parse_args(argv=None):
     add("--max-new-tokens", type=number(int, 1), default=256, help="longest completion, in tokens")
     add("--shots", type=number(int, 0), default=0, help="worked examples in the prompt: the first rows of the data, which are then not scored")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="storage and compute of the model")
+    add("--nf4", action="store_true", help="hold the base's linear layers in 4 bits (QLoRA), computing in --dtype")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--seed", type=number(int, 0, 2**31), default=0, help="seeds torch; greedy decoding itself draws nothing")
     add("--save-merged", metavar="DIR", help="write the one adapter merged into the model, with tokenizer, and score that too")
     add("--out", default="eval_results", help="folder for the scores")
     return parser.parse_args(argv)
+
+
+# --- one process of several: torchrun says which ---
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 # --- the task: prompt and answer ---
@@ -218,6 +226,34 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def join_processes(device: torch.device) -> torch.device:
+    """Under torchrun: meets the other processes (NCCL on GPUs, gloo on CPUs) and returns this one's device. Rank 0 alone prints."""
+    if WORLD == 1:
+        return device
+    if device.type == "cuda":
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count or device.index is not None:
+            raise ValueError(f"--device {device} with {os.environ['LOCAL_WORLD_SIZE']} processes on this machine, which has {count} cuda devices: "
+                             f"each process takes its own; use --device cuda and torchrun --nproc-per-node {count} at most")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def gather(value) -> list:
+    """What each process has, as a list in the order of the ranks. ValueError when one of them is gone."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError as error:
+            raise ValueError(f"another process of this run is gone ({first_line(error)}): its own message says why") from None
+    return values
+
+
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """(dtype, the reason for it)."""
     if name != "auto":
@@ -231,8 +267,11 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float32, f"half precision is slow or untested on this {device.type}"
 
 
-def load_model(name: str, dtype: torch.dtype, device: torch.device):
-    """(model in eval mode, tokenizer). ValueError when the model is not there, or is no causal language model."""
+def load_model(name: str, dtype: torch.dtype, device: torch.device, nf4: bool = False):
+    """(model in eval mode, tokenizer). With nf4 the linear layers are quantised on the CPU: the device never holds them dense.
+
+    ValueError when the model is not there, or is no causal language model.
+    """
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -253,6 +292,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device):
         raise ValueError(f"--model {name} lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}: expected a causal language model")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--model {name}: its tokenizer has no EOS token, so answers would have no end")
+    if nf4:
+        quantize_nf4(model)
     return model.to(device).eval(), tokenizer
 
 
@@ -278,8 +319,8 @@ def complete(model, tokenizer, prompts: list[str], batch_size: int = 16, max_new
     # Like lengths together waste no work on padding; the longest first, so that out-of-memory comes at once, not at the end.
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     completions = [None] * len(prompts)
-    with tqdm(total=len(prompts), unit="problem", desc="generating", disable=None) as bar:
-        for start in range(0, len(order), batch_size):
+    with tqdm(total=len(prompts), unit="problem", desc="generating", disable=RANK > 0 or None) as bar:
+        for start in range(0, len(order), batch_size)[RANK::WORLD]:         # the same batches, whatever the number of processes
             rows = order[start:start + batch_size]
             width = len(encoded[rows[0]])
             # Padding goes left, so that every row ends where its completion begins. The mask comes from lengths, not from
@@ -294,8 +335,8 @@ def complete(model, tokenizer, prompts: list[str], batch_size: int = 16, max_new
             for i, new in zip(rows, out[:, width:].tolist()):       # (batch, up to max_new_tokens)
                 text = tokenizer.decode(new, skip_special_tokens=True)
                 completions[i] = text, len(new) == max_new_tokens and not set(new) & set(eos) and "Question:" not in text
-            bar.update(len(rows))
-    return completions
+            bar.update(len(rows) * WORLD)
+    return [next(filter(None, found)) for found in zip(*gather(completions))]
 
 
 # --- scores ---
@@ -401,25 +442,26 @@ def main(args) -> list[tuple[str, dict]]:
     for folder in [args.out, *([args.save_merged] if args.save_merged else [])]:
         Path(folder).mkdir(parents=True, exist_ok=True)     # what cannot be written shows now, not after an hour
     torch.manual_seed(args.seed)
-    device = pick_device(args.device)
+    device = join_processes(pick_device(args.device))
     dtype, reason = pick_dtype(args.dtype, device)
     rows = read_rows(args.data, "test", None if args.nb_samples is None else args.nb_samples + args.shots)
-    model, tokenizer = load_model(args.model, dtype, device)
+    model, tokenizer = load_model(args.model, dtype, device, args.nf4)
     for _, folder in adapters:              # every adapter is tried before the first hour of generation, not after it
         load_adapter(model, folder)
     model = strip_lora(model)
-    print(f"{args.model} on {device} in {str(dtype)[6:]} ({reason}), {len(rows) - args.shots} problems of {args.data}", flush=True)
+    print(f"{args.model} on {device} in {'NF4, computing in ' if args.nf4 else ''}{str(dtype)[6:]} ({reason}), {len(rows) - args.shots} problems of {args.data}", flush=True)
 
     out, data_name, scores, answered = Path(args.out), Path(args.data).stem, [], {}
 
     def score(name, folder):
         start = time.perf_counter()
         records = answered[name] = answer(model, tokenizer, rows, args.shots, args.batch_size, args.max_new_tokens)
-        result = {"model": args.model, "adapter": folder and str(folder), "data": args.data, "dtype": str(dtype)[6:], "shots": args.shots,
+        result = {"model": args.model, "adapter": folder and str(folder), "data": args.data, "dtype": str(dtype)[6:], "nf4": args.nf4, "shots": args.shots,
                   **summarise(records, answered["base"] if folder else None), "seconds": round(time.perf_counter() - start, 1)}
-        (out / f"{name}-{data_name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
-        with open(out / f"{name}-{data_name}.jsonl", "w", encoding="utf8") as file:
-            file.writelines(json.dumps(record, default=str, ensure_ascii=False) + "\n" for record in records)
+        if RANK == 0:
+            (out / f"{name}-{data_name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
+            with open(out / f"{name}-{data_name}.jsonl", "w", encoding="utf8") as file:
+                file.writelines(json.dumps(record, default=str, ensure_ascii=False) + "\n" for record in records)
         scores.append((name, result))
         print(f"{describe(name, result)}  {result['seconds']:.0f} s", flush=True)
 
@@ -431,13 +473,15 @@ def main(args) -> list[tuple[str, dict]]:
         name, folder = adapters[0]
         merge_lora(model)
         model = strip_lora(model)
-        model.save_pretrained(args.save_merged)
-        tokenizer.save_pretrained(args.save_merged)
+        dequantize_nf4(model)               # with --nf4 the layers that were not adapted
+        if RANK == 0:
+            model.save_pretrained(args.save_merged)
+            tokenizer.save_pretrained(args.save_merged)
         score(f"{name}-merged", folder)
         changed = sum(a["completion"] != b["completion"] for a, b in zip(answered[name], answered[f"{name}-merged"]))
         print(f"merged model written to {args.save_merged}; {changed} of {len(answered[name])} completions differ from the unmerged adapter's"
               + ("" if dtype == torch.float32 else f" (W + delta is rounded once more, to {str(dtype)[6:]})"))
-    if adapters:
+    if adapters and RANK == 0:
         plot(out / f"{adapters[0][0].split('-step_')[0]}-{data_name}.png", scores[:len(adapters) + 1])
     print(f"scores and completions are in {out}/")
     return scores
@@ -448,8 +492,10 @@ def run_script(name: str, main, parse_args) -> None:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         main(parse_args())
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (ValueError, OSError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}{f' (rank {RANK})' if WORLD > 1 else ''}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -5,9 +5,11 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from decimal import Decimal
 from pathlib import Path
@@ -1257,7 +1259,6 @@ def test_resume_continues_bitwise(tiny, workdir, capsys):
     flags = ["--epochs", "3", "--nb-samples", "13", "--grad-accum", "4", "--dropout", "0.1", "--save-every", "5", "--max-steps", "10"]
     whole = run(tiny, *flags, name="whole")
     run(tiny, *flags, name="cut")
-    import shutil
     shutil.rmtree("checkpoints/cut/step_000010")                # as if killed after step 7: lines that the checkpoint does not cover
     resumed = run(tiny, *flags, "--resume", name="cut")
     assert same_bits(load_file(whole / "adapter_model.safetensors"), load_file(resumed / "adapter_model.safetensors"))
@@ -1301,6 +1302,84 @@ def test_interrupting_saves_and_says_how_to_resume(tiny, workdir, capsys):
         train_math.learning_rate_at = real
     assert stopped.value.code == 143 and len(metrics()) == 4 and (Path("checkpoints/run/step_000004") / "trainer_state.pt").exists()
     assert "--resume" in capsys.readouterr().out
+
+
+# --- more than one process ---
+
+def torchrun(script, *flags, timeout=120):
+    """Two processes on gloo; each rank's stderr is in the result."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", str(HERE / script), *map(str, flags)],
+                          capture_output=True, text=True, timeout=timeout, env=env)
+
+
+def test_two_processes_train_like_one(tiny, workdir):
+    """Windows of 3 micro-batches over 2 processes, a last window of 1, dropout on, and a resume: the single run's weights within 1e-6."""
+    flags = ["--model", str(tiny / "base"), "--data", str(tiny / "train.jsonl"), "--nb-samples", "8", "--epochs", "2", "--grad-accum", "3", "--dropout", "0.1",
+             "--device", "cpu", "--dtype", "float32", "--r", "4", "--lr", "1e-2", "--save-every", "3"]
+    alone = train_math.main(train_math.parse_args([*flags, "--run-name", "alone"]))
+    done = torchrun("train_math.py", *flags, "--run-name", "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("layers adapted") == 1                              # rank 0 alone speaks and writes
+    assert sorted(p.name for p in Path("checkpoints/two").iterdir()) == ["step_000003", "step_000006"]
+    for a, b in zip(metrics("alone"), metrics("two"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6) and a["tokens"] == b["tokens"]
+    shutil.rmtree("checkpoints/two/step_000006")
+    again = torchrun("train_math.py", *flags, "--run-name", "two", "--resume")
+    assert again.returncode == 0, again.stderr
+    one = load_file(alone / "adapter_model.safetensors")
+    two = load_file("checkpoints/two/step_000006/adapter_model.safetensors")
+    assert one.keys() == two.keys() and all((one[key] - two[key]).abs().max() < 1e-6 for key in one)
+
+
+def test_two_processes_score_like_one(tiny, workdir):
+    """The JSON and every completion must be those of one process, but for the seconds."""
+    inject_lora(model := load(tiny)[0], config := LoRAConfig(r=4))
+    shake(model, 0.5)
+    save_adapter(model, config, "adapter")
+    flags = ["--model", str(tiny / "base"), "--adapter", "adapter", "--data", str(tiny / "test.jsonl"), "--batch-size", "3", "--max-new-tokens", "12",
+             "--device", "cpu", "--dtype", "float32"]
+    eval_gsm8k.main(eval_gsm8k.parse_args([*flags, "--out", "one"]))
+    done = torchrun("eval_gsm8k.py", *flags, "--out", "two")
+    assert done.returncode == 0, done.stderr
+    for path in Path("one").glob("*.json*"):
+        one, two = path.read_text(), Path("two", path.name).read_text()
+        if path.suffix == ".json":
+            one, two = ({k: v for k, v in json.loads(text).items() if k != "seconds"} for text in (one, two))
+        assert one == two
+    assert len(list(Path("two").glob("*.json*"))) == 4
+
+
+def test_a_process_that_dies_ends_the_run_with_its_reason(tiny, workdir):
+    """Rank 1 meets an error that rank 0 does not: both must be gone soon, and rank 1's line must be there."""
+    script = Path(workdir) / "dies.py"
+    script.write_text(f"""import sys; sys.path.insert(0, {str(HERE)!r})
+import train_math
+real = train_math.backward_loss
+def dies(*args):
+    dies.calls += 1
+    if train_math.RANK == 1 and dies.calls == 3:
+        raise train_math.torch.OutOfMemoryError("rank 1's card is full")
+    return real(*args)
+dies.calls, train_math.backward_loss = 0, dies
+train_math.run_script("train_math.py", train_math.main, train_math.parse_args)
+""")
+    begin = time.monotonic()
+    done = torchrun(script, "--model", tiny / "base", "--data", tiny / "train.jsonl", "--device", "cpu", "--dtype", "float32", "--run-name", "dies",
+                    "--grad-accum", "2", "--save-every", "1")
+    assert done.returncode != 0 and time.monotonic() - begin < 60
+    assert "train_math.py (rank 1): out of memory (rank 1's card is full)" in done.stderr
+    assert train_math.newest_checkpoint(Path("checkpoints/dies"))[1]["step"] >= 1
+
+
+def test_processes_that_differ_are_refused(monkeypatch, tiny, workdir):
+    """Another rank with other rows or flags would train something else in silence: the difference is named."""
+    def gather(value):
+        return [{**value, "lr": 5.0}, value]
+    monkeypatch.setattr(train_math, "gather", gather)
+    monkeypatch.setattr(train_math, "RANK", 1)
+    with pytest.raises(ValueError, match="lr differ from rank 0's: 0.01, there 5.0"):
+        run(tiny)
 
 
 # --- train_sst2.py ---

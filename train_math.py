@@ -4,6 +4,7 @@
     python train_math.py --demo                                      # all of it in under 2 minutes on a CPU, nothing downloaded
     python train_math.py --model DIR --data train.jsonl --r 16       # your own model and data
     python eval_gsm8k.py --adapter checkpoints/lora-r8-MetaMathQA    # then score every checkpoint against the base
+    torchrun --nproc-per-node 2 -- train_math.py                     # the same run, its micro-batches shared out over two GPUs
 
 Written: checkpoints/RUN/step_000500/ (a PEFT adapter, and the trainer's state), runs/RUN/metrics.jsonl (a line per step),
 runs/RUN/ (TensorBoard events, where tensorboard is installed). The memory plan is printed before step 0, the measured peak
@@ -22,10 +23,11 @@ import signal
 import sys
 import time
 from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
@@ -33,9 +35,9 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import eval_gsm8k
-from eval_gsm8k import (BASE_MODEL, Parser, check_ids, encode_prompt, first_line, format_prompt, load_model, number, pick_device, pick_dtype,
-                        read_rows, run_script)
-from lora import LoRAConfig, count_parameters, disable_lora, inject_lora, load_adapter, save_adapter
+from eval_gsm8k import (BASE_MODEL, RANK, WORLD, Parser, check_ids, encode_prompt, first_line, format_prompt, gather, join_processes,
+                        load_model, number, pick_device, pick_dtype, read_rows, run_script)
+from lora import LoRAConfig, NF4Linear, count_parameters, disable_lora, inject_lora, load_adapter, save_adapter
 
 try:
     import resource
@@ -66,6 +68,7 @@ def parse_args(argv=None):
     add("--grad-accum", type=number(int, 1), default=8, help="micro-batches per optimizer step")
     add("--max-length", type=number(int, 2), default=512, help="tokens; longer rows are dropped and counted, never cut")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="storage and compute of the frozen base")
+    add("--nf4", action="store_true", help="hold the base's linear layers in 4 bits (QLoRA, arXiv:2305.14314), computing in --dtype")
     add("--checkpoint-activations", action=BooleanOptionalAction, default=True, help="keep one tensor per block, recompute the rest")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--vram", type=number(float, 0.6), metavar="GB", help="pretend that the card has GB: the allocator gets GB minus 0.5 for context and driver")
@@ -244,9 +247,11 @@ def memory_plan(model, batch_size: int, longest: int, checkpointed: bool) -> dic
     per_block, count = batch_size * kept_by_block(model, longest), len(blocks(model))
     weight = model.get_output_embeddings().weight       # (vocabulary, hidden)
     block_input = batch_size * longest * weight.shape[1] * weight.element_size()
+    dense = max((layer.out_features * layer.in_features for layer in model.modules() if isinstance(layer, NF4Linear)), default=0)
     return {"base weights": frozen, "trained weights": trained, "their gradients": trained, "AdamW moments": 2 * trained,
             # checkpointed: every block's input, and one block at a time whole, with as much again of gradients
             "activations": count * block_input + 2 * per_block if checkpointed else (count + 1) * per_block,
+            "a dequantised layer": dense * (2 + weight.element_size()),     # and the index that fetches it; 0 without --nf4
             "logits": CHUNK * (12 + 2 * weight.element_size())}     # in the base's dtype and in fp32, each with its gradient
 
 
@@ -315,6 +320,24 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
 
 # --- training ---
 
+def sum_over_processes(parameters, loss: float, stop: float) -> tuple[float, float]:
+    """Sums the gradients, and two numbers beside them, over all processes: one flat fp32 buffer, once a step."""
+    if WORLD > 1:
+        zeros = (torch.zeros_like(p) for p in parameters)               # of a process that had no micro-batch in a short window
+        flat = torch.cat([*(zero.flatten() if p.grad is None else p.grad.flatten() for p, zero in zip(parameters, zeros)),
+                          torch.tensor([loss, stop], device=parameters[0].device)])
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError as error:
+            raise ValueError(f"another process of this run is gone ({first_line(error)}): its own message says why; --resume continues "
+                             "from the last checkpoint") from None
+        *gradients, numbers = flat.split([*(p.numel() for p in parameters), 2])
+        for p, gradient in zip(parameters, gradients):
+            p.grad = gradient.view_as(p)
+        loss, stop = numbers.tolist()
+    return loss, stop
+
+
 def train(model, examples, args, config: LoRAConfig | None = None, state: dict | None = None) -> Path | None:
     """Trains whatever requires grad; with a config, saves checkpoints of the adapter. Returns the last one's folder."""
     device = next(model.parameters()).device
@@ -335,10 +358,15 @@ def train(model, examples, args, config: LoRAConfig | None = None, state: dict |
     checkpoint_folder, data = None, hashlib.sha256(repr(examples).encode()).hexdigest()
     if state and state["data"] != data:
         raise ValueError(f"--resume: the rows of {args.data} are not those that the run began with; start anew with another --run-name")
-    if config:
+    facts = gather({"data": data, "step": step, **{key: value for key, value in vars(args).items() if key not in FREE}})
+    if differs := [key for key in facts[0] if facts[RANK][key] != facts[0][key]]:
+        raise ValueError(f"{', '.join(differs)} differ from rank 0's: {facts[RANK][differs[0]]}, there {facts[0][differs[0]]}; start all "
+                         "processes with the same flags, data and checkpoints")
+    if config and RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)           # what cannot be written shows now, not at the first save
     model.train()
-    with open_log(run, step) as log, catch_signals() as stopped_by, tqdm(total=steps, initial=step, unit="step", disable=None) as bar:
+    with (open_log(run, step) if RANK == 0 else nullcontext(lambda line: None) as log, catch_signals() as stopped_by,
+          tqdm(total=steps, initial=step, unit="step", disable=RANK > 0 or None) as bar):
         while step < steps:
             start = time.perf_counter()
             rate = learning_rate_at(step - skipped, steps, args.warmup_steps, args.lr)      # a skipped step does not advance it
@@ -351,10 +379,11 @@ def train(model, examples, args, config: LoRAConfig | None = None, state: dict |
             window = [[examples[row] for row in batches_of(n // per_epoch)[n % per_epoch]] for n in numbers]
             targets = sum(len(ids) - prompt for batch in window for ids, prompt in batch)
             total = 0.0
-            for n, batch in zip(numbers, window):
+            for n, batch in list(zip(numbers, window))[RANK::WORLD]:       # every process takes its share of the window
                 torch.manual_seed(args.seed * 2**32 + n)        # dropout follows from (seed, n): no RNG state to save
                 total = total + backward_loss(model, collate(batch, device), scaler.scale / targets)
-            loss = float(total) / targets
+            total, stop = sum_over_processes(parameters, float(total), float(bool(stopped_by)))     # all stop after the same step
+            loss = total / targets
 
             # Unscale and clip, in fp32.
             scaler.unscale(parameters)
@@ -383,19 +412,20 @@ def train(model, examples, args, config: LoRAConfig | None = None, state: dict |
             bar.set_postfix_str(f"loss {loss:.3f}  lr {rate:.1e}  {tokens / seconds:.0f} tok/s  {line['peak_memory_gb']:.2f} GiB")
             if step % max(1, steps // 10) == 0:
                 tqdm.write(f"step {step:5d}/{steps}  loss {loss:.4f}  lr {rate:.2e}  grad norm {norm:.3f}  {tokens / seconds:.0f} tok/s")
-            if config and (step % args.save_every == 0 or step == steps or stopped_by):
+            if config and (step % args.save_every == 0 or step == steps or stop):
                 checkpoint_folder = folder / f"step_{step:06d}"
                 progress = {"step": step, "micro_batch": numbers.stop, "skipped": skipped, "skipped_in_a_row": skipped_in_a_row,
                             "loss_scale": scaler.scale, "good_steps": scaler.good_steps, "data": data}
-                save_checkpoint(checkpoint_folder, model, config, optimizer, progress, args)
-            if stopped_by:
+                if RANK == 0:
+                    save_checkpoint(checkpoint_folder, model, config, optimizer, progress, args)
+            if stop:
                 break
-    if stopped_by and step < steps:
+    if stop and step < steps:
         if config and "--demo" not in sys.argv:
             flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
             print(f"stopped after step {step}, saved in {checkpoint_folder}; continue with:\n"
-                  f"    python {shlex.quote(sys.argv[0])} {shlex.join(flags)} --resume")
-        sys.exit(128 + stopped_by[0])       # 130 for Ctrl-C, 143 for SIGTERM
+                  f"    {'python' if WORLD == 1 else f'torchrun --nproc-per-node {WORLD} --'} {shlex.quote(sys.argv[0])} {shlex.join(flags)} --resume")
+        sys.exit(128 + (stopped_by or [signal.SIGTERM])[0])     # 130 for Ctrl-C, 143 for SIGTERM
     return checkpoint_folder
 
 
@@ -487,6 +517,8 @@ def first_nonfinite(model, batches) -> str:
 def main(args) -> Path:
     """The experiment. Returns the folder of the last checkpoint."""
     if args.demo:
+        if WORLD > 1:
+            raise ValueError("--demo runs in one process: start it with python, not torchrun")
         return demo()
     folder = Path("checkpoints") / args.run_name
     newest = newest_checkpoint(folder) if args.resume else None
@@ -495,7 +527,7 @@ def main(args) -> Path:
     if args.resume and not newest:
         raise ValueError(f"--resume: {folder} has no whole checkpoint to continue from; start anew, without --resume"
                          + (" and with another --run-name" if any(folder.glob("step_*")) else ""))
-    device = pick_device(args.device)
+    device = join_processes(pick_device(args.device))
     if args.vram:
         limit_vram(args.vram, device)
     dtype, reason = pick_dtype(args.dtype, device)
@@ -503,11 +535,11 @@ def main(args) -> Path:
     if newest:
         saved = newest[1]["args"]
         changed = [f"--{key.replace('_', '-')} was {saved.get(key)}, is {value}" for key, value in vars(args).items()
-                   if key not in FREE and saved.get(key) != value]
+                   if key not in FREE and saved.get(key, False) != value]
         if changed:
             raise ValueError(f"--resume cannot continue {folder} with other flags: {'; '.join(changed)}; repeat the old ones, or give another --run-name")
     rows = read_rows(args.data, "train", args.nb_samples)
-    model, tokenizer = load_model(args.model, dtype, device)
+    model, tokenizer = load_model(args.model, dtype, device, args.nf4)
     if device.type == "cpu":                # the backward of torch's fused attention is slow there: plain products train 1.35x faster
         model.set_attn_implementation("eager")
     examples = encode(rows, tokenizer, args.max_length)
@@ -522,7 +554,7 @@ def main(args) -> Path:
         load_adapter(model, newest[0])
     trainable, total = count_parameters(model)
     print(f"{args.model}: {len(names)} layers adapted ({', '.join(names[:2])} ...), {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
-    print(f"{args.dtype} base on {device}: {reason}; adapter, gradients and moments in float32")
+    print(f"{'NF4 base, products in ' if args.nf4 else ''}{args.dtype}{'' if args.nf4 else ' base'} on {device}: {reason}; adapter, gradients and moments in float32")
     lengths, batch_size = [len(ids) for ids, _ in examples], min(args.batch_size, len(examples))
     print(f"{len(examples):,} rows of {args.data}, {len(rows) - len(examples):,} dropped over {args.max_length} tokens; "
           f"{sum(lengths):,} tokens an epoch, about {sum(lengths) * batch_size * args.grad_accum // len(lengths):,} a step of {batch_size} x {args.grad_accum} rows")
@@ -530,7 +562,7 @@ def main(args) -> Path:
     if device.type != "cuda":
         plan = {"Python and libraries": max(0, peak_memory(device) - plan["base weights"]), **plan}
     planned = sum(plan.values())
-    print(f"memory plan: {', '.join(f'{what} {size / 2**30:.3f}' for what, size in plan.items())}; in all {planned / 2**30:.2f} GiB", flush=True)
+    print(f"memory plan: {', '.join(f'{what} {size / 2**30:.3f}' for what, size in plan.items() if size)}; in all {planned / 2**30:.2f} GiB", flush=True)
     if args.checkpoint_activations:
         checkpoint_blocks(model)
 
@@ -543,7 +575,8 @@ def main(args) -> Path:
         print(f"the run was finished already: {newest[0]}")
         return newest[0]
     peak = peak_memory(device)
-    plot_loss(Path("runs") / args.run_name)
+    if RANK == 0:
+        plot_loss(Path("runs") / args.run_name)
     print(f"peak memory {peak / 2**30:.2f} GiB, planned {planned / 2**30:.2f}. Written: {last}/, runs/{args.run_name}/metrics.jsonl")
     print(f"score it:  python eval_gsm8k.py --model {shlex.quote(args.model)} --adapter {folder}")
     return last

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from eval_gsm8k import OFFLINE, Parser, hub_reachable, number, pick_device, pick_dtype, run_script, wilson_interval
+from eval_gsm8k import OFFLINE, WORLD, Parser, hub_reachable, number, pick_device, pick_dtype, run_script, wilson_interval
 from lora import (LoRAConfig, count_parameters, disable_lora, inject_lora, linear_layers, load_adapter, lora_layers, match_modules,
                   merge_lora, save_adapter, short_names, unmerge_lora)
 
@@ -316,6 +316,8 @@ def score_adapter(args, device, dtype) -> list[int]:
 
 def main(args) -> list[dict]:
     """Every (rank, seed) that is not in sst2.jsonl yet, then the table and the picture."""
+    if WORLD > 1:
+        raise ValueError("train_sst2.py runs in one process, with one run after another: start it with python, not torchrun")
     if args.demo:
         return demo()
     device = pick_device(args.device)
