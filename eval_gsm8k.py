@@ -497,6 +497,9 @@ def run_script(name: str, main, parse_args) -> None:
     except (ValueError, OSError) as error:
         print(f"{name}{f' (rank {RANK})' if WORLD > 1 else ''}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"{name}: out of memory ({str(error).splitlines()[0]}); use a smaller --batch-size, or a smaller model or dtype", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,5 +1,6 @@
 """Every claim, as a test: python -m pytest -q. Tiny seeded models, nothing downloaded; in the order of the files they test."""
 import argparse
+import gc
 import json
 import math
 import os
@@ -764,6 +765,109 @@ def test_odd_names_come_back(tmp_path):
     assert same_bits(bits(other), bits(model))
 
 
+def mutations(folder):
+    """Yields (what was done, bytes of the weights, bytes of the config), 1,000 times, from one whole adapter."""
+    import random
+    rng = random.Random(0)
+    weights, config = (folder / "adapter_model.safetensors").read_bytes(), (folder / "adapter_config.json").read_bytes()
+    header = 8 + int.from_bytes(weights[:8], "little")
+    tensors, described = load_file(folder / "adapter_model.safetensors"), json.loads(config)
+    values = [None, True, False, 0, 1, 4, -1, 3.5, 1e308, 10**400, math.nan, math.inf, "", "q_proj", "../../etc/passwd", "\0", "x" * 10000, [], [1], ["q_proj"],
+              [["q_proj"]], ["q_proj", "v_proj", "nosuch"], {}, {"a": 1}, {"q_proj": 4}, 2**31, -2**63]
+
+    def flipped(data, low, high):
+        data, at = bytearray(data), rng.randrange(low, high)
+        data[at] ^= 1 << rng.randrange(8)
+        return bytes(data)
+
+    def with_header(change):
+        entries = json.loads(weights[8:header])
+        change(entries)
+        text = json.dumps(entries).encode()
+        return len(text).to_bytes(8, "little") + text + weights[header:]
+
+    def stored(change):
+        copy = {key: tensor.clone() for key, tensor in tensors.items()}
+        change(copy, rng.choice(sorted(copy)))
+        save_file(copy, folder / "mutant")
+        return (folder / "mutant").read_bytes()
+
+    def spoil(copy, key, value):
+        copy[key].view(-1)[rng.randrange(copy[key].numel())] = value
+    kinds = {
+        "a bit of the header": lambda: (flipped(weights, 8, header), config),
+        "a bit of the length": lambda: (flipped(weights, 0, 8), config),
+        "a bit of the tensors": lambda: (flipped(weights, header, len(weights)), config),
+        "a bit of the config": lambda: (weights, flipped(config, 0, len(config))),
+        "a cut": lambda: (weights[:rng.randrange(len(weights))], config),
+        "a cut config": lambda: (weights, config[:rng.randrange(len(config))]),
+        "more behind": lambda: (weights + rng.randbytes(rng.randrange(1, 99)), config),
+        "junk": lambda: (rng.randbytes(rng.randrange(0, 999)), config),
+        "a value of the config": lambda: (weights, json.dumps({**described, rng.choice(sorted(described)): rng.choice(values)}).encode()),
+        "another option": lambda: (weights, json.dumps({**described, rng.choice(["use_dora", "rank_pattern", "layers_to_transform", "nosuch"]): rng.choice(values)}).encode()),
+        "an option gone": lambda: (weights, json.dumps({k: v for k, v in described.items() if k != gone}).encode()) if (gone := rng.choice(sorted(described))) else None,
+        "a shape in the header": lambda: (with_header(lambda e: e[rng.choice(sorted(set(e) - {"__metadata__"}))].update(
+            {"shape": [rng.choice([0, 1, 4, 32, -1, 2**40, 2**63]) for _ in range(rng.randrange(4))]})), config),
+        "offsets in the header": lambda: (with_header(lambda e: e[rng.choice(sorted(set(e) - {"__metadata__"}))].update(
+            {"data_offsets": [rng.choice([0, 1, 512, 2**40, -1]) for _ in range(2)]})), config),
+        "a key": lambda: (stored(lambda c, k: c.update({rng.choice([k + "x", k.replace("layers.0", "layers.7"), "../" + k, ""]): c.pop(k)})), config),
+        "a shape": lambda: (stored(lambda c, k: c.update({k: c[k][:-1]} if rng.random() < 0.5 else {k: c[k].T.contiguous()})), config),
+        "a dtype": lambda: (stored(lambda c, k: c.update({k: c[k].to(rng.choice([torch.float64, torch.float16, torch.int32, torch.bool]))})), config),
+        "a number": lambda: (stored(lambda c, k: spoil(c, k, rng.choice([math.nan, math.inf, -math.inf, 1e38, 0.0]))), config),
+    }
+    for i in range(1000):
+        name = list(kinds)[i % len(kinds)]
+        yield name, *kinds[name]()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mutated_adapters_load_exactly_or_leave_the_model_alone(tmp_path):
+    """Of 1,000 mutated adapters each must load what its file says, to the bit, or raise ValueError with the model as it was."""
+    model, _ = saved(tmp_path / "whole")
+    before, layers, loaded = bits(model), [name for name, _ in lora_layers(model)], 0
+    (tmp_path / "mutant").mkdir()
+    for what, weights, config in mutations(tmp_path / "whole"):
+        (tmp_path / "mutant/adapter_model.safetensors").write_bytes(weights)
+        (tmp_path / "mutant/adapter_config.json").write_bytes(config)
+        try:
+            read = load_adapter(model, tmp_path / "mutant")
+        except ValueError as error:
+            assert same_bits(bits(model), before), f"{what}: {error}"
+            assert len(str(error).splitlines()) == 1, f"{what}: {error}"
+            continue
+        loaded += 1
+        described, tensors = json.loads(config), load_file(tmp_path / "mutant/adapter_model.safetensors")
+        assert (read.r, read.alpha) == (described["r"], described["lora_alpha"])
+        for name, layer in lora_layers(model):
+            for x in "AB":
+                assert torch.equal(getattr(layer, f"lora_{x}"), tensors.pop(f"base_model.model.{name}.lora_{x}.weight").float()), what
+        assert not tensors, what
+        load_adapter(model, tmp_path / "whole")
+        assert same_bits(bits(model), before) and [name for name, _ in lora_layers(model)] == layers
+    assert 50 < loaded < 500
+
+
+def test_a_hundred_adapters_on_one_base(tmp_path):
+    """Cycled over one base, with changing rank and targets, each must answer like a fresh load, and nothing may pile up."""
+    wanted = []
+    for i in range(100):
+        model, config = llama(), LoRAConfig(r=1 + i % 5, targets=[("q_proj", "v_proj"), "all-linear", ("down_proj",)][i % 3])
+        torch.manual_seed(i)
+        inject_lora(model, config)
+        for _, layer in lora_layers(model):
+            nn.init.normal_(layer.lora_B, std=0.1)
+        save_adapter(model, config, tmp_path / str(i))
+        wanted.append(model(IDS).logits)
+    model, names = llama(), set()
+    for round in range(2):
+        for i in range(100):
+            load_adapter(model, tmp_path / str(i))
+            assert torch.equal(model(IDS).logits, wanted[i])
+        gc.collect()
+        names.add((sum(type(x) in (torch.Tensor, nn.Parameter) for x in gc.get_objects()), len(list(model.modules()))))
+    assert len(names) == 1 and same_bits(bits(strip_lora(model)), bits(llama()))
+
+
 # --- PEFT as oracle ---
 
 CASES = [(llama, {}), (llama, dict(rslora=True)), (gpt2, dict(targets=("c_attn",))), (roberta, dict(targets=("query", "value"), also_train=("classifier",)))]
@@ -1231,8 +1335,11 @@ def test_out_of_memory_names_the_flags_that_help(tiny, workdir, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
     monkeypatch.setattr(train_math, "backward_loss", full)
-    with pytest.raises(ValueError, match="out of memory.*--checkpoint-activations.*--batch-size.*--max-length.*--dtype"):
-        run(tiny)
+    with pytest.raises(ValueError, match="out of memory.*--checkpoint-activations.*--batch-size.*--nf4.*--dtype.*--max-length.*--r"):
+        run(tiny, "--no-checkpoint-activations", "--batch-size", "2")
+    with pytest.raises(ValueError, match="out of memory") as refused:
+        run(tiny, "--nf4", name="b")
+    assert not any(flag in str(refused.value) for flag in ("--checkpoint", "--batch-size", "--nf4"))     # in use already
 
 
 # --- train_math.py: the run, its files, resuming ---
@@ -1268,6 +1375,42 @@ def test_resume_continues_bitwise(tiny, workdir, capsys):
     assert steady(metrics("whole")) == steady(metrics("cut")) and len(metrics("cut")) == 10
     run(tiny, *flags, "--resume", name="cut")
     assert "finished already" in capsys.readouterr().out
+
+
+def test_sigkill_at_random_moments(tiny, workdir):
+    """Killed again and again, every second time while a checkpoint is being written, a run must end in the bits of one left alone.
+
+    KILLS=20 python -m pytest -q -s -k sigkill is the stress run; two kills by default.
+    """
+    import random
+    rng, kills, in_writing = random.Random(0), int(os.environ.get("KILLS", 2)), 0
+    command = [sys.executable, str(HERE / "train_math.py"), "--model", str(tiny / "base"), "--data", str(tiny / "train.jsonl"), "--device", "cpu",
+               "--dtype", "float32", "--r", "4", "--dropout", "0.1", "--epochs", str(3 + kills), "--batch-size", "5", "--grad-accum", "2", "--save-every", "1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--run-name", "alone"], check=True, capture_output=True, env=env)
+    steps = metrics("alone")[-1]["step"]
+    command += ["--run-name", "killed"]
+    done = lambda: len(list(Path("checkpoints/killed").glob("step_*[0-9]")))
+
+    def writing(since):
+        try:
+            return any(path.stat().st_mtime > since for path in Path("checkpoints/killed").glob("*.part"))
+        except FileNotFoundError:           # renamed just now
+            return False
+    for kill in range(kills):
+        before, goal = done(), min(steps - 2, done() + rng.randint(1, max(1, (steps - 4) // kills)))
+        since = time.time()                 # the last kill's half-written folder may still lie there
+        process = subprocess.Popen([*command, *(["--resume"] if before else [])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env)
+        while process.poll() is None and (done() < goal or (kill % 2 and not writing(since))):
+            time.sleep(0.0005)
+        time.sleep(0 if kill % 2 else rng.uniform(0, 0.02))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL                # it did not end by itself
+        in_writing += writing(since)
+    subprocess.run([*command, "--resume"], check=True, capture_output=True, env=env)
+    alone, killed = (load_file(f"checkpoints/{name}/step_{steps:06d}/adapter_model.safetensors") for name in ("alone", "killed"))
+    assert same_bits(alone, killed) and [line["loss"] for line in metrics("alone")] == [line["loss"] for line in metrics("killed")]
+    print(f"{kills} kills, {in_writing} of them while a checkpoint was being written")
 
 
 def test_resume_refuses_what_it_cannot_continue(tiny, workdir, capsys):

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -262,6 +262,14 @@ def peak_memory(device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) if resource else 0
 
 
+def process_memory() -> int:
+    """Bytes that the process holds now (Linux; elsewhere its peak so far)."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, AttributeError):
+        return peak_memory(torch.device("cpu"))
+
+
 def limit_vram(gb: float, device) -> None:
     """Makes a big card prove that the run fits a small one: beyond the limit the allocator raises out-of-memory."""
     if device.type != "cuda":
@@ -293,11 +301,15 @@ def save_checkpoint(folder: Path, model, config, optimizer, progress: dict, args
             os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
-    except (OSError, RuntimeError) as error:        # torch reports a full disk as RuntimeError
-        last = max(folder.parent.glob("step_*[0-9]"), default="none yet")
-        raise ValueError(f"cannot write {folder} ({error}); the last whole checkpoint: {last}") from None
+    except (OSError, RuntimeError, SafetensorError) as error:       # three ways to report a full disk
+        shutil.rmtree(part, ignore_errors=True)
+        raise ValueError(f"cannot write {folder} ({error}); the last whole checkpoint: {last_checkpoint(folder.parent)}") from None
     for old in sorted(folder.parent.glob("step_*[0-9]/trainer_state.pt"))[:-2]:
         old.unlink()
+
+
+def last_checkpoint(folder: Path) -> Path | str:
+    return max(folder.glob("step_*[0-9]"), default="none yet")
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
@@ -399,7 +411,7 @@ def train(model, examples, args, config: LoRAConfig | None = None, state: dict |
             if not finite and (not scaler.enabled or skipped_in_a_row == 20):
                 raise ValueError(f"step {step + 1}: loss {loss}, gradient norm {norm}, {skipped_in_a_row} skipped in a row; "
                                  f"{first_nonfinite(model, [collate(b, device) for b in window])}. The last whole checkpoint: "
-                                 f"{max(folder.glob('step_*[0-9]'), default='none yet')}; try a lower --lr, or --dtype bfloat16 or float32")
+                                 f"{last_checkpoint(folder)}; try a lower --lr, or --dtype bfloat16 or float32")
             step += 1
 
             # Log and save.
@@ -515,11 +527,24 @@ def first_nonfinite(model, batches) -> str:
 
 
 def main(args) -> Path:
-    """The experiment. Returns the folder of the last checkpoint."""
+    """The experiment, or the demo. Returns the folder of the last checkpoint."""
     if args.demo:
         if WORLD > 1:
             raise ValueError("--demo runs in one process: start it with python, not torchrun")
         return demo()
+    try:
+        return experiment(args)
+    except OSError as error:                # a full disk, say
+        raise ValueError(f"{error}; the last whole checkpoint: {last_checkpoint(Path('checkpoints') / args.run_name)}") from None
+    except torch.OutOfMemoryError as error:
+        relief = {"--checkpoint-activations": not args.checkpoint_activations, "a smaller --batch-size with more --grad-accum": args.batch_size > 1,
+                  "--nf4": not args.nf4, "--dtype float16 or bfloat16": args.dtype == "float32", "a smaller --max-length": True,
+                  "fewer --targets": True, "a smaller --r": True}
+        raise ValueError(f"out of memory ({str(error).splitlines()[0]}). What helps, in the order of effect: "
+                         f"{', '.join(flag for flag, possible in relief.items() if possible)}") from None
+
+
+def experiment(args) -> Path:
     folder = Path("checkpoints") / args.run_name
     newest = newest_checkpoint(folder) if args.resume else None
     if not args.resume and (steps := sorted(folder.glob("step_*[0-9]"))):
@@ -560,24 +585,20 @@ def main(args) -> Path:
           f"{sum(lengths):,} tokens an epoch, about {sum(lengths) * batch_size * args.grad_accum // len(lengths):,} a step of {batch_size} x {args.grad_accum} rows")
     plan = memory_plan(model.train(), batch_size, max(lengths), args.checkpoint_activations)
     if device.type != "cuda":
-        plan = {"Python and libraries": max(0, peak_memory(device) - plan["base weights"]), **plan}
-    planned = sum(plan.values())
+        plan = {"Python and libraries": max(0, process_memory() - plan["base weights"]), **plan}
+    planned, loading = sum(plan.values()), peak_memory(device)
     print(f"memory plan: {', '.join(f'{what} {size / 2**30:.3f}' for what, size in plan.items() if size)}; in all {planned / 2**30:.2f} GiB", flush=True)
     if args.checkpoint_activations:
         checkpoint_blocks(model)
 
-    try:
-        last = train(model, examples, args, config, newest and newest[1])
-    except torch.OutOfMemoryError as error:
-        raise ValueError(f"out of memory ({str(error).splitlines()[0]}). In the order of their effect: --checkpoint-activations, a smaller --batch-size "
-                         "with more --grad-accum, a smaller --max-length, --dtype float16 or bfloat16, fewer --targets, a smaller --r") from None
+    last = train(model, examples, args, config, newest and newest[1])
     if last is None:
         print(f"the run was finished already: {newest[0]}")
         return newest[0]
     peak = peak_memory(device)
     if RANK == 0:
         plot_loss(Path("runs") / args.run_name)
-    print(f"peak memory {peak / 2**30:.2f} GiB, planned {planned / 2**30:.2f}. Written: {last}/, runs/{args.run_name}/metrics.jsonl")
+    print(f"peak memory {peak / 2**30:.2f} GiB{' (while loading)' if peak == loading else ''}, planned {planned / 2**30:.2f}. Written: {last}/, runs/{args.run_name}/metrics.jsonl")
     print(f"score it:  python eval_gsm8k.py --model {shlex.quote(args.model)} --adapter {folder}")
     return last
 
