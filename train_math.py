@@ -361,7 +361,7 @@ def train(model, examples, args, config: LoRAConfig | None = None, state: dict |
     per_epoch = math.ceil(len(examples) / args.batch_size)
     micro_batches = per_epoch * args.epochs
     steps = min(math.ceil(micro_batches / args.grad_accum), args.max_steps or sys.maxsize)
-    step = skipped = skipped_in_a_row = 0
+    step = skipped = skipped_in_a_row = stop = 0
     if state:
         step, skipped, skipped_in_a_row = state["step"], state["skipped"], state["skipped_in_a_row"]
         scaler.scale, scaler.good_steps = state["loss_scale"], state["good_steps"]
