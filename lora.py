@@ -386,7 +386,7 @@ class NF4Linear(nn.Module):
         blocks = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         codes = sum((blocks > (low + high) / 2).byte() for low, high in zip(NF4, NF4[1:])).view(-1, 2)     # the nearest value's place
         self.register_buffer("weight", codes[:, 0] << 4 | codes[:, 1])
-        groups = F.pad(absmax, (0, -len(absmax) % GROUP), value=absmax[-1].item()).view(-1, GROUP)
+        groups = torch.cat([absmax, absmax[-1:].expand(-len(absmax) % GROUP)]).view(-1, GROUP)
         least, step = groups.amin(1, keepdim=True), (groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)) / 255
         self.register_buffer("absmax", ((groups - least) / step.clamp(min=torch.finfo(torch.float32).tiny)).round().byte())
         self.register_buffer("range", torch.cat([least, step], dim=1))

@@ -1428,6 +1428,47 @@ def test_resume_refuses_what_it_cannot_continue(tiny, workdir, capsys):
     assert "step_000004 is damaged" in capsys.readouterr().err and len(metrics()) == 4
 
 
+def test_a_full_disk_names_the_last_whole_checkpoint(tiny, workdir, monkeypatch):
+    """Whoever reports it, safetensors, torch or the log: one line, the last whole checkpoint in it, no half one left behind."""
+    from safetensors import SafetensorError
+    real = train_math.save_adapter
+
+    def full(model, config, folder):
+        if "000003" in str(folder):
+            Path(folder).mkdir(parents=True)
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        real(model, config, folder)
+    monkeypatch.setattr(train_math, "save_adapter", full)
+    with pytest.raises(ValueError, match="step_000003 .*No space left.*last whole checkpoint: checkpoints/run/step_000002"):
+        run(tiny, "--save-every", "1")
+    assert sorted(p.name for p in Path("checkpoints/run").iterdir()) == ["step_000001", "step_000002"]
+
+    def no_log(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train_math, "open_log", no_log)
+    with pytest.raises(ValueError, match="No space left on device; the last whole checkpoint: checkpoints/run/step_000002"):
+        run(tiny, "--save-every", "1", "--resume")
+
+
+def test_nf4_trains_resumes_scores_and_merges_from_the_command_line(tiny, workdir):
+    """--nf4 must quantise in both scripts, resume to the same bits, and write a merged model of plain weights that scores the same."""
+    flags = ["--nf4", "--targets", "all-linear", "--max-steps", "6", "--save-every", "3", "--grad-accum", "2"]
+    whole = run(tiny, *flags, name="whole")
+    run(tiny, *flags, name="cut")
+    shutil.rmtree("checkpoints/cut/step_000006")
+    resumed = run(tiny, *flags, "--resume", name="cut")
+    assert same_bits(*(load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed)))
+    with pytest.raises(ValueError, match="--nf4 was True, is False"):
+        run(tiny, *[flag for flag in flags if flag != "--nf4"], "--resume", name="cut")
+    scores = eval_gsm8k.main(eval_gsm8k.parse_args(["--model", str(tiny / "base"), "--nf4", "--adapter", str(whole), "--data", str(tiny / "test.jsonl"),
+                                                    "--max-new-tokens", "8", "--dtype", "float32", "--device", "cpu", "--save-merged", "merged"]))
+    assert [name for name, _ in scores] == ["base", "whole-step_000006", "whole-step_000006-merged"] and scores[0][1]["nf4"] is True
+    rows = [[json.loads(line)["completion"] for line in open(f"eval_results/whole-step_000006{end}-test.jsonl")] for end in ("", "-merged")]
+    assert rows[0] == rows[1]
+    model, _ = eval_gsm8k.load_model("merged", torch.float32, torch.device("cpu"))
+    assert set(model.state_dict()) == set(load(tiny)[0].state_dict())
+
+
 def test_interrupting_saves_and_says_how_to_resume(tiny, workdir, capsys):
     """SIGTERM must finish the step, save, print the command that continues, and exit with 143."""
     pid = os.getpid()
@@ -1558,6 +1599,9 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, work
     monkeypatch.setattr(train_sst2, "train", lambda args, data, r, seed, *rest: trained.append((r, seed)) or real(args, data, r, seed, *rest))
     again = train_sst2.main(sst2(encoder, "--ranks", "1", "2", "--seeds", "0", "1", "--full-finetune"))
     assert trained == [(None, 1)] and again[:-1] == lines[:-1] and again[-1]["loss"] == lines[-1]["loss"]
+    path.write_text(path.read_text()[:-30])                     # killed while the line was being written
+    with pytest.raises(ValueError, match="sst2.jsonl, line 6 is no whole JSON object"):
+        train_sst2.main(sst2(encoder, "--ranks", "1", "2", "--seeds", "0", "1", "--full-finetune"))
 
 
 def test_an_adapter_with_its_head_predicts_the_same_elsewhere(encoder, workdir, capsys):

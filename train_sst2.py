@@ -229,9 +229,9 @@ def train(args, data, r: int | None, seed: int, device, dtype):
     if config:
         save_adapter(model, config, Path("checkpoints") / f"sst2-{Path(args.model).name}-r{r}-s{seed}")
     low, high = wilson_interval(correct, len(validation))
-    return {**identity(args, r, seed), "n": len(validation), "correct": correct, "accuracy": correct / len(validation), "ci95": [low, high],
+    return {**identity(args, r, seed, dtype), "n": len(validation), "correct": correct, "accuracy": correct / len(validation), "ci95": [low, high],
             "loss": val_loss, "adapter_parameters": adapter, "head_parameters": trainable - adapter if config else 0, "trainable": trainable,
-            "total": total, "dtype": str(dtype)[6:], "seconds": round(seconds, 1), "sentences_per_s": round(len(training) * args.epochs / seconds, 1),
+            "total": total, "seconds": round(seconds, 1), "sentences_per_s": round(len(training) * args.epochs / seconds, 1),
             "peak_memory_gb": round(peak_memory(device) / 2**30, 2), "history": history}, model
 
 
@@ -242,12 +242,12 @@ def peak_memory(device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) if resource else 0
 
 
-def identity(args, r, seed) -> dict:
+def identity(args, r, seed, dtype) -> dict:
     """What makes two runs the same run."""
     lora = {"alpha": args.alpha, "dropout": args.dropout, "targets": args.targets} if r is not None else {}
     return {"model": args.model, "data": args.data, "method": "full" if r is None else "lora", "r": r, "seed": seed, "head": args.head, **lora,
             "lr": args.full_lr if r is None else args.lr, "epochs": args.epochs, "batch_size": args.batch_size, "max_length": args.max_length,
-            "nb_samples": args.nb_samples}
+            "nb_samples": args.nb_samples, "dtype": str(dtype)[6:]}
 
 
 # --- all runs, table, plot ---
@@ -337,11 +337,15 @@ def main(args) -> list[dict]:
         data["train"] = random.Random(0).sample(data["train"], args.nb_samples)
     path = Path(args.out) / "sst2.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    finished = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()] if path.exists() else []
-    lines = []
+    finished, lines = [], []
+    for line in path.read_text(encoding="utf8").splitlines(keepends=True) if path.exists() else ():
+        try:
+            finished.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{path}, line {len(finished) + 1} is no whole JSON object ({line!r:.60}): remove it, and its run is done again") from None
     for r in [*args.ranks, *([None] if args.full_finetune else [])]:
         for seed in args.seeds:
-            wanted = identity(args, r, seed)
+            wanted = identity(args, r, seed, dtype)
             line = next((line for line in finished if all(line.get(key) == value for key, value in wanted.items())), None)
             if line is None:
                 line, _ = train(args, data, r, seed, device, dtype)
