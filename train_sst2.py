@@ -273,16 +273,20 @@ def report(lines: list[dict], out: Path) -> None:
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    left.errorbar(range(len(table)), [mean for _, mean, _ in table], yerr=[0 if math.isnan(s) else s for _, _, s in table], fmt="o", capsize=5)
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
+    bars = [spread if len(group) > 1 else 50 * (group[0]["ci95"][1] - group[0]["ci95"][0]) for (_, _, spread), group in zip(table, groups.values())]
+    left.errorbar(range(len(table)), [mean for _, mean, _ in table], yerr=bars, fmt="o", capsize=5)
     left.set_xticks(range(len(table)), [name for name, _, _ in table])
-    left.set(ylabel="validation accuracy (%)", title=f"mean and standard deviation, n = {lines[0]['n']}")
+    several = "mean and standard deviation of the seeds" if len(next(iter(groups.values()))) > 1 else "one run, its 95% interval"
+    left.set(ylabel="validation accuracy (%)", title=f"{several}, n = {lines[0]['n']}")
     for color, (name, group) in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"] * 9, groups.items()):
         for line in group:
             epochs = [point["epoch"] for point in line["history"]]
-            right.plot(epochs, [point["train_loss"] for point in line["history"]], color=color, linestyle=":", linewidth=0.8)
-            right.plot(epochs, [point["loss"] for point in line["history"]], color=color, label=name if line is group[0] else None)
-    right.set(xlabel="epoch", ylabel="cross-entropy", title="loss: validation solid, training dotted")
+            middle.plot(epochs, [point["train_loss"] for point in line["history"]], color=color, linestyle=":", linewidth=0.8)
+            middle.plot(epochs, [point["loss"] for point in line["history"]], color=color)
+            right.plot(epochs, [100 * point["accuracy"] for point in line["history"]], color=color, label=name if line is group[0] else None)
+    middle.set(xlabel="epoch", ylabel="cross-entropy", title="loss: validation solid, training dotted")
+    right.set(xlabel="epoch", ylabel="validation accuracy (%)", title="accuracy through the training")
     right.legend()
     fig.savefig(out, dpi=120)
     plt.close(fig)
