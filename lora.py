@@ -37,6 +37,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -92,6 +93,8 @@ class LoRAConfig:
 
 def is_linear(module: nn.Module) -> bool:
     """nn.Linear, anything that states in_features and out_features (4-bit layers), or GPT-2's Conv1D."""
+    if isinstance(module, (LoRALinear, NF4Linear)):     # whose weight is computed when it is asked for
+        return True
     weight = getattr(module, "weight", None)
     return (isinstance(weight, torch.Tensor) and not nn.parameter.is_lazy(weight)
             and (is_conv1d(module) or (hasattr(module, "in_features") and hasattr(module, "out_features"))))
@@ -115,10 +118,11 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.scaling = LoRAConfig(r=r, alpha=alpha, dropout=dropout, rslora=rslora).scaling
         self.base = base.requires_grad_(False)
-        self.transposed = is_conv1d(base)
+        self.transposed = base.transposed if isinstance(base, NF4Linear) else is_conv1d(base)
         self.out_features, self.in_features = d, k = _features(base)
-        self.lora_A = nn.Parameter(torch.empty(r, k, device=base.weight.device, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(d, r, device=base.weight.device, dtype=torch.float32))
+        device = (base.codes if isinstance(base, NF4Linear) else base.weight).device
+        self.lora_A = nn.Parameter(torch.empty(r, k, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(d, r, device=device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))       # uniform within 1 / sqrt(k)
         self.dropout = nn.Dropout(dropout)
         self.enabled = True
@@ -183,6 +187,11 @@ class LoRALinear(nn.Module):
                                "unmerge_lora(model) or strip_lora(model) first")
         super()._save_to_state_dict(*args)
 
+    def _load_from_state_dict(self, *args):
+        if self.merged:
+            raise RuntimeError("a state_dict cannot be loaded into merged weights: call unmerge_lora(model) or strip_lora(model) first")
+        super()._load_from_state_dict(*args)
+
     def extra_repr(self) -> str:
         return f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}, merged={self.merged}"
 
@@ -239,7 +248,7 @@ def match_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
 
 def match_modules(model: nn.Module, endings) -> list[str]:
     """The names of the modules that also_train means; ValueError names one that matches no module with weights."""
-    modules = {name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())}
+    modules = {name: module for name, module in model.named_modules() if name and any(True for _ in chain(module.parameters(), module.buffers()))}
     for ending in endings:
         if not _matching(modules, [ending]):
             raise ValueError(f"also_train {ending!r} matches no module with weights; at the top this model has: "
@@ -269,6 +278,8 @@ def _refuse_unsafe(model: nn.Module, names, full) -> None:
             if len(owners[id(parameter)]) > 1:
                 raise ValueError(f"{name} shares its weight with {', '.join(sorted(owners[id(parameter)] - {name}))} (tied): adapting one "
                                  "would change the other; choose other layers, or untie them first by giving one its own copy")
+        if name in full and any(isinstance(module, NF4Linear) for module in modules[name].modules()):
+            raise ValueError(f"{name} is in 4 bits and cannot train: name it in the skip of quantize_nf4")
         if name in full and any(True for _ in modules[name].buffers()):
             raise ValueError(f"{name} has buffers (running statistics), which an adapter file does not hold: it cannot be in also_train")
     for name in names:                      # these read .weight instead of calling the layer: the adapter would be skipped
@@ -361,51 +372,67 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.
        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 BLOCK, GROUP = 64, 256      # weights that share an absmax; absmaxes that share a range (their Sec. 3, "double quantization")
+HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class NF4Linear(nn.Module):
     """A frozen linear layer in 4.13 bits a weight: W flattened in blocks of 64, each value the nearest of NF4 times its block's absmax.
 
-    weight  (bytes,) uint8, two codes a byte
-    absmax  (groups, 256) uint8, between its group's least and largest: absmax = range[:, 0] + range[:, 1] * code. The paper has
-            8-bit floats around the mean; an even range is finer for the same bits
-    range   (groups, 2) fp32: the least absmax and the step
+    codes   (bytes,) uint8, two codes a byte
+    absmax  (groups, 256) uint8: log2 of a block's absmax, in 255 even steps over its group. The paper has 8-bit floats around
+            the mean; even steps of the logarithm serve the common blocks as well where one outlier stretches the group
+    range   (groups, 2) fp32: the least log2 and the step
     bias    as it was
-    Computes in x's dtype. Raises ValueError for a weight that is not finite.
+    Computes in x's dtype. `weight` is W, dequantised at each look. Raises ValueError for a weight that is not finite.
     """
 
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.out_features, self.in_features = _features(layer)
-        self.dtype, self.bias = layer.weight.dtype, layer.bias if layer.bias is None else layer.bias.requires_grad_(False)
-        w = (layer.weight.T if is_conv1d(layer) else layer.weight).detach().flatten().float()
+        self.transposed, self.kind, self.dtype = is_conv1d(layer), type(layer), layer.weight.dtype
+        self.bias = layer.bias if layer.bias is None else layer.bias.requires_grad_(False)
+        w, tiny = layer.weight.detach().flatten().float(), torch.finfo(torch.float32).tiny
         blocks = F.pad(w, (0, -len(w) % BLOCK)).view(-1, BLOCK)         # the last block may be short: zeros fill it up
         absmax = blocks.abs().amax(1)
         if not absmax.isfinite().all():
             raise ValueError("the weight holds NaN or infinity, which have no 4-bit code")
-        blocks = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        blocks = blocks / absmax.clamp(min=tiny)[:, None]
         codes = sum((blocks > (low + high) / 2).byte() for low, high in zip(NF4, NF4[1:])).view(-1, 2)     # the nearest value's place
-        self.register_buffer("weight", codes[:, 0] << 4 | codes[:, 1])
+        self.register_buffer("codes", codes[:, 0] << 4 | codes[:, 1])
         groups = torch.cat([absmax, absmax[-1:].expand(-len(absmax) % GROUP)]).view(-1, GROUP)
-        least, step = groups.amin(1, keepdim=True), (groups.amax(1, keepdim=True) - groups.amin(1, keepdim=True)) / 255
-        self.register_buffer("absmax", ((groups - least) / step.clamp(min=torch.finfo(torch.float32).tiny)).round().byte())
-        self.register_buffer("range", torch.cat([least, step], dim=1))
+        logs = groups.clamp(min=tiny).maximum(groups.amax(1, keepdim=True) / 4096).log2()       # an all but empty block is none to resolve
+        least, most = logs.amin(1, keepdim=True), logs.amax(1, keepdim=True)
+        self.register_buffer("absmax", ((logs - least) / (most - least).clamp(min=tiny) * 255).round().byte())
+        self.register_buffer("range", torch.cat([least, (most - least) / 255], dim=1))
+        self.train(layer.training)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """W as (d, k)."""
+        """W, shaped as it was: (d, k), or (k, d) over Conv1D."""
+        if dtype not in HALF_AND_SINGLE:
+            return self.dequantize(torch.float32).to(dtype)
         # A byte's two values are fetched at once, as one number of twice the width: the index costs 2 bytes a weight, not 8.
-        w = _nf4_pairs(dtype, self.weight.device).index_select(0, self.weight.int()).view(dtype).view(-1, BLOCK)
-        absmax = (self.range[:, :1] + self.range[:, 1:] * self.absmax).flatten()[:len(w), None]
-        return w.mul_(absmax.to(dtype)).flatten()[:self.out_features * self.in_features].view(self.out_features, self.in_features)
+        w = _nf4_pairs(dtype, self.codes.device).index_select(0, self.codes.int()).view(dtype).view(-1, BLOCK)
+        absmax = torch.exp2(self.range[:, :1] + self.range[:, 1:] * self.absmax).flatten()[:len(w), None]
+        shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
+        return w.mul_(absmax.to(dtype)).flatten()[:shape[0] * shape[1]].view(shape)
+
+    weight = property(lambda self: self.dequantize(self.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _NF4Product.apply(x, self)
 
-    def dense(self) -> nn.Linear:
-        """A plain layer of the same values, in the dtype that the quantised layer had."""
-        layer = nn.utils.skip_init(nn.Linear, self.in_features, self.out_features, bias=False, device=self.weight.device, dtype=self.dtype)
-        layer.weight, layer.bias = nn.Parameter(self.dequantize(self.dtype), requires_grad=False), self.bias
+    def dense(self) -> nn.Module:
+        """A plain layer of the kind that was quantised, with the rounded values."""
+        with torch.device("meta"):
+            layer = self.kind(*((self.out_features, self.in_features) if self.transposed else (self.in_features, self.out_features)))
+        layer.weight, layer.bias = nn.Parameter(self.weight, requires_grad=False), self.bias
         return layer.train(self.training)
+
+    def _apply(self, fn, recurse=True):     # .half() and the like change what it computes in, and never round the range
+        kept, self.dtype = self.range, fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)
+        self.range = kept.to(self.range.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -417,11 +444,13 @@ class _NF4Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        return F.linear(x, layer.dequantize(x.dtype), layer.bias if layer.bias is None else layer.bias.to(x.dtype))
+        w = layer.dequantize(x.dtype)
+        return F.linear(x, w.T if layer.transposed else w, layer.bias if layer.bias is None else layer.bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient @ ctx.layer.dequantize(gradient.dtype), None
+        w = ctx.layer.dequantize(gradient.dtype)
+        return gradient @ (w.T if ctx.layer.transposed else w), None
 
 
 @cache
@@ -433,26 +462,34 @@ def _nf4_pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 @torch.no_grad()
 def quantize_nf4(model: nn.Module, skip: tuple[str, ...] = ("lm_head",)) -> list[str]:
-    """Puts an NF4Linear in place of every linear layer but those whose names end in one of `skip`. Returns the names.
+    """Puts an NF4Linear in place of every linear layer but the output head and those whose names end in one of `skip`.
 
-    Call it while the half-precision model is on the CPU, then move the model: the device never holds a dense layer. Embeddings
-    stay; so does a layer that shares its weight with another module, with a warning. Adapters come after it.
-    Raises ValueError, with the model untouched, when there is nothing to quantise or a layer cannot be.
+    Call it while the half-precision model is on the CPU, then move the model: the device never holds a dense layer. Adapters come
+    after it. Embeddings stay dense; so do, with a warning that says why, tied layers and those that are read and never called.
+    Returns the names. Raises ValueError, with the model untouched, when there is nothing to quantise or a layer cannot be.
     """
     if next(lora_layers(model), None):
         raise ValueError("the model carries an adapter: quantise the base first, then inject or load the adapter")
-    linears, owners = linear_layers(model), _owners(model)
-    names = [name for name, layer in linears.items() if "weight" in layer._parameters and not _matching([name], skip)]
-    for name in [name for name in names if len(owners[id(linears[name].weight)]) > 1]:
-        warnings.warn(f"{name} shares its weight with {', '.join(sorted(owners[id(linears[name].weight)] - {name}))} (tied): it stays in {linears[name].weight.dtype}")
-        names.remove(name)
+    owners, modules, head, names = _owners(model), dict(model.named_modules()), getattr(model, "get_output_embeddings", lambda: None)(), []
+    linears = {name: layer for name, layer in linear_layers(model).items() if not (isinstance(layer, NF4Linear) or _matching([name], skip))}
+    for name, layer in linears.items():
+        parent, reason = modules[name.rpartition(".")[0]], None
+        if len(shared := owners[id(layer.weight)]) > 1:
+            reason = f"it shares its weight with {', '.join(sorted(shared - {name}))} (tied)"
+        elif (type(layer) is not nn.Linear and not is_conv1d(layer)) or layer.weight.is_meta or layer.weight.dtype not in HALF_AND_SINGLE:
+            reason = f"it is a {type(layer).__name__} of {layer.weight.dtype} on {layer.weight.device}"
+        elif isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            reason = f"{type(parent).__name__} reads its weight without calling it"
+        elif not layer.weight.isfinite().all():
+            raise ValueError(f"the weight of {name} holds NaN or infinity, which have no 4-bit code: is the model damaged?")
+        if layer is not head and reason:
+            warnings.warn(f"{name} is not quantised: {reason}")
+        elif layer is not head:
+            names.append(name)
     if not names:
         raise ValueError("there is no linear layer to quantise in this model")
-    _refuse_unsafe(model, names, ())
-    for name in names:
-        if not linears[name].weight.isfinite().all():
-            raise ValueError(f"the weight of {name} holds NaN or infinity, which have no 4-bit code: is the model damaged?")
     for name in names:                      # one at a time: the dense weight is freed before the next is quantised
+        modules.pop(name)
         _replace(model, [(linears[name], NF4Linear(linears.pop(name)))])
     return names
 
@@ -483,6 +520,7 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
     Each file is written beside its place, flushed, and renamed: a crash leaves no half adapter that would load.
     Raises RuntimeError while merged, ValueError when config is not the one that was injected.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     model = _unwrap(model)
     layers, tensors = dict(lora_layers(model)), {}
@@ -513,7 +551,10 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     part = {name: folder / f"{name}.part" for name in (WEIGHTS, CONFIG)}
-    save_file({key: tensor.to("cpu").contiguous() for key, tensor in tensors.items()}, part[WEIGHTS], metadata={"format": "pt"})
+    try:
+        save_file({key: tensor.to("cpu").contiguous() for key, tensor in tensors.items()}, part[WEIGHTS], metadata={"format": "pt"})
+    except SafetensorError as error:        # a full disk, say
+        raise OSError(f"{part[WEIGHTS]}: {error}") from None
     part[CONFIG].write_text(json.dumps(described, indent=2) + "\n", encoding="utf8")
     for path in part.values():
         with open(path, "rb+") as file:
@@ -542,10 +583,10 @@ def load_adapter(model: nn.Module, folder) -> LoRAConfig:
     are fp32 whatever the file holds, and require grad; the base is frozen. On any ValueError the model is as it was.
     """
     model, folder = _unwrap(model), Path(folder)
-    old = [layer for _, layer in lora_layers(model)]
-    if not all(layer.enabled for layer in old):
+    old = [(layer, layer.base) for _, layer in lora_layers(model)]
+    if not all(layer.enabled for layer, _ in old):
         raise RuntimeError("the adapter is switched off: load another outside of disable_lora")
-    _replace(model, [(layer, layer.base) for layer in old])         # the file is compared with the plain model
+    _replace(model, old)                                            # the file is compared with the plain model
     try:
         config, described = _read_config(model, folder)
         full = match_modules(model, config.also_train)
@@ -558,12 +599,13 @@ def load_adapter(model: nn.Module, folder) -> LoRAConfig:
             raise ValueError(f"{folder}: {CONFIG} targets {', '.join(listed)}, {WEIGHTS} disagrees on {_some(sorted(odd))}: copy both again")
         _refuse_unsafe(model, names, full)
     except BaseException:
-        _replace(model, [(layer.base, layer) for layer in old])
+        _replace(model, [(base, layer) for layer, base in old])
         raise
 
     # All is checked. From here on the model changes.
-    for layer in old:
+    for layer, base in old:
         layer.unmerge()
+    _replace(model, [(base, layer.base) for layer, base in old])    # over NF4 a merged base was a dense one
     for module in model.modules():          # a head that the last adapter trained goes back to what it was
         for key, original in module.__dict__.pop("lora_untouched", {}).items():
             module.get_parameter(key).detach().copy_(original)
