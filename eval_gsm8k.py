@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from lora import dequantize_nf4, load_adapter, merge_lora, quantize_nf4, strip_lora
@@ -78,7 +79,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # --- one process of several: torchrun says which ---
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 # --- the task: prompt and answer ---
@@ -235,9 +236,9 @@ def join_processes(device: torch.device) -> torch.device:
     if WORLD == 1:
         return device
     if device.type == "cuda":
-        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        local, count = int(os.environ.get("LOCAL_RANK") or RANK), torch.cuda.device_count()
         if local >= count or device.index is not None:
-            raise ValueError(f"--device {device} with {os.environ['LOCAL_WORLD_SIZE']} processes on this machine, which has {count} cuda devices: "
+            raise ValueError(f"--device {device} with {local + 1} processes or more on this machine, which has {count} cuda devices: "
                              f"each process takes its own; use --device cuda and torchrun --nproc-per-node {count} at most")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -254,7 +255,7 @@ def gather(value) -> list:
         try:
             dist.all_gather_object(values, value)
         except RuntimeError as error:
-            raise ValueError(f"another process of this run is gone ({first_line(error)}): its own message says why") from None
+            raise ValueError(f"the processes cannot exchange results ({first_line(error)}): if one of them is gone, its own message says why") from None
     return values
 
 
@@ -498,7 +499,7 @@ def run_script(name: str, main, parse_args) -> None:
         main(parse_args())
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:        # transformers saves with safetensors, whose full disk is its own error
         print(f"{name}{f' (rank {RANK})' if WORLD > 1 else ''}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:

@@ -16,6 +16,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -557,6 +558,7 @@ def test_the_way_back_from_nf4():
     torch.testing.assert_close(model(IDS).logits, out, atol=1e-5, rtol=1e-5)   # quantising its own values changes nothing
 
 
+@pytest.mark.filterwarnings("ignore:.*is not quantised")
 def test_quantising_leaves_what_it_must():
     """Embeddings and skipped layers stay; a tied layer stays with the reason; adapters, NaN and an empty choice are refused untouched."""
     model = llama(tie_word_embeddings=True)
@@ -1503,13 +1505,14 @@ def test_resume_refuses_what_it_cannot_continue(tiny, workdir, capsys):
 
 def test_a_full_disk_names_the_last_whole_checkpoint(tiny, workdir, monkeypatch):
     """Whoever reports it, safetensors, torch or the log: one line, the last whole checkpoint in it, no half one left behind."""
-    from safetensors import SafetensorError
     real = train_math.save_adapter
+
+    def no_space(*_, **__):
+        raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     def full(model, config, folder):
         if "000003" in str(folder):
-            Path(folder).mkdir(parents=True)
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            monkeypatch.setattr(safetensors.torch, "save_file", no_space)
         real(model, config, folder)
     monkeypatch.setattr(train_math, "save_adapter", full)
     with pytest.raises(ValueError, match="step_000003 .*No space left.*last whole checkpoint: checkpoints/run/step_000002"):
@@ -1627,6 +1630,18 @@ train_math.run_script("train_math.py", train_math.main, train_math.parse_args)
     assert done.returncode != 0 and time.monotonic() - begin < 60
     assert "train_math.py (rank 1): out of memory (rank 1's card is full)" in done.stderr
     assert train_math.newest_checkpoint(Path("checkpoints/dies"))[1]["step"] >= 1
+
+
+def test_nohup_is_respected():
+    """A signal that the parent had ignored stays ignored: a run under nohup goes on when the terminal closes."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with train_math.catch_signals() as caught:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert caught == [signal.SIGTERM] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_processes_that_differ_are_refused(monkeypatch, tiny, workdir):

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -301,7 +301,7 @@ def save_checkpoint(folder: Path, model, config, optimizer, progress: dict, args
             os.fsync(file.fileno())
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
-    except (OSError, RuntimeError, SafetensorError) as error:       # three ways to report a full disk
+    except (OSError, RuntimeError) as error:        # torch reports a full disk as RuntimeError
         shutil.rmtree(part, ignore_errors=True)
         raise ValueError(f"cannot write {folder} ({error}); the last whole checkpoint: {last_checkpoint(folder.parent)}") from None
     for old in sorted(folder.parent.glob("step_*[0-9]/trainer_state.pt"))[:-2]:
@@ -341,8 +341,10 @@ def sum_over_processes(parameters, loss: float, stop: float) -> tuple[float, flo
         try:
             dist.all_reduce(flat)
         except RuntimeError as error:
-            raise ValueError(f"another process of this run is gone ({first_line(error)}): its own message says why; --resume continues "
-                             "from the last checkpoint") from None
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(f"the processes cannot sum their gradients ({first_line(error)}): if one of them is gone, its own message says "
+                             "why; --resume continues from the last checkpoint, if there is one") from None
         *gradients, numbers = flat.split([*(p.numel() for p in parameters), 2])
         for p, gradient in zip(parameters, gradients):
             p.grad = gradient.view_as(p)
@@ -370,12 +372,15 @@ def train(model, examples, args, config: LoRAConfig | None = None, state: dict |
     checkpoint_folder, data = None, hashlib.sha256(repr(examples).encode()).hexdigest()
     if state and state["data"] != data:
         raise ValueError(f"--resume: the rows of {args.data} are not those that the run began with; start anew with another --run-name")
-    facts = gather({"data": data, "step": step, **{key: value for key, value in vars(args).items() if key not in FREE}})
+    start = torch.cat([p.detach().flatten()[:64].float().cpu() for p in model.parameters()])      # of every weight a little
+    facts = gather({"data": data, "step": step, "weights": hashlib.sha256(start.numpy()).hexdigest(), **{key: value for key, value in vars(args).items() if key not in FREE}})
     if differs := [key for key in facts[0] if facts[RANK][key] != facts[0][key]]:
         raise ValueError(f"{', '.join(differs)} differ from rank 0's: {facts[RANK][differs[0]]}, there {facts[0][differs[0]]}; start all "
                          "processes with the same flags, data and checkpoints")
     if config and RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)           # what cannot be written shows now, not at the first save
+    if args.grad_accum < WORLD:
+        print(f"only {args.grad_accum} of {WORLD} processes have work: raise --grad-accum")
     model.train()
     with (open_log(run, step) if RANK == 0 else nullcontext(lambda line: None) as log, catch_signals() as stopped_by,
           tqdm(total=steps, initial=step, unit="step", disable=RANK > 0 or None) as bar):
@@ -495,6 +500,7 @@ def catch_signals():
     """Ctrl-C, SIGTERM and a closed terminal are noted in the list that this yields, instead of ending the process in the middle of a step."""
     caught = []
     signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]      # Windows has no SIGHUP
+    signals = [s for s in signals if signal.getsignal(s) != signal.SIG_IGN]         # nohup's wish: go on when the terminal closes
     before = {s: signal.signal(s, lambda n, _: caught.append(n)) for s in signals}
     try:
         yield caught
@@ -599,7 +605,7 @@ def experiment(args) -> Path:
     if RANK == 0:
         plot_loss(Path("runs") / args.run_name)
     print(f"peak memory {peak / 2**30:.2f} GiB{' (while loading)' if peak == loading else ''}, planned {planned / 2**30:.2f}. Written: {last}/, runs/{args.run_name}/metrics.jsonl")
-    print(f"score it:  python eval_gsm8k.py --model {shlex.quote(args.model)} --adapter {folder}")
+    print(f"score it:  python eval_gsm8k.py --model {shlex.quote(args.model)} --adapter {folder}{' --nf4' if args.nf4 else ''}")
     return last
 
 
