@@ -1793,7 +1793,7 @@ PARSERS = {"train_math.py": train_math.parse_args, "eval_gsm8k.py": eval_gsm8k.p
 
 def test_every_command_in_the_readme_parses():
     """Each `python x.py ...` in the README must go through that script's parser."""
-    commands = re.findall(r"python (\w+\.py)([^\n`#&|]*)", README.replace("\\\n", " "))
+    commands = re.findall(r"(?:python|torchrun [^\n]* --) (\w+\.py)([^\n`#&|]*)", README.replace("\\\n", " "))
     assert len(commands) >= 6
     for script, flags in commands:
         if script in PARSERS:
