@@ -1,7 +1,7 @@
 """LoRA fine-tuning of TinyLlama-1.1B on MetaMathQA, planned for one 4 GB card.
 
     python train_math.py                                             # the experiment: 10,000 problems, 3 epochs, r=8 on q and v
-    python train_math.py --demo                                      # all of it in under 2 minutes on a CPU, nothing downloaded
+    python train_math.py --demo                                      # all of it in a few minutes on a CPU, nothing downloaded
     python train_math.py --model DIR --data train.jsonl --r 16       # your own model and data
     python eval_gsm8k.py --adapter checkpoints/lora-r8-MetaMathQA    # then score every checkpoint against the base
     torchrun --nproc-per-node 2 -- train_math.py                     # the same run, its micro-batches shared out over two GPUs
@@ -669,7 +669,8 @@ def demo() -> Path:
     tokenizer.save_pretrained(folder / "base")
 
     print(f"\n2. LoRA teaches it two-step problems ({time.perf_counter() - begin:.0f} s so far).", flush=True)
-    flags = ["--model", "demo/base", "--data", "demo/two-step-train.jsonl", "--run-name", "demo", "--lr", "5e-3", "--epochs", "4", *common]
+    # On q and v alone so small a model learns it to 46% or to 98%, by the rounding of the CPU at hand.
+    flags = ["--model", "demo/base", "--data", "demo/two-step-train.jsonl", "--run-name", "demo", "--targets", "all-linear", "--lr", "5e-3", "--epochs", "4", *common]
     print(f"python train_math.py {shlex.join(flags)}", flush=True)
     last = main(parse_args(flags))
 
