@@ -335,8 +335,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
 def sum_over_processes(parameters, loss: float, stop: float) -> tuple[float, float]:
     """Sums the gradients, and two numbers beside them, over all processes: one flat fp32 buffer, once a step."""
     if WORLD > 1:
-        zeros = (torch.zeros_like(p) for p in parameters)               # of a process that had no micro-batch in a short window
-        flat = torch.cat([*(zero.flatten() if p.grad is None else p.grad.flatten() for p, zero in zip(parameters, zeros)),
+        # a process that had no micro-batch in a short window has no gradients
+        flat = torch.cat([*((torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters),
                           torch.tensor([loss, stop], device=parameters[0].device)])
         try:
             dist.all_reduce(flat)
@@ -551,6 +551,7 @@ def main(args) -> Path:
 
 
 def experiment(args) -> Path:
+    """One run from flags to files: checks, facts, training, the measured peak. Returns the folder of the last checkpoint."""
     folder = Path("checkpoints") / args.run_name
     newest = newest_checkpoint(folder) if args.resume else None
     if not args.resume and (steps := sorted(folder.glob("step_*[0-9]"))):

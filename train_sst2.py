@@ -342,7 +342,7 @@ def main(args) -> list[dict]:
     path = Path(args.out) / "sst2.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     finished, lines = [], []
-    for line in path.read_text(encoding="utf8").splitlines(keepends=True) if path.exists() else ():
+    for line in path.read_text(encoding="utf8").splitlines() if path.exists() else ():
         try:
             finished.append(json.loads(line))
         except ValueError:
