@@ -15,6 +15,7 @@ import glob
 import json
 import math
 import os
+import platform
 import re
 import sys
 import threading
@@ -22,16 +23,19 @@ import time
 import urllib.error
 import urllib.request
 import warnings
+from contextlib import nullcontext
 from decimal import Decimal
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from lora import dequantize_nf4, load_adapter, merge_lora, quantize_nf4, strip_lora
 
+aten = torch.ops.aten
 BASE_MODEL = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 
 
@@ -262,7 +266,8 @@ def gather(value) -> list:
 def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """(dtype, the reason for it)."""
     if name != "auto":
-        return getattr(torch, name), "as asked"
+        dtype = getattr(torch, name)
+        return dtype, "as asked" + (", multiplied in float32: this CPU has no unit for it" if widens(dtype, device) else "")
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device)[0] >= 8:
             return torch.bfloat16, "this GPU computes in it natively, and it needs no loss scaling"
@@ -270,6 +275,33 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)():
         return torch.bfloat16, "this CPU multiplies in it natively"
     return torch.float32, f"half precision is slow or untested on this {device.type}"
+
+
+def widens(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this is a CPU that multiplies such half-precision numbers by slow, general code."""
+    native = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return (device.type == "cpu" and dtype in native and platform.machine().lower() in ("x86_64", "amd64")
+            and hasattr(torch.ops.mkldnn, native[dtype]) and not getattr(torch.ops.mkldnn, native[dtype])())
+
+
+class Float32Products(TorchDispatchMode):
+    """While entered, matrix products of half-precision tensors are multiplied in float32 and rounded once: about ten times as fast
+    on a CPU without half-precision units. Weights and what is kept for backward stay in half precision; one layer is widened at a time.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # Below autograd: every product of forward, backward and recomputation comes here as one of these. One row alone (generation,
+        # one by one) waits for the weights to be read, and widening them would cost more than it saves.
+        if (func in (aten.mm.default, aten.bmm.default, aten.addmm.default) and args[-2].shape[-2] > 1
+                and args[-1].dtype in (torch.bfloat16, torch.float16)):
+            return func(*(tensor.float() for tensor in args), **(kwargs or {})).to(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def fast_products(model):
+    """The context in which this model computes."""
+    parameter = next(model.parameters())
+    return Float32Products() if widens(parameter.dtype, parameter.device) else nullcontext()
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device, nf4: bool = False):
@@ -336,7 +368,8 @@ def complete(model, tokenizer, prompts: list[str], batch_size: int = 16, max_new
             def asks_on(so_far, scores, width=width, **_):      # a row that begins the next question has said its answer
                 recent = tokenizer.batch_decode(so_far[:, max(width, so_far.shape[1] - 6):])
                 return torch.tensor(["Question:" in text for text in recent], device=so_far.device)
-            out = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=StoppingCriteriaList([asks_on]))
+            with fast_products(model):
+                out = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=StoppingCriteriaList([asks_on]))
             for i, new in zip(rows, out[:, width:].tolist()):       # (batch, up to max_new_tokens)
                 text = tokenizer.decode(new, skip_special_tokens=True)
                 completions[i] = text, len(new) == max_new_tokens and not set(new) & set(eos) and "Question:" not in text

@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (DistilBertConfig, DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig,
                           LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification)
 from transformers.pytorch_utils import Conv1D
@@ -1304,6 +1305,56 @@ def test_memory_plan_counts_what_a_block_keeps(tiny):
     assert model(IDS).logits.requires_grad                      # measuring left the model as it was
 
 
+class Products(TorchDispatchMode):
+    """Notes the dtypes in which matrix products of more than one row are really computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm") and args[-2].shape[-2] > 1:
+            self.dtypes.append(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", HALF[1:])
+def test_float32_products_round_once(dtype):
+    """Forward and both gradients must be the fp32 product of the half-precision numbers, rounded once, with nothing wider kept."""
+    torch.manual_seed(0)
+    x, g, layer = torch.randn(3, 5, 70, dtype=dtype, requires_grad=True), torch.randn(3, 5, 40, dtype=dtype), nn.Linear(70, 40, dtype=dtype)
+    kept = []
+    with eval_gsm8k.Float32Products(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+        y = layer(x)
+        y.backward(g)
+    wide = lambda tensor: tensor.detach().float().flatten(0, -2)
+    assert torch.equal(y.flatten(0, 1), torch.addmm(layer.bias.float(), wide(x), wide(layer.weight).T).to(dtype))
+    assert torch.equal(x.grad.flatten(0, 1), (wide(g) @ wide(layer.weight)).to(dtype))
+    torch.testing.assert_close(layer.weight.grad, (wide(g).T @ wide(x)).to(dtype))
+    assert y.dtype == dtype and set(kept) == {dtype}
+
+
+@pytest.mark.parametrize("dtype", HALF[1:])
+def test_a_cpu_without_half_precision_multiplies_in_float32(tiny, workdir, monkeypatch, dtype):
+    """Where torch says that it has no half-precision products, none may happen: not forward, backward, recomputed nor generating."""
+    monkeypatch.setattr(eval_gsm8k.platform, "machine", lambda: "x86_64")
+    for supported in (True, False):
+        for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+            monkeypatch.setattr(torch.ops.mkldnn, name, lambda: supported, raising=False)
+        with Products() as products:
+            last = run(tiny, "--dtype", str(dtype)[6:], "--max-steps", "2", "--batch-size", "4", "--grad-accum", "1", "--targets", "all-linear", name=f"{supported}")
+        assert ({dtype} if supported else {torch.float32}) == set(products.dtypes[len(products.dtypes) // 2:])      # after the checks at start
+    losses = [[line["loss"] for line in metrics(name)] for name in ("True", "False")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    model, tokenizer = eval_gsm8k.load_model(str(tiny / "base"), dtype, torch.device("cpu"))
+    model.set_attn_implementation("eager")
+    load_adapter(model, last)
+    with Products() as products:
+        complete(model, tokenizer, [format_prompt("1 + 1"), format_prompt("2 + 2")], 2, 1)
+    assert set(products.dtypes) == {torch.float32}
+    assert "float32" in eval_gsm8k.pick_dtype(str(dtype)[6:], torch.device("cpu"))[1]
+
+
 def run(tiny, *flags, name="run", **_):
     """Runs main() in this process and returns the last checkpoint's folder."""
     return train_math.main(train_math.parse_args(["--model", str(tiny / "base"), "--data", str(tiny / "train.jsonl"), "--run-name", name, "--device", "cpu",
@@ -1687,6 +1738,7 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, work
     monkeypatch.setattr(train_sst2, "train", lambda args, data, r, seed, *rest: trained.append((r, seed)) or real(args, data, r, seed, *rest))
     again = train_sst2.main(sst2(encoder, "--ranks", "1", "2", "--seeds", "0", "1", "--full-finetune"))
     assert trained == [(None, 1)] and again[:-1] == lines[:-1] and again[-1]["loss"] == lines[-1]["loss"]
+    assert train_sst2.main(sst2(encoder, "--ranks", "--seeds", "0", "1", "--full-finetune")) == again[-2:]      # no rank: full alone
     path.write_text(path.read_text()[:-30])                     # killed while the line was being written
     with pytest.raises(ValueError, match="sst2.jsonl, line 6 is no whole JSON object"):
         train_sst2.main(sst2(encoder, "--ranks", "1", "2", "--seeds", "0", "1", "--full-finetune"))
@@ -1744,6 +1796,8 @@ def test_a_model_that_is_no_known_encoder_lists_its_layers(tiny, encoder, workdi
         train_sst2.main(sst2(encoder, "--model", str(tiny / "base")))
     with pytest.raises(SystemExit):
         train_sst2.parse_args(["--ranks", "4", "0"])
+    with pytest.raises(SystemExit):
+        train_sst2.parse_args(["--ranks"])
 
 
 # --- the command lines, the README ---

@@ -35,8 +35,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import eval_gsm8k
-from eval_gsm8k import (BASE_MODEL, RANK, WORLD, Parser, check_ids, encode_prompt, first_line, format_prompt, gather, join_processes,
-                        load_model, number, pick_device, pick_dtype, read_rows, run_script)
+from eval_gsm8k import (BASE_MODEL, RANK, WORLD, Parser, check_ids, encode_prompt, fast_products, first_line, format_prompt, gather,
+                        join_processes, load_model, number, pick_device, pick_dtype, read_rows, run_script, widens)
 from lora import LoRAConfig, NF4Linear, count_parameters, disable_lora, inject_lora, load_adapter, save_adapter
 
 try:
@@ -252,6 +252,7 @@ def memory_plan(model, batch_size: int, longest: int, checkpointed: bool) -> dic
             # checkpointed: every block's input, and one block at a time whole, with as much again of gradients
             "activations": count * block_input + 2 * per_block if checkpointed else (count + 1) * per_block,
             "a dequantised layer": dense * (2 + weight.element_size()),     # and the index that fetches it; 0 without --nf4
+            "the head in float32": 4 * weight.numel() * widens(weight.dtype, weight.device),
             "logits": CHUNK * (12 + 2 * weight.element_size())}     # in the base's dtype and in fp32, each with its gradient
 
 
@@ -382,7 +383,7 @@ def train(model, examples, args, config: LoRAConfig | None = None, state: dict |
     if args.grad_accum < WORLD:
         print(f"only {args.grad_accum} of {WORLD} processes have work: raise --grad-accum")
     model.train()
-    with (open_log(run, step) if RANK == 0 else nullcontext(lambda line: None) as log, catch_signals() as stopped_by,
+    with (open_log(run, step) if RANK == 0 else nullcontext(lambda line: None) as log, catch_signals() as stopped_by, fast_products(model),
           tqdm(total=steps, initial=step, unit="step", disable=RANK > 0 or None) as bar):
         while step < steps:
             start = time.perf_counter()
@@ -596,6 +597,8 @@ def experiment(args) -> Path:
     planned, loading = sum(plan.values()), peak_memory(device)
     print(f"memory plan: {', '.join(f'{what} {size / 2**30:.3f}' for what, size in plan.items() if size)}; in all {planned / 2**30:.2f} GiB", flush=True)
     if args.checkpoint_activations:
+        whole = planned + memory_plan(model, batch_size, max(lengths), False)["activations"] - plan["activations"]
+        print(f"with --no-checkpoint-activations {whole / 2**30:.2f} GiB: faster, where there is room")
         checkpoint_blocks(model)
 
     last = train(model, examples, args, config, newest and newest[1])

@@ -50,7 +50,7 @@ def parse_args(argv=None):
     add("--targets", nargs="+", help="name endings of the layers to adapt (default: query and value, by the model's type)")
     add("--head", nargs="+", help="modules trained in full and saved along (default: by the model's type)")
     add("--adapter", metavar="DIR", help="evaluate this saved adapter and stop")
-    add("--ranks", nargs="+", type=number(int, 1), default=[8], help="one LoRA run for each; several are the ablation")
+    add("--ranks", nargs="*", type=number(int, 1), default=[8], help="one LoRA run for each; several are the ablation; none is --full-finetune alone")
     add("--seeds", nargs="+", type=number(int, 0), default=[0], help="one run for each: the start of A and head, the data's order")
     add("--alpha", type=number(float, 1e-6), default=16.0, help="the same for every rank (the released script has 16, the paper's Table 9 has 8)")
     add("--dropout", type=number(float, 0, 1, open_high=True), default=0.05, help="probability, on the adapter's input")
@@ -65,7 +65,10 @@ def parse_args(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--out", default="results", help="folder of sst2.jsonl and sst2.png")
     add("--demo", action="store_true", help="make an encoder and sentences in memory; ignores the other flags")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not (args.ranks or args.full_finetune):
+        parser.error("--ranks names no rank: give at least one, or --full-finetune")
+    return args
 
 
 # --- data ---
