@@ -1790,6 +1790,18 @@ def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder, workdir):
         train_sst2.main(args)
 
 
+def test_runs_with_other_flags_keep_their_own_adapters(encoder, workdir):
+    """Two runs that differ in a flag alone must not share a folder; the same run done again writes where it wrote."""
+    args = ["--ranks", "2", "--nb-samples", "32"]
+    first, = train_sst2.main(sst2(encoder, *args))
+    whole = Path(first["adapter"], "adapter_model.safetensors").read_bytes()
+    other, = train_sst2.main(sst2(encoder, *args, "--targets", "all-linear"))
+    assert other["adapter"] == first["adapter"] + "-2" and Path(first["adapter"], "adapter_model.safetensors").read_bytes() == whole
+    Path("results/sst2.jsonl").unlink()
+    again, = train_sst2.main(sst2(encoder, *args))
+    assert again["adapter"] == first["adapter"] and Path(first["adapter"], "adapter_model.safetensors").read_bytes() == whole
+
+
 def test_a_model_that_is_no_known_encoder_lists_its_layers(tiny, encoder, workdir):
     """A decoder without --targets and --head must be refused with the linear layers that it has; ranks below 1 by the parser."""
     with pytest.raises(ValueError, match="is of type llama.*give --targets and --head.*q_proj"):

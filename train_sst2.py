@@ -7,9 +7,10 @@
 
 Mixed precision is the other kind than train_math.py's: fp32 weights under torch.autocast, because full fine-tuning, the
 baseline, trains every weight, and a bf16 weight of 1.0 cannot take an update below 0.004. Written: checkpoints/sst2-MODEL-rR-sS/
-(adapter and head, in PEFT's format), a line per finished run in results/sst2.jsonl, and results/sst2.png. A run that stands
+(adapter and head, in PEFT's format; -2 and so on for runs with other flags), a line per finished run in results/sst2.jsonl, and results/sst2.png. A run that stands
 there already is skipped, so an ablation that was stopped goes on where it was.
 """
+import itertools
 import json
 import math
 import random
@@ -230,9 +231,11 @@ def train(args, data, r: int | None, seed: int, device, dtype):
                     running = []
                     bar.write(f"  epoch {done / per_epoch:.2f}  train loss {history[-1]['train_loss']:.3f}  validation {correct / len(validation):.2%}  loss {val_loss:.3f}")
     if config:
-        save_adapter(model, config, Path("checkpoints") / f"sst2-{Path(args.model).name}-r{r}-s{seed}")
+        folder = adapter_folder(args.model, wanted := identity(args, r, seed, dtype))
+        save_adapter(model, config, folder)
+        (folder / "run.json").write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf8")
     low, high = wilson_interval(correct, len(validation))
-    return {**identity(args, r, seed, dtype), "n": len(validation), "correct": correct, "accuracy": correct / len(validation), "ci95": [low, high],
+    return {**identity(args, r, seed, dtype), "adapter": config and str(folder), "n": len(validation), "correct": correct, "accuracy": correct / len(validation), "ci95": [low, high],
             "loss": val_loss, "adapter_parameters": adapter, "head_parameters": trainable - adapter if config else 0, "trainable": trainable,
             "total": total, "seconds": round(seconds, 1), "sentences_per_s": round(len(training) * args.epochs / seconds, 1),
             "peak_memory_gb": round(peak_memory(device) / 2**30, 2), "history": history}, model
@@ -251,6 +254,17 @@ def identity(args, r, seed, dtype) -> dict:
     return {"model": args.model, "data": args.data, "method": "full" if r is None else "lora", "r": r, "seed": seed, "head": args.head, **lora,
             "lr": args.full_lr if r is None else args.lr, "epochs": args.epochs, "batch_size": args.batch_size, "max_length": args.max_length,
             "nb_samples": args.nb_samples, "dtype": str(dtype)[6:]}
+
+
+def adapter_folder(model: str, wanted: dict) -> Path:
+    """checkpoints/sst2-MODEL-rR-sS, or the first with a number behind it that does not hold the adapter of another run."""
+    for n in itertools.count(1):
+        folder = Path("checkpoints") / f"sst2-{Path(model).name}-r{wanted['r']}-s{wanted['seed']}{f'-{n}' if n > 1 else ''}"
+        try:
+            if not folder.exists() or json.loads((folder / "run.json").read_text(encoding="utf8")) == wanted:
+                return folder
+        except (OSError, ValueError):       # whose it is, nobody knows
+            pass
 
 
 # --- all runs, table, plot ---
@@ -362,7 +376,7 @@ def main(args) -> list[dict]:
                 print(f"{'full fine-tuning' if r is None else f'LoRA r={r}'}, seed {seed}: {line['accuracy']:.2%}, done before (in {path})")
             lines.append(line)
     report(lines, path.with_suffix(".png"))
-    print(f"runs are in {path}, the picture in {path.with_suffix('.png')}, adapters in checkpoints/sst2-*/")
+    print(f"runs are in {path}, each line with its adapter's folder; the picture in {path.with_suffix('.png')}")
     return lines
 
 
