@@ -6,12 +6,13 @@
     torchrun --nproc-per-node 2 -- eval_gsm8k.py --model DIR                               # the problems shared out over two GPUs
 
 The base is always scored; each adapter is compared with it by McNemar's exact test. A run folder stands for all its
-checkpoints. Decoding is greedy. Written to eval_results/: NAME.json (scores), NAME.jsonl (every completion), a chart (PNG).
+checkpoints. Decoding is greedy. Written to eval_results/: NAME-DATA.json (scores), NAME-DATA.jsonl (every completion), a chart (PNG).
 train_math.py imports the prompt and the data from here, so that training masks exactly what generation is given.
 """
 import argparse
 import functools
 import glob
+import itertools
 import json
 import math
 import os
@@ -34,6 +35,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from lora import dequantize_nf4, load_adapter, merge_lora, quantize_nf4, strip_lora
+
+try:
+    import resource
+except ImportError:                         # Windows
+    resource = None
 
 aten = torch.ops.aten
 BASE_MODEL = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
@@ -121,8 +127,8 @@ def extract_answer(completion: str, flexible: bool = False) -> Decimal | None:
     """
     text = completion.split("Question:")[0]
     after = None
-    if (at := text.lower().rfind("the answer is")) >= 0:
-        after = text[at + len("the answer is"):].lstrip(": \n")
+    if said := list(re.finditer("the answer is", text, re.IGNORECASE)):
+        after = text[said[-1].end():].lstrip(": \n")
     elif (at := text.find("####")) >= 0:
         after = text[at + len("####"):].lstrip()
     values = _numbers(after.split("\n")[0]) if after is not None else []
@@ -267,7 +273,7 @@ def pick_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     """(dtype, the reason for it)."""
     if name != "auto":
         dtype = getattr(torch, name)
-        return dtype, "as asked" + (", multiplied in float32: this CPU has no unit for it" if widens(dtype, device) else "")
+        return dtype, "as asked" + (", its products in float32: this CPU has no unit for them" if widens(dtype, device) else "")
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device)[0] >= 8:
             return torch.bfloat16, "this GPU computes in it natively, and it needs no loss scaling"
@@ -285,8 +291,8 @@ def widens(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class Float32Products(TorchDispatchMode):
-    """While entered, matrix products of half-precision tensors are multiplied in float32 and rounded once: about ten times as fast
-    on a CPU without half-precision units. Weights and what is kept for backward stay in half precision; one layer is widened at a time.
+    """While entered, products of half-precision matrices are computed in float32 and rounded once: ten times as fast on a CPU without
+    half-precision units. Weights and what is kept for backward stay in half precision; one layer is widened at a time.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -298,10 +304,16 @@ class Float32Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def fast_products(model):
-    """The context in which this model computes."""
-    parameter = next(model.parameters())
-    return Float32Products() if widens(parameter.dtype, parameter.device) else nullcontext()
+def fast_products(dtype: torch.dtype, device: torch.device):
+    """The context in which to compute with tensors of this dtype."""
+    return Float32Products() if widens(dtype, device) else nullcontext()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on CUDA, the process's peak so far elsewhere (0 where the system does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) if resource else 0
 
 
 def load_model(name: str, dtype: torch.dtype, device: torch.device, nf4: bool = False):
@@ -334,7 +346,12 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, nf4: bool = 
     return model.to(device).eval(), tokenizer
 
 
-def check_ids(model, encoded: list[list[int]]) -> None:
+def check_ids(model, encoded: list[list[int]], more: int = 0) -> None:
+    """ValueError for token ids that the model has no embedding for, and for rows (`more` tokens will follow) beyond its positions."""
+    longest, positions = max(map(len, encoded)) + more, getattr(model.config, "max_position_embeddings", None)
+    if positions and longest > positions:
+        raise ValueError(f"rows of up to {longest} tokens, but the model has {positions} positions: lower "
+                         + ("--max-new-tokens or --shots" if more else "--max-length"))
     words = model.get_input_embeddings().weight.shape[0]
     if (largest := max(max(ids, default=0) for ids in encoded)) >= words:
         raise ValueError(f"the tokenizer gives id {largest}, the model has {words} embeddings: they do not belong together")
@@ -347,7 +364,7 @@ def complete(model, tokenizer, prompts: list[str], batch_size: int = 16, max_new
     """Greedy completions of the prompts, in their order: (text, whether max_new_tokens cut it off)."""
     from transformers import GenerationConfig, StoppingCriteriaList
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    check_ids(model, encoded)
+    check_ids(model, encoded, max_new_tokens)
     own_eos = model.generation_config.eos_token_id or []
     eos = sorted({tokenizer.eos_token_id, *([own_eos] if isinstance(own_eos, int) else own_eos)})
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
@@ -368,7 +385,7 @@ def complete(model, tokenizer, prompts: list[str], batch_size: int = 16, max_new
             def asks_on(so_far, scores, width=width, **_):      # a row that begins the next question has said its answer
                 recent = tokenizer.batch_decode(so_far[:, max(width, so_far.shape[1] - 6):])
                 return torch.tensor(["Question:" in text for text in recent], device=so_far.device)
-            with fast_products(model):
+            with fast_products(model.dtype, model.device):
                 out = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=StoppingCriteriaList([asks_on]))
             for i, new in zip(rows, out[:, width:].tolist()):       # (batch, up to max_new_tokens)
                 text = tokenizer.decode(new, skip_special_tokens=True)
@@ -448,6 +465,21 @@ def find_adapters(folders: list[str]) -> list[tuple[str, Path]]:
     return found
 
 
+def keep_other(path: Path, result: dict) -> None:
+    """Moves scores of the same name out of the way if they are not the same evaluation done before."""
+    try:
+        before = json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(before, dict) and all(before.get(key) == result[key] for key in ("model", "adapter", "data", "dtype", "nf4", "shots", "n")):
+        return
+    n = next(n for n in itertools.count(1) if not path.with_stem(f"{path.stem}-{n}").exists())
+    for old in (path, path.with_suffix(".jsonl")):
+        if old.exists():
+            old.rename(old.with_stem(f"{old.stem}-{n}"))
+    print(f"{path} held the scores of another evaluation: they are in {path.stem}-{n}.json now")
+
+
 def plot(path: Path, scores: list[tuple[str, dict]]) -> None:
     try:
         import matplotlib
@@ -497,6 +529,7 @@ def main(args) -> list[tuple[str, dict]]:
         result = {"model": args.model, "adapter": folder and str(folder), "data": args.data, "dtype": str(dtype)[6:], "nf4": args.nf4, "shots": args.shots,
                   **summarise(records, answered["base"] if folder else None), "seconds": round(time.perf_counter() - start, 1)}
         if RANK == 0:
+            keep_other(out / f"{name}-{data_name}.json", result)
             (out / f"{name}-{data_name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
             with open(out / f"{name}-{data_name}.jsonl", "w", encoding="utf8") as file:
                 file.writelines(json.dumps(record, default=str, ensure_ascii=False) + "\n" for record in records)
@@ -525,6 +558,10 @@ def main(args) -> list[tuple[str, dict]]:
     return scores
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)       # a GPU's, and a CPU's
+
+
 def run_script(name: str, main, parse_args) -> None:
     """The edge of a script: what a flag or a file can cause ends in one line on stderr and exit code 2."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
@@ -535,8 +572,10 @@ def run_script(name: str, main, parse_args) -> None:
     except (ValueError, OSError, SafetensorError) as error:        # transformers saves with safetensors, whose full disk is its own error
         print(f"{name}{f' (rank {RANK})' if WORLD > 1 else ''}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"{name}: out of memory ({str(error).splitlines()[0]}); use a smaller --batch-size, or a smaller model or dtype", file=sys.stderr)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        print(f"{name}: out of memory ({first_line(error)}); use a smaller --batch-size, or a smaller model or dtype", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

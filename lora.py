@@ -396,11 +396,12 @@ class NF4Linear(nn.Module):
         absmax = blocks.abs().amax(1)
         if not absmax.isfinite().all():
             raise ValueError("the weight holds NaN or infinity, which have no 4-bit code")
-        blocks = blocks / absmax.clamp(min=tiny)[:, None]
+        groups = torch.cat([absmax, absmax[-1:].expand(-len(absmax) % GROUP)]).view(-1, GROUP)
+        groups = groups.maximum(groups.amax(1, keepdim=True) / 4096).clamp(min=tiny)    # far below its group's largest a block becomes 0
+        blocks = blocks / groups.flatten()[:len(blocks), None]
         codes = sum((blocks > (low + high) / 2).byte() for low, high in zip(NF4, NF4[1:])).view(-1, 2)     # the nearest value's place
         self.register_buffer("codes", codes[:, 0] << 4 | codes[:, 1])
-        groups = torch.cat([absmax, absmax[-1:].expand(-len(absmax) % GROUP)]).view(-1, GROUP)
-        logs = groups.clamp(min=tiny).maximum(groups.amax(1, keepdim=True) / 4096).log2()       # an all but empty block is none to resolve
+        logs = groups.log2()
         least, most = logs.amin(1, keepdim=True), logs.amax(1, keepdim=True)
         self.register_buffer("absmax", ((logs - least) / (most - least).clamp(min=tiny) * 255).round().byte())
         self.register_buffer("range", torch.cat([least, (most - least) / 255], dim=1))

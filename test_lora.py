@@ -651,6 +651,9 @@ def test_an_outlier_does_not_spoil_its_neighbours():
     assert usual < 0.1 and error(w) < 1.02 * usual
     w[3] = 0                                # nor does an empty block
     assert error(w) < 1.02 * usual and not NF4Linear(linear(w)).weight[3].any()
+    w[4] *= 1e-6                            # far below what the range resolves it becomes 0 or keeps its size, and never grows
+    w[0, 5] = 300.0
+    assert error(w) < 1.2 * usual and NF4Linear(linear(w)).weight[4].abs().max() <= w[4].abs().max()
 
 
 def test_an_adapted_layer_keeps_its_input_once():
@@ -1034,7 +1037,7 @@ def load(tiny):
     (r"The answer is: $\frac{3}{4}$", "0.75"), (r"The answer is -\frac{3}{4}", "-0.75"), ("The answer is 3. So the answer is 4.", "4"),
     ("#### 7\nThe answer is: 7\n\nQuestion: next\nAnswer: The answer is 9", "7"), ("#### 29.5", "29.5"), ("#### .5", "0.5"),
     ("The answer is 1,2 and 3", "1"), ("#### 12,345,678.25 dollars", "12345678.25"), ("#### 1/0", None), ("#### none\n5", None),
-    ("She has 5 apples.", None), ("", None), ("Question: #### 5", None), ("#### \u22125", "-5"), ("The answer is:\n18", "18"), ("#### 50%", "50")])
+    ("She has 5 apples.", None), ("\u0130\u0130 x. The answer is 12", "12"), ("", None), ("Question: #### 5", None), ("#### \u22125", "-5"), ("The answer is:\n18", "18"), ("#### 50%", "50")])
 def test_extract_answer_strict(text, strict):
     """Only a number behind a marker counts, before the next question, compared as a Decimal."""
     assert extract_answer(text) == (None if strict is None else Decimal(strict))
@@ -1152,6 +1155,19 @@ def test_batched_generation_equals_one_by_one(tiny):
     assert complete(model, tokenizer, prompts, 8, 12) == alone and len({text for text, _ in alone}) > 1
 
 
+def test_rows_beyond_the_model_s_positions_are_refused(tiny, workdir):
+    """Learned positions would end in an index error, rotary ones in silent nonsense: the line names the flag to lower."""
+    model, tokenizer = load(tiny)
+    model.config.max_position_embeddings = 40
+    with pytest.raises(ValueError, match="rows of up to .* tokens, but the model has 40 positions: lower --max-new-tokens"):
+        complete(model, tokenizer, [format_prompt("1 + 1")], 1, 40)
+    model.config.max_position_embeddings = 10
+    model.save_pretrained("short")
+    tokenizer.save_pretrained("short")
+    with pytest.raises(ValueError, match="the model has 10 positions: lower --max-length"):
+        run(tiny, "--model", "short")
+
+
 def test_evaluation_writes_scores_for_base_and_every_checkpoint(tiny, workdir):
     """A run folder must stand for its checkpoints; JSON, completions and chart must be there; merged must answer the same."""
     for step in (2, 4):
@@ -1168,6 +1184,12 @@ def test_evaluation_writes_scores_for_base_and_every_checkpoint(tiny, workdir):
     eval_gsm8k.main(eval_gsm8k.parse_args([*argv, "--adapter", "checkpoints/run/step_000004", "--save-merged", "merged"]))
     completions = [[json.loads(line)["completion"] for line in Path(f"eval_results/run-step_000004{x}-test.jsonl").read_text().splitlines()] for x in ("", "-merged")]
     assert completions[0] == completions[1]
+    whole = Path("eval_results/base-test.json").read_text()
+    eval_gsm8k.main(eval_gsm8k.parse_args([*argv, "--nb-samples", "3"]))       # another evaluation: the first one's scores stay
+    assert Path("eval_results/base-test-1.json").read_text() == whole and json.loads(Path("eval_results/base-test.json").read_text())["n"] == 3
+    assert len(Path("eval_results/base-test-1.jsonl").read_text().splitlines()) == 16
+    eval_gsm8k.main(eval_gsm8k.parse_args([*argv, "--nb-samples", "3"]))       # the same again takes its place
+    assert len(list(Path("eval_results").glob("base-test*.json"))) == 2
     reloaded, tokenizer = eval_gsm8k.load_model("merged", torch.float32, torch.device("cpu"))
     load_adapter(model, "checkpoints/run/step_000004")
     torch.testing.assert_close(reloaded(IDS).logits, model.eval()(IDS).logits, atol=1e-5, rtol=1e-5)
@@ -1298,10 +1320,11 @@ def test_checkpointing_keeps_only_block_inputs(tiny):
 def test_memory_plan_counts_what_a_block_keeps(tiny):
     """The plan's activations must grow with batch and length, shrink with checkpointing, and its weights be exact."""
     model, _ = adapted(tiny)
-    plan = train_math.memory_plan(model, 4, 40, False)
+    kept = train_math.kept_by_block(model, 40)
+    plan = train_math.memory_plan(model, 4, 40, kept, False)
     assert plan["trained weights"] == 4 * count_parameters(model)[0] and plan["AdamW moments"] == 2 * plan["trained weights"]
-    assert plan["activations"] == pytest.approx(2 * train_math.memory_plan(model, 2, 40, False)["activations"])
-    assert plan["activations"] > train_math.memory_plan(model, 4, 40, True)["activations"] > 0
+    assert plan["activations"] == pytest.approx(2 * train_math.memory_plan(model, 2, 40, kept, False)["activations"])
+    assert plan["activations"] > train_math.memory_plan(model, 4, 40, kept, True)["activations"] > 0
     assert model(IDS).logits.requires_grad                      # measuring left the model as it was
 
 
@@ -1336,7 +1359,7 @@ def test_float32_products_round_once(dtype):
 
 @pytest.mark.parametrize("dtype", HALF[1:])
 def test_a_cpu_without_half_precision_multiplies_in_float32(tiny, workdir, monkeypatch, dtype):
-    """Where torch says that it has no half-precision products, none may happen: not forward, backward, recomputed nor generating."""
+    """Where torch says that it has no half-precision products, layers may compute none: not forward, backward, recomputed nor generating."""
     monkeypatch.setattr(eval_gsm8k.platform, "machine", lambda: "x86_64")
     for supported in (True, False):
         for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
@@ -1466,6 +1489,12 @@ def test_out_of_memory_names_the_flags_that_help(tiny, workdir, monkeypatch):
     with pytest.raises(ValueError, match="out of memory") as refused:
         run(tiny, "--nf4", name="b")
     assert not any(flag in str(refused.value) for flag in ("--checkpoint", "--batch-size", "--nf4"))     # in use already
+    monkeypatch.setattr(train_math, "backward_loss", lambda *_: torch.empty(2**60))        # more than any CPU has
+    with pytest.raises(ValueError, match="out of memory.*a smaller --max-length"):
+        run(tiny, name="c")
+    monkeypatch.setattr(train_math, "backward_loss", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):             # any other error is not one
+        run(tiny, name="d")
 
 
 # --- train_math.py: the run, its files, resuming ---
@@ -1771,6 +1800,14 @@ def test_padding_does_not_change_an_encoder_s_loss(encoder):
     import random
     batches = train_sst2.batches(examples, 16, random.Random(0))
     assert sorted(map(str, sum(batches, []))) == sorted(map(str, examples)) and [len(b) for b in batches].count(16) == 2
+
+
+def test_labels_may_be_true_and_false(workdir):
+    """JSON's booleans and 1.0 equal 0 and 1, and must reach cross-entropy as whole numbers."""
+    for labels in ((True, False), (1.0, 0.0)):
+        Path("train.jsonl").write_text("".join(json.dumps({"sentence": "a", "label": label}) + "\n" for label in labels))
+        found = [label for _, label in train_sst2.read_sentences(".", "train")]
+        assert found == [1, 0] and {type(label) for label in found} == {int}
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -36,13 +36,8 @@ from tqdm import tqdm
 
 import eval_gsm8k
 from eval_gsm8k import (BASE_MODEL, RANK, WORLD, Parser, check_ids, encode_prompt, fast_products, first_line, format_prompt, gather,
-                        join_processes, load_model, number, pick_device, pick_dtype, read_rows, run_script, widens)
+                        join_processes, load_model, number, out_of_memory, peak_memory, pick_device, pick_dtype, read_rows, run_script, widens)
 from lora import LoRAConfig, NF4Linear, count_parameters, disable_lora, inject_lora, load_adapter, save_adapter
-
-try:
-    import resource
-except ImportError:                         # Windows
-    resource = None
 
 
 # --- command line ---
@@ -223,7 +218,10 @@ def check_head(model, ids: list[int]) -> None:
 
 
 def kept_by_block(model, length: int) -> int:
-    """Bytes that one row of `length` tokens leaves for backward in one block: measured in block 0, the others keep nothing."""
+    """Bytes that one row of `length` tokens leaves for backward in one block: measured in block 0, the others keep nothing.
+
+    Call it before checkpoint_blocks.
+    """
     own, storages, block = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, blocks(model)[0]
 
     def pack(tensor):
@@ -240,11 +238,11 @@ def kept_by_block(model, length: int) -> int:
     return sum(size for pointer, size in storages.items() if pointer not in own)
 
 
-def memory_plan(model, batch_size: int, longest: int, checkpointed: bool) -> dict[str, int]:
-    """{what: bytes} at the peak of a training step with `batch_size` rows of `longest` tokens. Call before checkpoint_blocks."""
+def memory_plan(model, batch_size: int, longest: int, kept: int, checkpointed: bool) -> dict[str, int]:
+    """{what: bytes} at the peak of a training step with `batch_size` rows of `longest` tokens, of which a block keeps `kept` bytes each."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     frozen = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) - trained
-    per_block, count = batch_size * kept_by_block(model, longest), len(blocks(model))
+    per_block, count = batch_size * kept, len(blocks(model))
     weight = model.get_output_embeddings().weight       # (vocabulary, hidden)
     block_input = batch_size * longest * weight.shape[1] * weight.element_size()
     dense = max((layer.out_features * layer.in_features for layer in model.modules() if isinstance(layer, NF4Linear)), default=0)
@@ -254,13 +252,6 @@ def memory_plan(model, batch_size: int, longest: int, checkpointed: bool) -> dic
             "a dequantised layer": dense * (2 + weight.element_size()),     # and the index that fetches it; 0 without --nf4
             "the head in float32": 4 * weight.numel() * widens(weight.dtype, weight.device),
             "logits": CHUNK * (12 + 2 * weight.element_size())}     # in the base's dtype and in fp32, each with its gradient
-
-
-def peak_memory(device) -> int:
-    """Bytes: the allocator's peak on CUDA, the process's peak elsewhere (0 where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) if resource else 0
 
 
 def process_memory() -> int:
@@ -342,7 +333,7 @@ def sum_over_processes(parameters, loss: float, stop: float) -> tuple[float, flo
         try:
             dist.all_reduce(flat)
         except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if out_of_memory(error):
                 raise
             raise ValueError(f"the processes cannot sum their gradients ({first_line(error)}): if one of them is gone, its own message says "
                              "why; --resume continues from the last checkpoint, if there is one") from None
@@ -359,7 +350,8 @@ def train(model, examples, args, config: LoRAConfig | None = None, state: dict |
     run, folder = Path("runs") / args.run_name, Path("checkpoints") / args.run_name
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
-    scaler = LossScaler(enabled=next(model.parameters()).dtype == torch.float16)
+    dtype = next(model.parameters()).dtype
+    scaler = LossScaler(enabled=dtype == torch.float16)
     lengths = [len(ids) for ids, _ in examples]
     per_epoch = math.ceil(len(examples) / args.batch_size)
     micro_batches = per_epoch * args.epochs
@@ -383,7 +375,7 @@ def train(model, examples, args, config: LoRAConfig | None = None, state: dict |
     if args.grad_accum < WORLD:
         print(f"only {args.grad_accum} of {WORLD} processes have work: raise --grad-accum")
     model.train()
-    with (open_log(run, step) if RANK == 0 else nullcontext(lambda line: None) as log, catch_signals() as stopped_by, fast_products(model),
+    with (open_log(run, step) if RANK == 0 else nullcontext(lambda line: None) as log, catch_signals() as stopped_by, fast_products(dtype, device),
           tqdm(total=steps, initial=step, unit="step", disable=RANK > 0 or None) as bar):
         while step < steps:
             start = time.perf_counter()
@@ -441,8 +433,9 @@ def train(model, examples, args, config: LoRAConfig | None = None, state: dict |
     if stop and step < steps:
         if config and "--demo" not in sys.argv:
             flags = [flag for flag in sys.argv[1:] if flag != "--resume"]
-            print(f"stopped after step {step}, saved in {checkpoint_folder}; continue with:\n"
-                  f"    {'python' if WORLD == 1 else f'torchrun --nproc-per-node {WORLD} --'} {shlex.quote(sys.argv[0])} {shlex.join(flags)} --resume")
+            here = int(os.environ.get("LOCAL_WORLD_SIZE", WORLD))
+            print(f"stopped after step {step}, saved in {checkpoint_folder}; continue with{' this on every machine, started as before' if here < WORLD else ''}:\n"
+                  f"    {'python' if WORLD == 1 else f'torchrun --nproc-per-node {here} --'} {shlex.quote(sys.argv[0])} {shlex.join(flags)} --resume")
         sys.exit(128 + (stopped_by or [signal.SIGTERM])[0])     # 130 for Ctrl-C, 143 for SIGTERM
     return checkpoint_folder
 
@@ -543,11 +536,13 @@ def main(args) -> Path:
         return experiment(args)
     except OSError as error:                # a full disk, say
         raise ValueError(f"{error}; the last whole checkpoint: {last_checkpoint(Path('checkpoints') / args.run_name)}") from None
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         relief = {"--checkpoint-activations": not args.checkpoint_activations, "a smaller --batch-size with more --grad-accum": args.batch_size > 1,
                   "--nf4": not args.nf4, "--dtype float16 or bfloat16": args.dtype == "float32", "a smaller --max-length": True,
                   "fewer --targets": True, "a smaller --r": True}
-        raise ValueError(f"out of memory ({str(error).splitlines()[0]}). What helps, in the order of effect: "
+        raise ValueError(f"out of memory ({first_line(error)}). What helps, in the order of effect: "
                          f"{', '.join(flag for flag, possible in relief.items() if possible)}") from None
 
 
@@ -577,7 +572,8 @@ def experiment(args) -> Path:
         model.set_attn_implementation("eager")
     examples = encode(rows, tokenizer, args.max_length)
     check_ids(model, [ids for ids, _ in examples])
-    check_head(model, examples[0][0])
+    with fast_products(dtype, device):
+        check_head(model, examples[0][0])
 
     # Facts before step 0.
     config = LoRAConfig(r=args.r, alpha=args.alpha, dropout=args.dropout, targets=args.targets, rslora=args.rslora)
@@ -591,13 +587,15 @@ def experiment(args) -> Path:
     lengths, batch_size = [len(ids) for ids, _ in examples], min(args.batch_size, len(examples))
     print(f"{len(examples):,} rows of {args.data}, {len(rows) - len(examples):,} dropped over {args.max_length} tokens; "
           f"{sum(lengths):,} tokens an epoch, about {sum(lengths) * batch_size * args.grad_accum // len(lengths):,} a step of {batch_size} x {args.grad_accum} rows")
-    plan = memory_plan(model.train(), batch_size, max(lengths), args.checkpoint_activations)
+    with fast_products(dtype, device):
+        kept = kept_by_block(model.train(), max(lengths))
+    plan = memory_plan(model, batch_size, max(lengths), kept, args.checkpoint_activations)
     if device.type != "cuda":
         plan = {"Python and libraries": max(0, process_memory() - plan["base weights"]), **plan}
     planned, loading = sum(plan.values()), peak_memory(device)
     print(f"memory plan: {', '.join(f'{what} {size / 2**30:.3f}' for what, size in plan.items() if size)}; in all {planned / 2**30:.2f} GiB", flush=True)
     if args.checkpoint_activations:
-        whole = planned + memory_plan(model, batch_size, max(lengths), False)["activations"] - plan["activations"]
+        whole = planned - plan["activations"] + memory_plan(model, batch_size, max(lengths), kept, False)["activations"]
         print(f"with --no-checkpoint-activations {whole / 2**30:.2f} GiB: faster, where there is room")
         checkpoint_blocks(model)
 
@@ -609,7 +607,7 @@ def experiment(args) -> Path:
     if RANK == 0:
         plot_loss(Path("runs") / args.run_name)
     print(f"peak memory {peak / 2**30:.2f} GiB{' (while loading)' if peak == loading else ''}, planned {planned / 2**30:.2f}. Written: {last}/, runs/{args.run_name}/metrics.jsonl")
-    print(f"score it:  python eval_gsm8k.py --model {shlex.quote(args.model)} --adapter {folder}{' --nf4' if args.nf4 else ''}")
+    print(f"score it:  python eval_gsm8k.py --model {shlex.quote(args.model)} --adapter {folder} --dtype {args.dtype}{' --nf4' if args.nf4 else ''}")
     return last
 
 

@@ -16,7 +16,6 @@ import math
 import random
 import shutil
 import statistics
-import sys
 import time
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
@@ -25,14 +24,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from eval_gsm8k import OFFLINE, WORLD, Parser, hub_reachable, number, pick_device, pick_dtype, run_script, wilson_interval
+from eval_gsm8k import (OFFLINE, WORLD, Parser, fast_products, hub_reachable, number, peak_memory, pick_device, pick_dtype,
+                        run_script, wilson_interval)
 from lora import (LoRAConfig, count_parameters, disable_lora, inject_lora, linear_layers, load_adapter, lora_layers, match_modules,
                   merge_lora, save_adapter, short_names, unmerge_lora)
-
-try:
-    import resource
-except ImportError:                         # Windows
-    resource = None
 
 KNOWN = {   # config.model_type: (targets, head)
     "roberta": (["query", "value"], ["classifier"]),
@@ -67,7 +62,7 @@ def parse_args(argv=None):
     add("--out", default="results", help="folder of sst2.jsonl and sst2.png")
     add("--demo", action="store_true", help="make an encoder and sentences in memory; ignores the other flags")
     args = parser.parse_args(argv)
-    if not (args.ranks or args.full_finetune):
+    if not (args.ranks or args.full_finetune or args.adapter or args.demo):
         parser.error("--ranks names no rank: give at least one, or --full-finetune")
     return args
 
@@ -93,15 +88,16 @@ def read_sentences(data: str, split: str) -> list[tuple[str, int]]:
             table = datasets.load_dataset(data, "sst2" if data.endswith("glue") else None, split=split)
     except Exception as error:
         reason = OFFLINE.replace("train_math.py", "train_sst2.py").replace("FILE", "DIR") if not Path(data).exists() and "/" in data.strip("./~") \
-            and not isinstance(error, ValueError) and not hub_reachable() else str(error.__cause__ or error).strip().splitlines()[0][:200]
+            and not isinstance(error, ValueError) and not hub_reachable() else str(error.__cause__ or error).strip().split("\n")[0][:200]
         raise ValueError(f"--data {data}: {reason}") from None
     if not {"sentence", "label"} <= set(table.column_names):
         raise ValueError(f"--data {data}, {split}: has the columns {', '.join(table.column_names)}; expected sentence and label")
-    rows = list(zip(table["sentence"], table["label"]))
-    for index, (sentence, label) in enumerate(rows):
+    rows = []
+    for index, (sentence, label) in enumerate(zip(table["sentence"], table["label"])):
         if not isinstance(sentence, str) or label not in (0, 1):
             raise ValueError(f"--data {data}, {split}, row {index + 1}: label is {label!r}, sentence {sentence!r:.40}; expected text and 0 or 1"
                              + (" (GLUE's test split has no labels)" if label == -1 else ""))
+        rows.append((sentence, int(label)))     # 1.0 and true are 1
     return rows
 
 
@@ -148,7 +144,7 @@ def load_encoder(name: str, head: list[str] | None, seed: int, device):
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
             name, num_labels=2, dtype=torch.float32, local_files_only=local, output_loading_info=True)
     except Exception as error:
-        reason = OFFLINE.replace("train_math.py", "train_sst2.py") if local and not Path(name).is_dir() else str(error).strip().splitlines()[0][:300]
+        reason = OFFLINE.replace("train_math.py", "train_sst2.py") if local and not Path(name).is_dir() else str(error).strip().split("\n")[0][:300]
         raise ValueError(f"--model {name}: {reason}") from None
     targets, default_head = KNOWN.get(model.config.model_type, (None, None))
     head = head or default_head
@@ -169,7 +165,7 @@ def evaluate(model, examples, pad: int, batch_size: int, dtype) -> tuple[list[in
     # sorted by length; each row carries its position in place of its label, so that predictions find their way back
     for batch in batches([(ids, position) for position, (ids, _) in enumerate(examples)], batch_size):
         ids, mask, index = collate(batch, pad, device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32), fast_products(dtype, device):
             logits = model(input_ids=ids, attention_mask=mask).logits.float()                                           # (batch, 2)
         labels = torch.tensor([examples[i][1] for i in index.tolist()], device=device)
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
@@ -189,6 +185,8 @@ def train(args, data, r: int | None, seed: int, device, dtype):
     trainable, total = count_parameters(model)
     adapter = sum(layer.lora_A.numel() + layer.lora_B.numel() for _, layer in lora_layers(model))
     name = "full fine-tuning" if r is None else f"LoRA r={r}"
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     print(f"{name}, seed {seed}: {adapter:,} adapter + {trainable - adapter:,} {'weights' if r is None else 'head'} train, "
           f"{trainable / total:.2%} of {total:,}; lr {lr:g}, products in {str(dtype)[6:]}", flush=True)
 
@@ -199,7 +197,7 @@ def train(args, data, r: int | None, seed: int, device, dtype):
     per_epoch = math.ceil(len(training) / args.batch_size)
     steps, every, history, seconds = per_epoch * args.epochs, max(1, per_epoch // 4), [], 0.0
     rng, done, running = random.Random(seed), 0, []
-    with tqdm(total=steps, unit="step", disable=None) as bar:
+    with tqdm(total=steps, unit="step", disable=None) as bar, fast_products(dtype, device):
         for _ in range(args.epochs):
             for batch in batches(training, args.batch_size, rng):
                 start = time.perf_counter()
@@ -239,13 +237,6 @@ def train(args, data, r: int | None, seed: int, device, dtype):
             "loss": val_loss, "adapter_parameters": adapter, "head_parameters": trainable - adapter if config else 0, "trainable": trainable,
             "total": total, "seconds": round(seconds, 1), "sentences_per_s": round(len(training) * args.epochs / seconds, 1),
             "peak_memory_gb": round(peak_memory(device) / 2**30, 2), "history": history}, model
-
-
-def peak_memory(device) -> int:
-    """Bytes: the allocator's peak on CUDA, the process's peak so far elsewhere (0 where the system does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) if resource else 0
 
 
 def identity(args, r, seed, dtype) -> dict:
@@ -314,7 +305,7 @@ def score_adapter(args, device, dtype) -> list[int]:
     model, tokenizer, _, _ = load_encoder(args.model, args.head, args.seeds[0], device)
     load_adapter(model, args.adapter)
     validation = encode(read_sentences(args.data, "validation"), tokenizer, args.max_length)
-    pad, times, predictions = tokenizer.pad_token_id, {"base": [], "unmerged": [], "merged": []}, {}
+    pad, times, predictions, losses = tokenizer.pad_token_id, {"base": [], "unmerged": [], "merged": []}, {}, {}
     evaluate(model, validation[:64], pad, 64, dtype)
     for _ in range(5):
         for state in times:
@@ -324,11 +315,11 @@ def score_adapter(args, device, dtype) -> list[int]:
                 with disable_lora(model):
                     evaluate(model, validation, pad, 64, dtype)
             else:
-                predictions[state], loss = evaluate(model, validation, pad, 64, dtype)
+                predictions[state], losses[state] = evaluate(model, validation, pad, 64, dtype)
             times[state].append(time.perf_counter() - start)
     n, correct = len(validation), sum(p == label for p, (_, label) in zip(predictions["unmerged"], validation))
     low, high = wilson_interval(correct, n)
-    print(f"{args.adapter} on {args.model}: {correct / n:.2%} [{low:.2%}, {high:.2%}] of {n}, loss {loss:.3f}; "
+    print(f"{args.adapter} on {args.model}: {correct / n:.2%} [{low:.2%}, {high:.2%}] of {n}, loss {losses['unmerged']:.3f}; "
           f"{sum(a != b for a, b in zip(predictions['unmerged'], predictions['merged']))} labels change when merged")
     base = statistics.median(times["base"])
     print("seconds, median of 5: " + ", ".join(f"{state} {statistics.median(t):.2f} (x{statistics.median(t) / base:.2f})" for state, t in times.items()))
@@ -364,12 +355,12 @@ def main(args) -> list[dict]:
             finished.append(json.loads(line))
         except ValueError:
             raise ValueError(f"{path}, line {len(finished) + 1} is no whole JSON object ({line!r:.60}): remove it, and its run is done again") from None
-    for r in [*args.ranks, *([None] if args.full_finetune else [])]:
-        for seed in args.seeds:
+    for r in [*dict.fromkeys(args.ranks), *([None] if args.full_finetune else [])]:
+        for seed in dict.fromkeys(args.seeds):
             wanted = identity(args, r, seed, dtype)
             line = next((line for line in finished if all(line.get(key) == value for key, value in wanted.items())), None)
             if line is None:
-                line, _ = train(args, data, r, seed, device, dtype)
+                line = train(args, data, r, seed, device, dtype)[0]     # without the model, which would stay beside the next one
                 with open(path, "a", encoding="utf8") as file:
                     file.write(json.dumps(line) + "\n")
             else:
