@@ -575,7 +575,7 @@ def run_script(name: str, main, parse_args) -> None:
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        print(f"{name}: out of memory ({first_line(error)}); use a smaller --batch-size, or a smaller model or dtype", file=sys.stderr)
+        print(f"{name}: out of memory ({str(error).splitlines()[0]}); use a smaller --batch-size, or a smaller model or dtype", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -542,7 +542,7 @@ def main(args) -> Path:
         relief = {"--checkpoint-activations": not args.checkpoint_activations, "a smaller --batch-size with more --grad-accum": args.batch_size > 1,
                   "--nf4": not args.nf4, "--dtype float16 or bfloat16": args.dtype == "float32", "a smaller --max-length": True,
                   "fewer --targets": True, "a smaller --r": True}
-        raise ValueError(f"out of memory ({first_line(error)}). What helps, in the order of effect: "
+        raise ValueError(f"out of memory ({str(error).splitlines()[0]}). What helps, in the order of effect: "
                          f"{', '.join(flag for flag, possible in relief.items() if possible)}") from None
 
 
