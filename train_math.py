@@ -672,7 +672,8 @@ def demo() -> Path:
 
     print(f"\n2. LoRA teaches it two-step problems ({time.perf_counter() - begin:.0f} s so far).", flush=True)
     # On q and v alone so small a model learns it to 46% or to 98%, by the rounding of the CPU at hand.
-    flags = ["--model", "demo/base", "--data", "demo/two-step-train.jsonl", "--run-name", "demo", "--targets", "all-linear", "--lr", "5e-3", "--epochs", "4", "--no-checkpoint-activations", *common]
+    flags = ["--model", "demo/base", "--data", "demo/two-step-train.jsonl", "--run-name", "demo", "--targets", "all-linear",
+             "--lr", "5e-3", "--epochs", "4", "--no-checkpoint-activations", *common]
     print(f"python train_math.py {shlex.join(flags)}", flush=True)
     last = main(parse_args(flags))
 

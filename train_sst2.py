@@ -7,8 +7,8 @@
 
 Mixed precision is the other kind than train_math.py's: fp32 weights under torch.autocast, because full fine-tuning, the
 baseline, trains every weight, and a bf16 weight of 1.0 cannot take an update below 0.004. Written: checkpoints/sst2-MODEL-rR-sS/
-(adapter and head, in PEFT's format; -2 and so on for runs with other flags), a line per finished run in results/sst2.jsonl, and results/sst2.png. A run that stands
-there already is skipped, so an ablation that was stopped goes on where it was.
+(adapter and head, in PEFT's format; -2 and so on for runs with other flags), a line per finished run in results/sst2.jsonl, and
+results/sst2.png. A run that stands there already is skipped, so an ablation that was stopped goes on where it was.
 """
 import itertools
 import json
@@ -228,13 +228,14 @@ def train(args, data, r: int | None, seed: int, device, dtype):
                                     "accuracy": correct / len(validation)})
                     running = []
                     bar.write(f"  epoch {done / per_epoch:.2f}  train loss {history[-1]['train_loss']:.3f}  validation {correct / len(validation):.2%}  loss {val_loss:.3f}")
+    run, folder = identity(args, r, seed, dtype), None
     if config:
-        folder = adapter_folder(args.model, wanted := identity(args, r, seed, dtype))
+        folder = adapter_folder(args.model, run)
         save_adapter(model, config, folder)
-        (folder / "run.json").write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf8")
+        (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf8")
     low, high = wilson_interval(correct, len(validation))
-    return {**identity(args, r, seed, dtype), "adapter": config and str(folder), "n": len(validation), "correct": correct, "accuracy": correct / len(validation), "ci95": [low, high],
-            "loss": val_loss, "adapter_parameters": adapter, "head_parameters": trainable - adapter if config else 0, "trainable": trainable,
+    return {**run, "adapter": folder and str(folder), "n": len(validation), "correct": correct, "accuracy": correct / len(validation),
+            "ci95": [low, high], "loss": val_loss, "adapter_parameters": adapter, "head_parameters": trainable - adapter if config else 0, "trainable": trainable,
             "total": total, "seconds": round(seconds, 1), "sentences_per_s": round(len(training) * args.epochs / seconds, 1),
             "peak_memory_gb": round(peak_memory(device) / 2**30, 2), "history": history}, model
 
