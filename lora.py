@@ -129,17 +129,16 @@ class LoRALinear(nn.Module):
         self.unmerged = None                                        # while merged: the untouched W0, on the CPU, or the 4-bit base
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.base(x)                                            # (..., k) -> (..., d)
-        if self.merged:
-            if self.training and torch.is_grad_enabled():
-                raise RuntimeError("this LoRA layer is merged and would not train: call unmerge_lora(model) to train, "
-                                   "or model.eval() to infer")
-            return y
-        if not self.enabled:
-            return y
+        if self.merged and self.training and torch.is_grad_enabled():
+            raise RuntimeError("this LoRA layer is merged and would not train: call unmerge_lora(model) to train, "
+                               "or model.eval() to infer")
+        if self.merged or not self.enabled:
+            return self.base(x)                                     # (..., k) -> (..., d)
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))      # (..., k) -> (..., r)
         # the scale is applied r wide, not d wide. B = 0 makes dL/dA zero at step 1: A gets its first gradient at step 2
-        return y + F.linear(z * self.scaling, self.lora_B.to(x.dtype))      # (..., r) -> (..., d)
+        update = F.linear(z * self.scaling, self.lora_B.to(x.dtype))        # (..., r) -> (..., d)
+        # The large product last: backward needs nothing of it, so that recomputing a block stops before its last layer's.
+        return self.base(x) + update
 
     @property
     def merged(self) -> bool:
