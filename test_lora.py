@@ -1317,27 +1317,64 @@ def test_checkpointing_keeps_only_block_inputs(tiny):
     assert kept[1] < 0.2 * kept[0]
 
 
+def test_recomputing_stops_before_a_blocks_last_product(tiny):
+    """The base product of the last layer, which backward does not need, must be computed no more often than without checkpointing."""
+    counts = []
+    for checkpointed in (False, True):
+        model, tokenizer = load(tiny)
+        inject_lora(model, LoRAConfig(r=4, targets="all-linear"))
+        model.train()
+        if checkpointed:
+            checkpoint_blocks(model)
+        with Products() as products:
+            backward_loss(model, collate(encode(read_rows(str(tiny / "train.jsonl"), "train", 4), tokenizer, 512), "cpu"))
+        hidden, wide = model.config.hidden_size, model.config.intermediate_size
+        counts.append([products.inner.count(shape) for shape in ((hidden, wide), (wide, hidden))])
+    (up, down), (up_again, down_again) = counts         # down_proj is a block's last layer
+    assert up_again > up and down_again == down
+
+
+def test_recomputed_attention_keeps_no_scores(tiny):
+    """Without checkpointing, attention computed again in backward must give the same bits and keep nothing of (longest, longest)."""
+    found = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model, examples = adapted(tiny)
+        train_math.attention_on_cpu(model, recompute)
+        batch, shapes = collate(examples[:8], "cpu"), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+            backward_loss(model, batch)
+        longest = batch[0].shape[1]
+        found.append((gradients(model), sum(shape[-2:] == (longest, longest) for shape in shapes)))
+    assert same_bits(found[0][0], found[1][0])
+    assert found[0][1] > 0 and found[1][1] == 0
+
+
 def test_memory_plan_counts_what_a_block_keeps(tiny):
     """The plan's activations must grow with batch and length, shrink with checkpointing, and its weights be exact."""
     model, _ = adapted(tiny)
-    kept = train_math.kept_by_block(model, 40)
-    plan = train_math.memory_plan(model, 4, 40, kept, False)
+    whole = train_math.kept_by_block(model, 40)
+    plan = train_math.memory_plan(model, 4, whole, whole)
     assert plan["trained weights"] == 4 * count_parameters(model)[0] and plan["AdamW moments"] == 2 * plan["trained weights"]
-    assert plan["activations"] == pytest.approx(2 * train_math.memory_plan(model, 2, 40, kept, False)["activations"])
-    assert plan["activations"] > train_math.memory_plan(model, 4, 40, kept, True)["activations"] > 0
+    assert plan["activations"] == pytest.approx(2 * train_math.memory_plan(model, 2, whole, whole)["activations"])
+    checkpoint_blocks(model)
+    kept = train_math.kept_by_block(model, 40)
+    assert kept == 4 * 40 * model.config.hidden_size            # a block's input
+    assert train_math.kept_by_block(model, 40) == kept          # measuring left the checkpointing in place
     assert model(IDS).logits.requires_grad                      # measuring left the model as it was
 
 
 class Products(TorchDispatchMode):
-    """Notes the dtypes in which matrix products of more than one row are really computed."""
+    """Notes the dtypes in which matrix products of more than one row are really computed, and the shapes of their second factors."""
 
     def __init__(self):
         super().__init__()
-        self.dtypes = []
+        self.dtypes, self.inner = [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm") and args[-2].shape[-2] > 1:
             self.dtypes.append(args[-1].dtype)
+            self.inner.append(tuple(args[-1].shape[-2:]))
         return func(*args, **(kwargs or {}))
 
 

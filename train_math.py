@@ -206,6 +206,23 @@ def backward_loss(model, batch, weight: float = 1.0) -> torch.Tensor:
     return total
 
 
+def attention_on_cpu(model, recompute: bool) -> None:
+    """transformers' plain attention: the backward of torch's fused kernel is slow on a CPU, plain products train 1.35 times faster.
+
+    With recompute, its scores (batch, heads, longest, longest) are computed again in backward, as the fused kernel does, not kept.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    def recomputed(module, *args, **kwargs):
+        return checkpoint(sys.modules[type(module).__module__].eager_attention_forward, module, *args, use_reentrant=False, **kwargs)
+    AttentionInterface.register("recomputed", recomputed)
+    AttentionMaskInterface.register("recomputed", eager_mask)
+    # every architecture of transformers defines its own eager_attention_forward; a few old ones do not
+    known = hasattr(sys.modules[type(model).__module__], "eager_attention_forward")
+    model.set_attn_implementation("recomputed" if recompute and known else "eager")
+
+
 @torch.no_grad()
 def check_head(model, ids: list[int]) -> None:
     """ValueError for an architecture that changes its logits after the output head, where the loss above would be wrong."""
@@ -218,37 +235,36 @@ def check_head(model, ids: list[int]) -> None:
 
 
 def kept_by_block(model, length: int) -> int:
-    """Bytes that one row of `length` tokens leaves for backward in one block: measured in block 0, the others keep nothing.
-
-    Call it before checkpoint_blocks.
-    """
+    """Bytes that one row of `length` tokens leaves for backward in one block: measured in block 0, the others keep nothing."""
     own, storages, block = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, blocks(model)[0]
+    forward, wrapped = block.forward, "forward" in vars(block)      # wrapped: by checkpoint_blocks
 
     def pack(tensor):
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def counted(hidden, *args, inner=block.forward, **kwargs):
+    def counted(hidden, *args, **kwargs):
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            return inner(hidden.requires_grad_(), *args, **kwargs)
+            return forward(hidden.requires_grad_(), *args, **kwargs)
     block.forward = counted
     with torch.no_grad():
         model.base_model(input_ids=torch.zeros(1, length, dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
     del block.forward
+    if wrapped:
+        block.forward = forward
     return sum(size for pointer, size in storages.items() if pointer not in own)
 
 
-def memory_plan(model, batch_size: int, longest: int, kept: int, checkpointed: bool) -> dict[str, int]:
-    """{what: bytes} at the peak of a training step with `batch_size` rows of `longest` tokens, of which a block keeps `kept` bytes each."""
+def memory_plan(model, batch_size: int, kept: int, whole: int) -> dict[str, int]:
+    """{what: bytes} at the peak of a training step with `batch_size` rows, each of which leaves `kept` bytes in every block, and
+    `whole` bytes in the one whose backward runs."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     frozen = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) - trained
-    per_block, count = batch_size * kept, len(blocks(model))
     weight = model.get_output_embeddings().weight       # (vocabulary, hidden)
-    block_input = batch_size * longest * weight.shape[1] * weight.element_size()
     dense = max((layer.out_features * layer.in_features for layer in model.modules() if isinstance(layer, NF4Linear)), default=0)
     return {"base weights": frozen, "trained weights": trained, "their gradients": trained, "AdamW moments": 2 * trained,
-            # checkpointed: every block's input, and one block at a time whole, with as much again of gradients
-            "activations": count * block_input + 2 * per_block if checkpointed else (count + 1) * per_block,
+            # what every block keeps, and one block at a time whole, with as much again of gradients
+            "activations": batch_size * ((len(blocks(model)) - 1) * kept + 2 * whole),
             "a dequantised layer": dense * (2 + weight.element_size()),     # and the index that fetches it; 0 without --nf4
             "the head in float32": 4 * weight.numel() * widens(weight.dtype, weight.device),
             "logits": CHUNK * (12 + 2 * weight.element_size())}     # in the base's dtype and in fp32, each with its gradient
@@ -568,8 +584,8 @@ def experiment(args) -> Path:
             raise ValueError(f"--resume cannot continue {folder} with other flags: {'; '.join(changed)}; repeat the old ones, or give another --run-name")
     rows = read_rows(args.data, "train", args.nb_samples)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
-    if device.type == "cpu":                # the backward of torch's fused attention is slow there: plain products train 1.35x faster
-        model.set_attn_implementation("eager")
+    if device.type == "cpu":
+        attention_on_cpu(model, recompute=False)
     examples = encode(rows, tokenizer, args.max_length)
     check_ids(model, [ids for ids, _ in examples])
     with fast_products(dtype, device):
@@ -587,17 +603,24 @@ def experiment(args) -> Path:
     lengths, batch_size = [len(ids) for ids, _ in examples], min(args.batch_size, len(examples))
     print(f"{len(examples):,} rows of {args.data}, {len(rows) - len(examples):,} dropped over {args.max_length} tokens; "
           f"{sum(lengths):,} tokens an epoch, about {sum(lengths) * batch_size * args.grad_accum // len(lengths):,} a step of {batch_size} x {args.grad_accum} rows")
-    with fast_products(dtype, device):
-        kept = kept_by_block(model.train(), max(lengths))
-    plan = memory_plan(model, batch_size, max(lengths), kept, args.checkpoint_activations)
-    if device.type != "cuda":
-        plan = {"Python and libraries": max(0, process_memory() - plan["base weights"]), **plan}
-    planned, loading = sum(plan.values()), peak_memory(device)
+    model.train()
+    with fast_products(dtype, device):      # kept in a block: whole, without checkpointing, with it
+        kept = whole = kept_by_block(model, max(lengths))
+        if device.type == "cpu":
+            attention_on_cpu(model, recompute=True)
+            kept = kept_by_block(model, max(lengths))
+        without = sum(memory_plan(model, batch_size, kept, whole).values())
+        if args.checkpoint_activations:
+            if device.type == "cpu":        # else it would be computed three times
+                attention_on_cpu(model, recompute=False)
+            checkpoint_blocks(model)
+            kept = kept_by_block(model, max(lengths))
+    plan = memory_plan(model, batch_size, kept, whole)
+    libraries = max(0, process_memory() - plan["base weights"]) if device.type != "cuda" else 0
+    plan, planned, loading = {"Python and libraries": libraries, **plan}, libraries + sum(plan.values()), peak_memory(device)
     print(f"memory plan: {', '.join(f'{what} {size / 2**30:.3f}' for what, size in plan.items() if size)}; in all {planned / 2**30:.2f} GiB", flush=True)
     if args.checkpoint_activations:
-        whole = planned - plan["activations"] + memory_plan(model, batch_size, max(lengths), kept, False)["activations"]
-        print(f"with --no-checkpoint-activations {whole / 2**30:.2f} GiB: faster, where there is room")
-        checkpoint_blocks(model)
+        print(f"with --no-checkpoint-activations {(libraries + without) / 2**30:.2f} GiB: faster, where there is room")
 
     last = train(model, examples, args, config, newest and newest[1])
     if last is None:
