@@ -137,7 +137,7 @@ class LoRALinear(nn.Module):
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))      # (..., k) -> (..., r)
         # the scale is applied r wide, not d wide. B = 0 makes dL/dA zero at step 1: A gets its first gradient at step 2
         update = F.linear(z * self.scaling, self.lora_B.to(x.dtype))        # (..., r) -> (..., d)
-        # The large product last: backward needs nothing of it, so that recomputing a block stops before its last layer's.
+        # The large product last: backward does not need its result, so a recomputed block that ends in this layer stops before it.
         return self.base(x) + update
 
     @property

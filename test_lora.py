@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import (DistilBertConfig, DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig,
                           LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification)
 from transformers.pytorch_utils import Conv1D
@@ -1335,7 +1336,7 @@ def test_recomputing_stops_before_a_blocks_last_product(tiny):
 
 
 def test_recomputed_attention_keeps_no_scores(tiny):
-    """Without checkpointing, attention computed again in backward must give the same bits and keep nothing of (longest, longest)."""
+    """Without checkpointing, attention computed again in backward must give the same bits and keep no scores (batch, heads, longest, longest)."""
     found = []
     for recompute in (False, True):
         torch.manual_seed(0)
@@ -1348,6 +1349,24 @@ def test_recomputed_attention_keeps_no_scores(tiny):
         found.append((gradients(model), sum(shape.numel() == scores for shape in shapes)))
     assert same_bits(found[0][0], found[1][0])
     assert found[0][1] > 0 and found[1][1] == 0
+
+
+def test_plain_attention_leaves_an_architectures_own(tiny):
+    """GPT-2's upcast attention, which it runs only under the name eager, must stay in place: the same bits."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, reorder_and_upcast_attn=True)).bfloat16().eval()
+    model.set_attn_implementation("eager")
+    before = model(IDS).logits
+    train_math.attention_on_cpu(model, recompute=True)
+    assert torch.equal(model(IDS).logits, before)
+
+
+def test_without_checkpointing_attention_is_recomputed_on_a_cpu(tiny, workdir, monkeypatch):
+    """--no-checkpoint-activations must train with it: once a layer and micro-batch."""
+    calls = []
+    monkeypatch.setattr(train_math, "checkpoint", lambda function, *args, **kwargs: calls.append(function.__name__) or checkpoint(function, *args, **kwargs))
+    run(tiny, "--no-checkpoint-activations", "--max-steps", "4", "--batch-size", "4", "--grad-accum", "1")
+    assert calls.count("eager_attention_forward") >= 2 * 4 and set(calls) == {"eager_attention_forward"}
 
 
 def test_memory_plan_counts_what_a_block_keeps(tiny):

@@ -31,6 +31,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -207,20 +208,17 @@ def backward_loss(model, batch, weight: float = 1.0) -> torch.Tensor:
 
 
 def attention_on_cpu(model, recompute: bool) -> None:
-    """transformers' plain attention: the backward of torch's fused kernel is slow on a CPU, plain products train 1.35 times faster.
-
-    With recompute, its scores (batch, heads, longest, longest) are computed again in backward, as the fused kernel does, not kept.
+    """Sets transformers' plain attention, where the architecture has a choice: on a CPU the backward of torch's fused kernel is slow,
+    and plain products train 1.35 times faster. With recompute, its scores (batch, heads, longest, longest) are computed again in
+    backward, as the fused kernel does, not kept.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
+    from transformers import AttentionInterface
 
-    def recomputed(module, *args, **kwargs):
-        return checkpoint(sys.modules[type(module).__module__].eager_attention_forward, module, *args, use_reentrant=False, **kwargs)
-    AttentionInterface.register("recomputed", recomputed)
-    AttentionMaskInterface.register("recomputed", eager_mask)
-    # every architecture of transformers defines its own eager_attention_forward; a few old ones do not
-    known = hasattr(sys.modules[type(model).__module__], "eager_attention_forward")
-    model.set_attn_implementation("recomputed" if recompute and known else "eager")
+    def attention(module, *args, **kwargs):
+        plain = sys.modules[type(module).__module__].eager_attention_forward
+        return checkpoint(plain, module, *args, use_reentrant=False, **kwargs) if recompute else plain(module, *args, **kwargs)
+    AttentionInterface.register("eager", attention)     # no name of its own: some architectures ask for this one; the last call holds
+    model.set_attn_implementation("eager")
 
 
 @torch.no_grad()
@@ -235,24 +233,31 @@ def check_head(model, ids: list[int]) -> None:
 
 
 def kept_by_block(model, length: int) -> int:
-    """Bytes that one row of `length` tokens leaves for backward in one block: measured in block 0, the others keep nothing."""
-    own, storages, block = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, blocks(model)[0]
-    forward, wrapped = block.forward, "forward" in vars(block)      # wrapped: by checkpoint_blocks
+    """Bytes that one row of `length` tokens leaves for backward in one block: measured in block 0, without running the others."""
+    class Measured(Exception):
+        pass
+    owned, storages, block = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}, blocks(model)[0]
+    forward, checkpointed = block.forward, vars(block).get("forward")
 
     def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()       # held, so that no address comes twice
         return tensor
 
     def counted(hidden, *args, **kwargs):
+        shared = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}       # by all blocks: the mask
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            return forward(hidden.requires_grad_(), *args, **kwargs)
+            forward(hidden.requires_grad_(), *args, **kwargs)
+        raise Measured(sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in owned | shared))
     block.forward = counted
-    with torch.no_grad():
-        model.base_model(input_ids=torch.zeros(1, length, dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
-    del block.forward
-    if wrapped:
-        block.forward = forward
-    return sum(size for pointer, size in storages.items() if pointer not in own)
+    try:
+        with torch.no_grad():
+            model.base_model(input_ids=torch.zeros(1, length, dtype=torch.long, device=next(model.parameters()).device), use_cache=False)
+    except Measured as measured:
+        return measured.args[0]
+    finally:
+        del block.forward
+        if checkpointed:
+            block.forward = checkpointed
 
 
 def memory_plan(model, batch_size: int, kept: int, whole: int) -> dict[str, int]:
@@ -263,7 +268,7 @@ def memory_plan(model, batch_size: int, kept: int, whole: int) -> dict[str, int]
     weight = model.get_output_embeddings().weight       # (vocabulary, hidden)
     dense = max((layer.out_features * layer.in_features for layer in model.modules() if isinstance(layer, NF4Linear)), default=0)
     return {"base weights": frozen, "trained weights": trained, "their gradients": trained, "AdamW moments": 2 * trained,
-            # what every block keeps, and one block at a time whole, with as much again of gradients
+            # what the other blocks keep, and the one in backward whole, with as much again of gradients
             "activations": batch_size * ((len(blocks(model)) - 1) * kept + 2 * whole),
             "a dequantised layer": dense * (2 + weight.element_size()),     # and the index that fetches it; 0 without --nf4
             "the head in float32": 4 * weight.numel() * widens(weight.dtype, weight.device),
@@ -604,14 +609,14 @@ def experiment(args) -> Path:
     print(f"{len(examples):,} rows of {args.data}, {len(rows) - len(examples):,} dropped over {args.max_length} tokens; "
           f"{sum(lengths):,} tokens an epoch, about {sum(lengths) * batch_size * args.grad_accum // len(lengths):,} a step of {batch_size} x {args.grad_accum} rows")
     model.train()
-    with fast_products(dtype, device):      # kept in a block: whole, without checkpointing, with it
+    with fast_products(dtype, device):      # what a block keeps: all of it (whole); all but attention's scores; its input alone
         kept = whole = kept_by_block(model, max(lengths))
         if device.type == "cpu":
             attention_on_cpu(model, recompute=True)
             kept = kept_by_block(model, max(lengths))
         without = sum(memory_plan(model, batch_size, kept, whole).values())
         if args.checkpoint_activations:
-            if device.type == "cpu":        # else it would be computed three times
+            if device.type == "cpu":        # off again: inside a recomputed block attention would run a third time
                 attention_on_cpu(model, recompute=False)
             checkpoint_blocks(model)
             kept = kept_by_block(model, max(lengths))
