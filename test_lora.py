@@ -1335,20 +1335,58 @@ def test_recomputing_stops_before_a_blocks_last_product(tiny):
     assert up_again > up and down_again == down
 
 
-def test_recomputed_attention_keeps_no_scores(tiny):
-    """Without checkpointing, attention computed again in backward must give the same bits and keep no scores (batch, heads, longest, longest)."""
+@pytest.mark.parametrize("nf4", (False, True))
+@pytest.mark.parametrize("targets", (("q_proj", "v_proj"), "all-linear"))
+def test_recomputing_between_products_keeps_only_what_they_give(tiny, targets, nf4):
+    """The same bits with dropout, no more large products, and per block nothing kept but what a count by hand allows."""
     found = []
-    for recompute in (False, True):
+    for light in (False, True):
+        model, tokenizer = load(tiny)
+        train_math.attention_on_cpu(model, recompute=False)
+        if nf4:
+            quantize_nf4(model)
         torch.manual_seed(0)
-        model, examples = adapted(tiny)
-        train_math.attention_on_cpu(model, recompute)
-        batch, shapes = collate(examples[:8], "cpu"), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
-            backward_loss(model, batch)
-        scores = len(batch[0]) * model.config.num_attention_heads * batch[0].shape[1]**2        # the causal mask is smaller
-        found.append((gradients(model), sum(shape.numel() == scores for shape in shapes)))
+        inject_lora(model, LoRAConfig(r=4, targets=targets, dropout=0.1))
+        model.train()
+        if light:
+            train_math.checkpoint_between_products(model)
+        torch.manual_seed(0)
+        with Products() as products:
+            backward_loss(model, collate(encode(read_rows(str(tiny / "train.jsonl"), "train", 4), tokenizer, 512), "cpu"))
+        hidden, wide = model.config.hidden_size, model.config.intermediate_size
+        found.append((gradients(model), [products.inner.count(shape) for shape in ((hidden, wide), (wide, hidden))]))
     assert same_bits(found[0][0], found[1][0])
-    assert found[0][1] > 0 and found[1][1] == 0
+    assert found[0][1] == found[1][1]
+
+
+def test_what_lies_between_products_is_not_kept(tiny):
+    """No scores (batch, heads, longest, longest), no norm's fp32 copies, and of a gated MLP g and u alone."""
+    kept = []
+    for light in (False, True):
+        model, examples = adapted(tiny)
+        train_math.attention_on_cpu(model, recompute=False)
+        if light:
+            train_math.checkpoint_between_products(model)
+        batch, tensors = collate(examples[:8], "cpu"), {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: tensors.setdefault((t.data_ptr(), t.shape), t), lambda t: t):
+            model.base_model(input_ids=batch[0], use_cache=False)
+        rows, longest = batch[0].shape
+        scores = rows * model.config.num_attention_heads * longest**2       # the causal mask is smaller
+        wide = rows * longest * model.config.intermediate_size
+        kept.append([sum(shape.numel() == size for _, shape in tensors) / model.config.num_hidden_layers for size in (scores, wide)])
+    assert kept[0][0] >= 1 and kept[0][1] > 2
+    assert kept[1] == [0, 2]
+
+
+def test_an_mlp_that_does_more_under_the_same_names_is_left_alone(tiny):
+    """Recomputing must not replace a forward that differs from down(act(gate(x)) * up(x))."""
+    model, _ = adapted(tiny)
+    train_math.attention_on_cpu(model, recompute=False)
+    for layer in model.base_model.layers:
+        layer.mlp.forward = (lambda mlp: lambda x: mlp.down_proj(mlp.act_fn(0.5 * mlp.gate_proj(x)) * mlp.up_proj(x)))(layer.mlp)
+    before = model(IDS).logits
+    train_math.checkpoint_between_products(model)
+    assert torch.equal(model(IDS).logits, before)
 
 
 def test_plain_attention_leaves_an_architectures_own(tiny):
@@ -1361,12 +1399,14 @@ def test_plain_attention_leaves_an_architectures_own(tiny):
     assert torch.equal(model(IDS).logits, before)
 
 
-def test_without_checkpointing_attention_is_recomputed_on_a_cpu(tiny, workdir, monkeypatch):
-    """--no-checkpoint-activations must train with it: once a layer and micro-batch."""
+@pytest.mark.parametrize("flag, names", ((None, {"eager_attention_forward", "forward", "<lambda>"}), ("--checkpoint-activations", {"forward"}),
+                                         ("--no-checkpoint-activations", set())))
+def test_what_a_cpu_computes_again(tiny, workdir, monkeypatch, flag, names):
+    """By default what lies between products; with the flag blocks alone, nothing of them twice; without, nothing."""
     calls = []
     monkeypatch.setattr(train_math, "checkpoint", lambda function, *args, **kwargs: calls.append(function.__name__) or checkpoint(function, *args, **kwargs))
-    run(tiny, "--no-checkpoint-activations", "--max-steps", "4", "--batch-size", "4", "--grad-accum", "1")
-    assert calls.count("eager_attention_forward") >= 2 * 4 and set(calls) == {"eager_attention_forward"}
+    run(tiny, *([flag] if flag else []), "--max-steps", "4", "--batch-size", "4", "--grad-accum", "1")
+    assert set(calls) == names
 
 
 def test_memory_plan_counts_what_a_block_keeps(tiny):
@@ -1540,10 +1580,11 @@ def test_out_of_memory_names_the_flags_that_help(tiny, workdir, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
     monkeypatch.setattr(train_math, "backward_loss", full)
-    with pytest.raises(ValueError, match="out of memory.*--checkpoint-activations.*--batch-size.*--nf4.*--dtype.*--max-length.*--r"):
-        run(tiny, "--no-checkpoint-activations", "--batch-size", "2")
+    for flags in ([], ["--no-checkpoint-activations"]):     # by default a CPU keeps more than the flag does
+        with pytest.raises(ValueError, match="out of memory.*--checkpoint-activations.*--batch-size.*--nf4.*--dtype.*--max-length.*--r"):
+            run(tiny, *flags, "--batch-size", "2")
     with pytest.raises(ValueError, match="out of memory") as refused:
-        run(tiny, "--nf4", name="b")
+        run(tiny, "--nf4", "--checkpoint-activations", name="b")
     assert not any(flag in str(refused.value) for flag in ("--checkpoint", "--batch-size", "--nf4"))     # in use already
     monkeypatch.setattr(train_math, "backward_loss", lambda *_: torch.empty(2**60))        # more than any CPU has
     with pytest.raises(ValueError, match="out of memory.*a smaller --max-length"):
