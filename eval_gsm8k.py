@@ -10,7 +10,6 @@ checkpoints. Decoding is greedy. Written to eval_results/: NAME-DATA.json (score
 train_math.py imports the prompt and the data from here, so that training masks exactly what generation is given.
 """
 import argparse
-import ctypes
 import functools
 import glob
 import itertools
@@ -84,12 +83,9 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-# Memory on a CPU, under Linux. torch: tensors in huge pages of their own; among the C library's small ones, tensors of changing
-# length leave gaps, and training took up to 1.8 times the memory. The C library: tensors over 32 MB from what was freed before, and
-# what is free is kept; else each is a new mapping, whose pages the kernel clears: up to a sixth of a step on long rows.
+# torch's CPU allocator on Linux: tensors in huge pages of their own. Among the C library's small ones, tensors of changing length
+# leave gaps, and training took up to 1.8 times the memory.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):      # musl has none
-    libc.mallopt(-4, 0), libc.mallopt(-1, -1)       # M_MMAP_MAX, M_TRIM_THRESHOLD
 
 # --- one process of several: torchrun says which ---
 
