@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers import (DistilBertConfig, DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig,
+from transformers import (AttentionInterface, DistilBertConfig, DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig,
                           LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification)
 from transformers.pytorch_utils import Conv1D
 
@@ -1389,6 +1389,25 @@ def test_an_mlp_that_does_more_under_the_same_names_is_left_alone(tiny):
     assert torch.equal(model(IDS).logits, before)
 
 
+@pytest.mark.parametrize("dtype", HALF)
+def test_attention_on_a_cpu_is_transformers_own(tiny, dtype):
+    """Its logits, in fp32 bit for bit and in half precision to its rounding; no fp32 copy of half-precision scores is kept."""
+    AttentionInterface._global_mapping.pop("eager", None)       # ours, of an earlier test
+    model, examples = adapted(tiny)
+    model.to(dtype).eval().set_attn_implementation("eager")
+    batch = collate(examples[:8], "cpu")[0]
+    scores, found = len(batch) * model.config.num_attention_heads * batch.shape[1]**2, []
+    for ours in (False, True):
+        if ours:
+            train_math.attention_on_cpu(model, recompute=False)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append((t.numel(), t.dtype)) or t, lambda t: t):
+            found.append((model(batch).logits, kept.count((scores, torch.float32))))
+    (theirs, wide), (logits, wide_ours) = found
+    torch.testing.assert_close(logits, theirs, rtol=0, atol=0 if dtype == torch.float32 else torch.finfo(dtype).eps * theirs.abs().max().item())
+    assert wide > 0 and (dtype == torch.float32 or wide_ours == 0)
+
+
 def test_plain_attention_leaves_an_architectures_own(tiny):
     """GPT-2's upcast attention, which it runs only under the name eager, must stay in place: the same bits."""
     torch.manual_seed(0)
@@ -1399,7 +1418,7 @@ def test_plain_attention_leaves_an_architectures_own(tiny):
     assert torch.equal(model(IDS).logits, before)
 
 
-@pytest.mark.parametrize("flag, names", ((None, {"eager_attention_forward", "forward", "<lambda>"}), ("--checkpoint-activations", {"forward"}),
+@pytest.mark.parametrize("flag, names", ((None, {"plain", "forward", "<lambda>"}), ("--checkpoint-activations", {"forward"}),
                                          ("--no-checkpoint-activations", set())))
 def test_what_a_cpu_computes_again(tiny, workdir, monkeypatch, flag, names):
     """By default what lies between products; with the flag blocks alone, nothing of them twice; without, nothing."""
