@@ -1,5 +1,6 @@
 """Every claim, as a test: python -m pytest -q. Tiny seeded models, nothing downloaded; in the order of the files they test."""
 import argparse
+import functools
 import gc
 import json
 import math
@@ -1378,15 +1379,19 @@ def test_what_lies_between_products_is_not_kept(tiny):
     assert kept[1] == [0, 2]
 
 
-def test_an_mlp_that_does_more_under_the_same_names_is_left_alone(tiny):
-    """Recomputing must not replace a forward that differs from down(act(gate(x)) * up(x))."""
+@pytest.mark.parametrize("own", (lambda mlp, x: mlp.down_proj(mlp.act_fn(0.5 * mlp.gate_proj(x)) * mlp.up_proj(x)),
+                                 lambda mlp, x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x).clamp(max=7)) * mlp.up_proj(x)),
+                                 lambda mlp, x: F.dropout(mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)), 0.1, mlp.training)))
+def test_an_mlp_that_does_more_under_the_same_names_is_left_alone(tiny, own):
+    """Recomputing must not replace a forward that differs from down(act(gate(x)) * up(x)), nor draw random numbers."""
     model, _ = adapted(tiny)
-    train_math.attention_on_cpu(model, recompute=False)
     for layer in model.base_model.layers:
-        layer.mlp.forward = (lambda mlp: lambda x: mlp.down_proj(mlp.act_fn(0.5 * mlp.gate_proj(x)) * mlp.up_proj(x)))(layer.mlp)
-    before = model(IDS).logits
+        layer.mlp.forward = functools.partial(own, layer.mlp)
+    forwards = [layer.mlp.forward for layer in model.base_model.layers]
+    before = torch.get_rng_state()
     train_math.checkpoint_between_products(model)
-    assert torch.equal(model(IDS).logits, before)
+    assert [layer.mlp.forward for layer in model.base_model.layers] == forwards
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("dtype", HALF)

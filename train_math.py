@@ -67,7 +67,8 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="storage and compute of the frozen base")
     add("--nf4", action="store_true", help="hold the base's linear layers in 4 bits (QLoRA, arXiv:2305.14314), computing in --dtype")
     add("--checkpoint-activations", action=BooleanOptionalAction, default=None,
-        help="keep one tensor per block for backward and compute the rest again, or keep all; default: the first, on a CPU all but what is cheap")
+        help="keep one tensor per block for backward and run the block again, or keep everything; "
+             "default: the former, but a CPU keeps all except what is cheap to compute again")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--vram", type=number(float, 0.6), metavar="GB", help="pretend that the card has GB: the allocator gets GB minus 0.5 for context and driver")
     add("--run-name", help="default: lora-r{r}-{data}")
@@ -195,21 +196,27 @@ def checkpoint_blocks(model) -> None:
 def checkpoint_between_products(model) -> None:
     """Keeps what a block's large products give and computes again what is cheap: attention's scores, norms, a gated MLP's activation.
 
-    On a CPU, which computes slowly and has room: 1.2 times as fast as checkpoint_blocks, at half the memory of keeping everything.
+    On a CPU, which is slow and has room. A Llama trains 1.2 times as fast as with checkpoint_blocks, at half the memory of keeping
+    everything; other architectures keep more, where their MLP is not gated or has fused or expert weights.
     """
     def gated(mlp, x):      # d(act(g(x)) * u(x)), Shazeer 2020, arXiv:2002.05202: keeps g and u of x, and not their product
         return recomputed(lambda gate, up: mlp.down_proj(mlp.act_fn(gate) * up))(mlp.gate_proj(x), mlp.up_proj(x))
 
     attention_on_cpu(model, recompute=True)
     for module in blocks(model).modules():
-        if type(module).__name__.endswith("Norm"):      # LayerNorm, LlamaRMSNorm, ...
+        children = {name for name, _ in module.named_children()}
+        # LlamaRMSNorm and others written in Python keep copies in fp32; torch's LayerNorm keeps its input alone
+        if type(module).__name__.endswith("Norm") and not children and not isinstance(module, nn.LayerNorm):
             module.forward = recomputed(module.forward)
-        elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
-            x = torch.linspace(-1, 1, module.gate_proj.in_features).to(model.get_input_embeddings().weight)
-            with torch.no_grad():       # without dropout; a few architectures do more under the same names
-                same = torch.equal(module.eval()(x), gated(module, x))
-            module.train(model.training)
-            if same:
+        elif children == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
+            # A few architectures do more under these names: clamp, drop out. Large inputs and a common seed show it.
+            x = torch.linspace(-100, 100, module.gate_proj.in_features).to(model.get_input_embeddings().weight)
+            results = []
+            for forward in (module, functools.partial(gated, module)):
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    results.append(forward(x))
+            if torch.equal(*results):
                 module.forward = functools.partial(gated, module)
 
 
@@ -236,24 +243,24 @@ def backward_loss(model, batch, weight: float = 1.0) -> torch.Tensor:
 
 
 class SoftmaxAsItComes(TorchFunctionMode):
-    """Softmax in its input's dtype, whatever is asked: torch's kernel for half precision computes in fp32 inside."""
+    """Softmax in its input's dtype, whatever is asked. torch's kernel for half precision computes in fp32 inside and rounds what it
+    returns, which backward then uses."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        return func(*args, **(kwargs | {"dtype": None} if func is F.softmax else kwargs))
+        return func(*args, **(kwargs or {}) | ({"dtype": None} if func is F.softmax else {}))
 
 
 def attention_on_cpu(model, recompute: bool) -> None:
     """Sets transformers' plain attention, where the architecture has a choice: on a CPU the backward of torch's fused kernel is slow,
     and plain products train 1.35 times faster. Without fp32 copies of half-precision scores (batch, heads, longest, longest) it is
-    1.09 times faster still. With recompute they are computed again in backward, as the fused kernel does, not kept.
+    1.09 times faster still. With recompute the scores are computed again in backward, as the fused kernel does, not kept.
     """
     from transformers import AttentionInterface
 
     def plain(module, *args, **kwargs):
         with SoftmaxAsItComes():
             return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
-    # no name of its own: some architectures ask for this one; the last call holds
+    # Under the name "eager" and not a new one: some architectures ask for it. The table is the process's, the last call holds.
     AttentionInterface.register("eager", recomputed(plain) if recompute else plain)
     model.set_attn_implementation("eager")
 
@@ -298,8 +305,8 @@ def kept_by_block(model, length: int) -> int:
 
 
 def memory_plan(model, batch_size: int, kept: int, whole: int) -> dict[str, int]:
-    """{what: bytes} at the peak of a training step with `batch_size` rows, each of which leaves `kept` bytes in every block, and
-    `whole` bytes in the one whose backward runs."""
+    """{what: bytes} at the peak of a training step with `batch_size` rows, each of which leaves `kept` bytes in every block, and at
+    most `whole` bytes in the one whose backward runs. Both are block 0's: where later blocks are larger (experts), it is too low."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     frozen = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) - trained
     weight = model.get_output_embeddings().weight       # (vocabulary, hidden)
