@@ -362,36 +362,56 @@ def check_ids(model, encoded: list[list[int]], more: int = 0) -> None:
 @torch.no_grad()
 def complete(model, tokenizer, prompts: list[str], batch_size: int = 16, max_new_tokens: int = 256) -> list[tuple[str, bool]]:
     """Greedy completions of the prompts, in their order: (text, whether max_new_tokens cut it off)."""
-    from transformers import GenerationConfig, StoppingCriteriaList
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     check_ids(model, encoded, max_new_tokens)
-    own_eos = model.generation_config.eos_token_id or []
-    eos = sorted({tokenizer.eos_token_id, *([own_eos] if isinstance(own_eos, int) else own_eos)})
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
-    config = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
-                              eos_token_id=eos, pad_token_id=pad, use_cache=True)
     # Like lengths together waste no work on padding; the longest first, so that out-of-memory comes at once, not at the end.
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     completions = [None] * len(prompts)
-    with tqdm(total=len(prompts), unit="problem", desc="generating", disable=RANK > 0 or None) as bar:
+    with tqdm(total=len(prompts), unit="problem", desc="generating", disable=RANK > 0 or None) as bar, fast_products(model.dtype, model.device):
         for start in range(0, len(order), batch_size)[RANK::WORLD]:         # the same batches, whatever the number of processes
             rows = order[start:start + batch_size]
-            width = len(encoded[rows[0]])
-            # Padding goes left, so that every row ends where its completion begins. The mask comes from lengths, not from
-            # ids: with pad == eos an id cannot tell them apart.
-            ids = torch.tensor([[pad] * (width - len(encoded[i])) + encoded[i] for i in rows], device=model.device)
-            mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in rows], device=model.device)
-
-            def asks_on(so_far, scores, width=width, **_):      # a row that begins the next question has said its answer
-                recent = tokenizer.batch_decode(so_far[:, max(width, so_far.shape[1] - 6):])
-                return torch.tensor(["Question:" in text for text in recent], device=so_far.device)
-            with fast_products(model.dtype, model.device):
-                out = model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=StoppingCriteriaList([asks_on]))
-            for i, new in zip(rows, out[:, width:].tolist()):       # (batch, up to max_new_tokens)
-                text = tokenizer.decode(new, skip_special_tokens=True)
-                completions[i] = text, len(new) == max_new_tokens and not set(new) & set(eos) and "Question:" not in text
-            bar.update(len(rows) * WORLD)
+            for place, completion in complete_batch(model, tokenizer, [encoded[i] for i in rows], max_new_tokens):
+                completions[rows[place]] = completion
+                bar.update(WORLD)
     return [next(filter(None, found)) for found in zip(*gather(completions))]
+
+
+def complete_batch(model, tokenizer, encoded: list[list[int]], max_new_tokens: int):
+    """Yields (place in the batch, (text, whether it was cut off)) of every prompt, as they end."""
+    from transformers import GenerationConfig, StoppingCriteriaList
+    own_eos = model.generation_config.eos_token_id or []
+    eos = sorted({tokenizer.eos_token_id, *([own_eos] if isinstance(own_eos, int) else own_eos)})
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    config = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, eos_token_id=eos, pad_token_id=pad, use_cache=True,
+                              return_dict_in_generate=True)
+    # Padding goes left, so that every row ends where its completion begins. The mask comes from lengths, not from
+    # ids: with pad == eos an id cannot tell them apart.
+    width, places, cache = max(map(len, encoded)), list(range(len(encoded))), None
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=model.device)
+
+    def asks_on(so_far, scores, **_):       # a row that begins the next question has said its answer
+        recent = tokenizer.batch_decode(so_far[:, max(width, so_far.shape[1] - 6):])
+        return torch.tensor(["Question:" in text for text in recent], device=so_far.device)
+
+    while places:
+        config.max_new_tokens = min(16, width + max_new_tokens - ids.shape[1])
+        out = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=config,
+                             stopping_criteria=StoppingCriteriaList([asks_on]))
+        ids, cache, going_on = out.sequences, out.past_key_values, []
+        mask = torch.cat([mask, mask.new_ones(len(places), ids.shape[1] - mask.shape[1])], dim=1)
+        for row, new in enumerate(ids[:, width:].tolist()):     # (batch, up to max_new_tokens)
+            text = tokenizer.decode(new, skip_special_tokens=True)
+            ended = bool(set(new) & set(eos)) or "Question:" in text
+            if ended or len(new) == max_new_tokens:
+                yield places[row], (text, not ended)
+            else:
+                going_on.append(row)
+        # Every 16 tokens the rows that have ended leave the batch, which would go on at full width until the longest ends.
+        keep = torch.tensor(going_on, dtype=torch.long, device=model.device)
+        ids, mask, places = ids[keep], mask[keep], [places[row] for row in going_on]
+        if places and cache is not None:    # a Mamba gives none back, and reads its rows anew
+            cache.reorder_cache(keep)
 
 
 # --- scores ---

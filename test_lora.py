@@ -1157,6 +1157,27 @@ def test_batched_generation_equals_one_by_one(tiny):
     assert complete(model, tokenizer, prompts, 8, 12) == alone and len({text for text, _ in alone}) > 1
 
 
+def test_rows_that_have_ended_leave_the_batch(tiny):
+    """Rows of many lengths must say what transformers' generate says of each alone, and the batch must become narrower on the way."""
+    model, tokenizer = load(tiny)
+    prompts = [format_prompt(q) for q, _ in read_rows(str(tiny / "test.jsonl"), "test")][:8]
+    torch.manual_seed(0)
+    for p in model.parameters():                # larger weights: it does not repeat one word
+        p.detach().normal_(std=0.5)
+    ids = [torch.tensor([encode_prompt(tokenizer, p)]) for p in prompts]
+    plain = lambda row: model.generate(row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=50)[0, row.shape[1]:]
+    endless = [plain(row).tolist() for row in ids]
+    late = [token for token in range(len(tokenizer)) if 5 < min([said.index(token) for said in endless if token in said], default=0)]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *late[::3]]
+    alone, widths = [plain(row) for row in ids], []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True)
+    found = complete(model, tokenizer, prompts, 8, 50)
+    hook.remove()
+    assert found == [(tokenizer.decode(new, skip_special_tokens=True), len(new) == 50 and int(new[-1]) not in model.generation_config.eos_token_id)
+                     for new in alone]
+    assert len({len(new) for new in alone}) > 3 and widths == sorted(widths, reverse=True) and widths[-1] < widths[0] == 8, widths
+
+
 def test_rows_beyond_the_model_s_positions_are_refused(tiny, workdir):
     """Learned positions would end in an index error, rotary ones in silent nonsense: the line names the flag to lower."""
     model, tokenizer = load(tiny)
