@@ -343,6 +343,8 @@ def load_model(name: str, dtype: torch.dtype, device: torch.device, nf4: bool = 
         raise ValueError(f"--model {name}: its tokenizer has no EOS token, so answers would have no end")
     if nf4:
         quantize_nf4(model)
+        for parameter in model.parameters():        # views of the file: while one of them lives, all of it stays in memory
+            parameter.data = parameter.data.clone()
     return model.to(device).eval(), tokenizer
 
 

@@ -1148,6 +1148,18 @@ def test_the_dtype_asked_for_is_the_dtype_loaded(tiny, workdir):
         assert {p.dtype for p in eval_gsm8k.load_model("half", dtype, torch.device("cpu"))[0].parameters()} == {dtype}
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+def test_a_4_bit_model_lets_go_of_the_dense_file(tiny, workdir):
+    """Dense weights are views of the mapped file: one embedding that stays so would keep all of it in memory beside the 4-bit copy."""
+    model, tokenizer = load(tiny)
+    model.save_pretrained("mapped")
+    tokenizer.save_pretrained("mapped")
+    for nf4 in (False, True):
+        model = eval_gsm8k.load_model("mapped", torch.float32, torch.device("cpu"), nf4)[0]
+        assert ("mapped/model.safetensors" in Path("/proc/self/maps").read_text()) != nf4
+        del model
+
+
 def test_batched_generation_equals_one_by_one(tiny):
     """Left padding with a mask must not change a token, and the order of the prompts must be kept."""
     model, tokenizer = load(tiny)
