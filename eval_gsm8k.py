@@ -364,28 +364,34 @@ def check_ids(model, encoded: list[list[int]], more: int = 0) -> None:
 @torch.no_grad()
 def complete(model, tokenizer, prompts: list[str], batch_size: int = 16, max_new_tokens: int = 256) -> list[tuple[str, bool]]:
     """Greedy completions of the prompts, in their order: (text, whether max_new_tokens cut it off)."""
+    from transformers import GenerationConfig
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     check_ids(model, encoded, max_new_tokens)
     # Like lengths together waste no work on padding; the longest first, so that out-of-memory comes at once, not at the end.
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     completions = [None] * len(prompts)
-    with tqdm(total=len(prompts), unit="problem", desc="generating", disable=RANK > 0 or None) as bar, fast_products(model.dtype, model.device):
-        for start in range(0, len(order), batch_size)[RANK::WORLD]:         # the same batches, whatever the number of processes
-            rows = order[start:start + batch_size]
-            for place, completion in complete_batch(model, tokenizer, [encoded[i] for i in rows], max_new_tokens):
-                completions[rows[place]] = completion
-                bar.update(WORLD)
+    theirs = model.generation_config
+    eos = theirs.eos_token_id or []
+    eos = sorted({tokenizer.eos_token_id, *([eos] if isinstance(eos, int) else eos)})
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
+    # In place of the checkpoint's own, which may ask for sampling, a repetition penalty, another kind of cache.
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=pad, return_dict_in_generate=True)
+    try:
+        with tqdm(total=len(prompts), unit="problem", desc="generating", disable=RANK > 0 or None) as bar, fast_products(model.dtype, model.device):
+            for start in range(0, len(order), batch_size)[RANK::WORLD]:     # the same batches, whatever the number of processes
+                rows = order[start:start + batch_size]
+                for place, completion in complete_batch(model, tokenizer, [encoded[i] for i in rows], max_new_tokens):
+                    completions[rows[place]] = completion
+                    bar.update(WORLD)
+    finally:
+        model.generation_config = theirs
     return [next(filter(None, found)) for found in zip(*gather(completions))]
 
 
 def complete_batch(model, tokenizer, encoded: list[list[int]], max_new_tokens: int):
     """Yields (place in the batch, (text, whether it was cut off)) of every prompt, as they end."""
-    from transformers import GenerationConfig, StoppingCriteriaList
-    own_eos = model.generation_config.eos_token_id or []
-    eos = sorted({tokenizer.eos_token_id, *([own_eos] if isinstance(own_eos, int) else own_eos)})
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
-    config = GenerationConfig(do_sample=False, num_beams=1, repetition_penalty=1.0, eos_token_id=eos, pad_token_id=pad, use_cache=True,
-                              return_dict_in_generate=True)
+    from transformers import StoppingCriteriaList
+    eos, pad = set(model.generation_config.eos_token_id), model.generation_config.pad_token_id
     # Padding goes left, so that every row ends where its completion begins. The mask comes from lengths, not from
     # ids: with pad == eos an id cannot tell them apart.
     width, places, cache = max(map(len, encoded)), list(range(len(encoded))), None
@@ -396,24 +402,26 @@ def complete_batch(model, tokenizer, encoded: list[list[int]], max_new_tokens: i
         recent = tokenizer.batch_decode(so_far[:, max(width, so_far.shape[1] - 6):])
         return torch.tensor(["Question:" in text for text in recent], device=so_far.device)
 
+    # Every 16 tokens the rows that have ended leave the batch, which would go on at full width until the longest ends. Not where
+    # a state outside of the cache would stay as wide as it was (Mamba, RWKV, RecurrentGemma).
+    piece = max_new_tokens if model._is_stateful else 16
     while places:
-        config.max_new_tokens = min(16, width + max_new_tokens - ids.shape[1])
-        out = model.generate(ids, attention_mask=mask, past_key_values=cache, generation_config=config,
-                             stopping_criteria=StoppingCriteriaList([asks_on]))
+        out = model.generate(ids, attention_mask=mask, past_key_values=cache, stopping_criteria=StoppingCriteriaList([asks_on]),
+                             max_new_tokens=min(piece, width + max_new_tokens - ids.shape[1]))
         ids, cache, going_on = out.sequences, out.past_key_values, []
         mask = torch.cat([mask, mask.new_ones(len(places), ids.shape[1] - mask.shape[1])], dim=1)
         for row, new in enumerate(ids[:, width:].tolist()):     # (batch, up to max_new_tokens)
             text = tokenizer.decode(new, skip_special_tokens=True)
-            ended = bool(set(new) & set(eos)) or "Question:" in text
+            ended = bool(eos & set(new)) or "Question:" in text
             if ended or len(new) == max_new_tokens:
                 yield places[row], (text, not ended)
             else:
                 going_on.append(row)
-        # Every 16 tokens the rows that have ended leave the batch, which would go on at full width until the longest ends.
-        keep = torch.tensor(going_on, dtype=torch.long, device=model.device)
-        ids, mask, places = ids[keep], mask[keep], [places[row] for row in going_on]
-        if places and cache is not None:    # a Mamba gives none back, and reads its rows anew
+        if going_on:
+            keep = torch.tensor(going_on, device=model.device)
+            ids, mask = ids[keep], mask[keep]
             cache.reorder_cache(keep)
+        places = [places[row] for row in going_on]
 
 
 # --- scores ---

@@ -457,7 +457,7 @@ class _NF4Product(torch.autograd.Function):
 def _nf4_pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """(256,): for every byte its two values side by side, viewed as one number."""
     pairs = torch.tensor([(first, second) for first in NF4 for second in NF4], dtype=dtype, device=device)
-    return pairs.view(torch.float64 if dtype == torch.float32 else torch.float32).flatten()
+    return pairs.view(torch.int64 if dtype == torch.float32 else torch.int32).flatten()
 
 
 @torch.no_grad()

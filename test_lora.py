@@ -1169,6 +1169,20 @@ def test_batched_generation_equals_one_by_one(tiny):
     assert complete(model, tokenizer, prompts, 8, 12) == alone and len({text for text, _ in alone}) > 1
 
 
+@pytest.mark.parametrize("wish", [dict(do_sample=True, temperature=3.0), dict(no_repeat_ngram_size=1), dict(repetition_penalty=9.0), dict(min_new_tokens=20),
+                                  dict(cache_implementation="static"), dict(num_beams=3), dict(suppress_tokens=list(range(3, 30)))])
+def test_a_checkpoint_s_own_generation_settings_do_not_enter_the_scores(tiny, wish):
+    """Completions must be greedy whatever generation_config.json asks for, and it must be there again for --save-merged."""
+    model, tokenizer = load(tiny)
+    prompts = [format_prompt(q) for q, _ in read_rows(str(tiny / "test.jsonl"), "test")][:4]
+    greedy = complete(model, tokenizer, prompts, 4, 20)
+    for key, value in wish.items():
+        setattr(model.generation_config, key, value)
+    theirs = model.generation_config.to_dict()
+    assert complete(model, tokenizer, prompts, 4, 20) == greedy
+    assert model.generation_config.to_dict() == theirs
+
+
 def test_rows_that_have_ended_leave_the_batch(tiny):
     """Rows of many lengths must say what transformers' generate says of each alone, and the batch must become narrower on the way."""
     model, tokenizer = load(tiny)
@@ -2033,6 +2047,20 @@ def test_scripts_end_in_one_line_without_traceback(script, flags, workdir):
     """From the shell: exit code 2, one line on stderr."""
     done = subprocess.run([sys.executable, str(HERE / script), *flags], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "none.jsonl" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_vram_caps_the_allocator_of_the_device_that_was_picked(device, monkeypatch, capsys):
+    """torch's call takes no device without a number, and "cuda" is what --device auto picks; no GPU here, so what it hands on is looked at."""
+    capped = {}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: argparse.Namespace(total_memory=16 * 2**30))
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda fraction, index: capped.update({index: fraction}), raising=False)
+    train_math.limit_vram(4.0, torch.device(device))
+    assert capped == {0: 3.5 / 16} and "3.5 GiB" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--vram 24 is above this card's own 16.0 GiB"):
+        train_math.limit_vram(24.0, torch.device(device))
 
 
 def test_a_tied_head_as_target_is_refused_by_the_script(tiny, workdir):

@@ -196,8 +196,8 @@ def checkpoint_blocks(model) -> None:
 def checkpoint_between_products(model) -> None:
     """Keeps what a block's large products give and computes again what is cheap: attention's scores, norms, a gated MLP's activation.
 
-    On a CPU, which is slow and has room. A Llama trains 1.2 times as fast as with checkpoint_blocks, at half the memory of keeping
-    everything; other architectures keep more, where their MLP is not gated or has fused or expert weights.
+    On a CPU, which is slow and has room. A Llama trains 1.2 times as fast as with checkpoint_blocks, and keeps half of what it has
+    to keep without; other architectures keep more, where their MLP is not gated or has fused or expert weights.
     """
     def gated(mlp, x):      # d(act(g(x)) * u(x)), Shazeer 2020, arXiv:2002.05202: keeps g and u of x, and not their product
         return recomputed(lambda gate, up: mlp.down_proj(mlp.act_fn(gate) * up))(mlp.gate_proj(x), mlp.up_proj(x))
@@ -316,7 +316,8 @@ def memory_plan(model, batch_size: int, kept: int, whole: int) -> dict[str, int]
             "activations": batch_size * ((len(blocks(model)) - 1) * kept + 2 * whole),
             "a dequantised layer": dense * (2 + weight.element_size()),     # and the index that fetches it; 0 without --nf4
             "the head in float32": 4 * weight.numel() * widens(weight.dtype, weight.device),
-            "logits": CHUNK * (12 + 2 * weight.element_size())}     # in the base's dtype and in fp32, each with its gradient
+            # the loss's log-softmax and its two gradients in fp32; logits and their gradient in the base's dtype
+            "logits": CHUNK * (12 + 2 * weight.element_size())}
 
 
 def process_memory() -> int:
@@ -334,7 +335,8 @@ def limit_vram(gb: float, device) -> None:
     total = torch.cuda.get_device_properties(device).total_memory
     if gb * 2**30 > total:
         raise ValueError(f"--vram {gb:g} is above this card's own {total / 2**30:.1f} GiB")
-    torch.cuda.set_per_process_memory_fraction((gb - 0.5) * 2**30 / total, device)
+    # torch takes no "cuda" without a number here
+    torch.cuda.set_per_process_memory_fraction((gb - 0.5) * 2**30 / total, torch.cuda.current_device() if device.index is None else device)
     print(f"--vram {gb:g}: the allocator is capped at {gb - 0.5:g} GiB, which leaves 0.5 for context and driver")
 
 
@@ -664,7 +666,7 @@ def experiment(args) -> Path:
         kept = kept_by_block(model, max(lengths))
     without = sum(memory_plan(model, batch_size, whole, whole).values())
     plan = memory_plan(model, batch_size, kept, whole)
-    libraries = max(0, process_memory() - plan["base weights"]) if device.type != "cuda" else 0
+    libraries = max(0, process_memory() - plan["base weights"] - plan["trained weights"]) if device.type != "cuda" else 0
     plan, planned, loading = {"Python and libraries": libraries, **plan}, libraries + sum(plan.values()), peak_memory(device)
     print(f"memory plan: {', '.join(f'{what} {size / 2**30:.3f}' for what, size in plan.items() if size)}; in all {planned / 2**30:.2f} GiB", flush=True)
     if kept < whole:
