@@ -84,7 +84,7 @@ def parse_args(argv=None):
 
 
 # torch's CPU allocator on Linux: tensors in huge pages of their own. Among the C library's small ones, tensors of changing length
-# leave gaps, and training took up to 1.8 times the memory.
+# leave gaps, and training took up to twice the memory.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # --- one process of several: torchrun says which ---
