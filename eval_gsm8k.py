@@ -12,6 +12,7 @@ train_math.py imports the prompt and the data from here, so that training masks 
 import argparse
 import functools
 import glob
+import inspect
 import itertools
 import json
 import math
@@ -371,8 +372,8 @@ def complete(model, tokenizer, prompts: list[str], batch_size: int = 16, max_new
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     completions = [None] * len(prompts)
     theirs = model.generation_config
-    eos = theirs.eos_token_id or []
-    eos = sorted({tokenizer.eos_token_id, *([eos] if isinstance(eos, int) else eos)})
+    own_eos = [theirs.eos_token_id] if isinstance(theirs.eos_token_id, int) else theirs.eos_token_id or []
+    eos = sorted({tokenizer.eos_token_id, *own_eos})
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos[0]
     # In place of the checkpoint's own, which may ask for sampling, a repetition penalty, another kind of cache.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=pad, return_dict_in_generate=True)
@@ -394,7 +395,7 @@ def complete_batch(model, tokenizer, encoded: list[list[int]], max_new_tokens: i
     eos, pad = set(model.generation_config.eos_token_id), model.generation_config.pad_token_id
     # Padding goes left, so that every row ends where its completion begins. The mask comes from lengths, not from
     # ids: with pad == eos an id cannot tell them apart.
-    width, places, cache = max(map(len, encoded)), list(range(len(encoded))), None
+    width, places, cache = max(map(len, encoded)), list(range(len(encoded))), {}
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in encoded], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in encoded], device=model.device)
 
@@ -403,12 +404,13 @@ def complete_batch(model, tokenizer, encoded: list[list[int]], max_new_tokens: i
         return torch.tensor(["Question:" in text for text in recent], device=so_far.device)
 
     # Every 16 tokens the rows that have ended leave the batch, which would go on at full width until the longest ends. Not where
-    # a state outside of the cache would stay as wide as it was (Mamba, RWKV, RecurrentGemma).
-    piece = max_new_tokens if model._is_stateful else 16
+    # there is no cache (GPT-1), or a state outside of it that would stay as wide as it was (RecurrentGemma).
+    narrows = "past_key_values" in inspect.signature(model.forward).parameters and not model._is_stateful
+    piece = 16 if narrows else max_new_tokens
     while places:
-        out = model.generate(ids, attention_mask=mask, past_key_values=cache, stopping_criteria=StoppingCriteriaList([asks_on]),
-                             max_new_tokens=min(piece, width + max_new_tokens - ids.shape[1]))
-        ids, cache, going_on = out.sequences, out.past_key_values, []
+        out = model.generate(ids, attention_mask=mask, stopping_criteria=StoppingCriteriaList([asks_on]),
+                             max_new_tokens=min(piece, width + max_new_tokens - ids.shape[1]), **cache)
+        ids, going_on = out.sequences, []
         mask = torch.cat([mask, mask.new_ones(len(places), ids.shape[1] - mask.shape[1])], dim=1)
         for row, new in enumerate(ids[:, width:].tolist()):     # (batch, up to max_new_tokens)
             text = tokenizer.decode(new, skip_special_tokens=True)
@@ -417,11 +419,12 @@ def complete_batch(model, tokenizer, encoded: list[list[int]], max_new_tokens: i
                 yield places[row], (text, not ended)
             else:
                 going_on.append(row)
-        if going_on:
+        places = [places[row] for row in going_on]
+        if places:
             keep = torch.tensor(going_on, device=model.device)
             ids, mask = ids[keep], mask[keep]
-            cache.reorder_cache(keep)
-        places = [places[row] for row in going_on]
+            cache = {"past_key_values": out.past_key_values}
+            out.past_key_values.reorder_cache(keep)
 
 
 # --- scores ---

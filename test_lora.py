@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers import (AttentionInterface, DistilBertConfig, DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig,
-                          LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification)
+from transformers import (AttentionInterface, AutoModelForCausalLM, DistilBertConfig, DistilBertForSequenceClassification, GPT2Config, GPT2LMHeadModel,
+                          LlamaConfig, LlamaForCausalLM, MambaConfig, OpenAIGPTConfig, RobertaConfig, RobertaForSequenceClassification)
 from transformers.pytorch_utils import Conv1D
 
 import eval_gsm8k
@@ -1203,6 +1203,25 @@ def test_rows_that_have_ended_leave_the_batch(tiny):
     assert found == [(tokenizer.decode(new, skip_special_tokens=True), len(new) == 50 and int(new[-1]) not in model.generation_config.eos_token_id)
                      for new in alone]
     assert len({len(new) for new in alone}) > 3 and widths == sorted(widths, reverse=True) and widths[-1] < widths[0] == 8, widths
+
+
+@pytest.mark.parametrize("config", [OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=4), MambaConfig(hidden_size=32, state_size=8, num_hidden_layers=2)])
+def test_models_without_a_cache_or_with_a_state_beside_it_answer_in_whole_batches(tiny, config):
+    """No cache to take rows out of, or a state that would stay: every row must say what transformers' generate says of it alone."""
+    _, tokenizer = load(tiny)
+    config.vocab_size, config.eos_token_id, config.pad_token_id = len(tokenizer), tokenizer.eos_token_id, 0
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            p.detach().normal_(std=0.3)
+    same = [format_prompt(q) for q, _ in read_rows(str(tiny / "test.jsonl"), "test")]
+    length = len(encode_prompt(tokenizer, same[0]))
+    same = [p for p in same if len(encode_prompt(tokenizer, p)) == length][:3]      # GPT-1 counts padding as positions
+    assert len(same) > 1
+    plain = lambda row: model.generate(row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=40)[0, length:]
+    alone = [plain(torch.tensor([encode_prompt(tokenizer, p)])) for p in same]
+    assert [text for text, _ in complete(model, tokenizer, same, 3, 40)] == [tokenizer.decode(new, skip_special_tokens=True) for new in alone]
 
 
 def test_rows_beyond_the_model_s_positions_are_refused(tiny, workdir):

@@ -196,8 +196,8 @@ def checkpoint_blocks(model) -> None:
 def checkpoint_between_products(model) -> None:
     """Keeps what a block's large products give and computes again what is cheap: attention's scores, norms, a gated MLP's activation.
 
-    On a CPU, which is slow and has room. A Llama trains 1.2 times as fast as with checkpoint_blocks, and keeps half of what it has
-    to keep without; other architectures keep more, where their MLP is not gated or has fused or expert weights.
+    On a CPU, which is slow and has room. A Llama trains 1.2 times as fast as with checkpoint_blocks, and keeps half of what it
+    would with neither; other architectures keep more, where their MLP is not gated or has fused or expert weights.
     """
     def gated(mlp, x):      # d(act(g(x)) * u(x)), Shazeer 2020, arXiv:2002.05202: keeps g and u of x, and not their product
         return recomputed(lambda gate, up: mlp.down_proj(mlp.act_fn(gate) * up))(mlp.gate_proj(x), mlp.up_proj(x))
