@@ -160,14 +160,15 @@ class LoRALinear(nn.Module):
         dense = dense_copy(self.base)
         delta = self.delta().T if is_transposed(dense) else self.delta()
         dense.weight.copy_(dense.weight + delta)
-        self.set_aside = (self.base.to("cpu"),)
+        self.set_aside = (with_tensors(self.base, lambda tensor: tensor.to("cpu")),)
         self.base = dense
 
     def unmerge(self) -> None:
         """Put the base back. (W0 + scaling B A) - scaling B A would not give every bit of W0."""
         if self.merged:
-            weight = self.base.weight
-            self.base = self.set_aside[0].to(weight.device, weight.dtype)
+            weight = self.base.weight  # it may have moved, or been cast, since
+            self.base = with_tensors(self.set_aside[0], lambda tensor: tensor.to(
+                weight.device, weight.dtype if tensor.is_floating_point() else tensor.dtype))
             self.set_aside = None
 
     def refuse_while_merged(self, action: str) -> None:
@@ -414,7 +415,16 @@ def dense_copy(base: nn.Module) -> nn.Module:
     if weight is None or weight.dtype not in FLOATS or weight.is_meta:
         raise ValueError(f"cannot merge into this {type(base).__name__}: its weight is computed, "
                          "quantised, or on the meta device; load the base with plain weights")
-    return copy.deepcopy(base)
+    return with_tensors(base, torch.clone)
+
+
+def with_tensors(layer: nn.Module, change) -> nn.Module:
+    """Return the same layer with change(tensor) in place of each of its tensors."""
+    layer = copy.copy(layer)
+    layer._parameters = {name: p if p is None else nn.Parameter(change(p.detach()), False)
+                         for name, p in layer._parameters.items()}
+    layer._buffers = {name: b if b is None else change(b) for name, b in layer._buffers.items()}
+    return layer
 
 
 def refuse_harm(model: nn.Module, names, also_train) -> None:
