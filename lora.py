@@ -35,7 +35,6 @@ import copy
 import json
 import math
 import os
-import sys
 import warnings
 from collections import defaultdict
 from contextlib import contextmanager
@@ -72,25 +71,28 @@ class LoRAConfig:
     rslora: bool = False
 
     def __post_init__(self):
-        def names(value):
-            return (value,) if isinstance(value, str) else tuple(value or ())
+        def check(field, valid, expected):
+            if not valid:
+                raise ValueError(f"{field} is {getattr(self, field)!r}: expected {expected}")
 
-        targets, also_train = names(self.targets), names(self.also_train)
-        checks = (
-            ("r", isinstance(self.r, Integral) and self.r >= 1, "a whole number from 1"),
-            ("alpha", isinstance(self.alpha, Real) and 0 < self.alpha <= sys.float_info.max,
-             "a positive finite number"),
-            ("dropout", isinstance(self.dropout, Real) and 0 <= self.dropout < 1,
-             "a probability from 0 and below 1"),
-            ("targets", targets and all(isinstance(n, str) and n for n in targets), "names"),
-            ("also_train", all(isinstance(n, str) and n for n in also_train), "names"),
-            ("rslora", True, "True or False"))
-        for field, valid, expected in checks:
+        def are_names(value):
+            return isinstance(value, tuple) and all(isinstance(n, str) and n for n in value)
+
+        for field in ("targets", "also_train"):
             value = getattr(self, field)
-            if not valid or isinstance(value, bool) != (field == "rslora"):
-                raise ValueError(f"{field} is {value!r}: expected {expected}")
-        object.__setattr__(self, "targets", "all-linear" if "all-linear" in targets else targets)
-        object.__setattr__(self, "also_train", also_train)
+            names = (value,) if isinstance(value, str) else value or ()
+            object.__setattr__(self, field, tuple(names) if isinstance(names, list) else names)
+        check("r", isinstance(self.r, Integral) and self.r >= 1 and self.r is not True,
+              "a whole number of at least 1")
+        check("alpha", isinstance(self.alpha, Real) and 0 < self.alpha < 1e30
+              and self.alpha is not True, "a positive number")
+        check("dropout", isinstance(self.dropout, Real) and 0 <= self.dropout < 1,
+              "a probability of at least 0 and below 1")
+        check("targets", are_names(self.targets) and self.targets, "names of linear layers")
+        check("also_train", are_names(self.also_train), "names of modules")
+        check("rslora", isinstance(self.rslora, bool), "True or False")
+        if "all-linear" in self.targets:
+            object.__setattr__(self, "targets", "all-linear")
 
     @property
     def scaling(self) -> float:
@@ -470,6 +472,7 @@ TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM",
          "ForSequenceClassification": "SEQ_CLS"}
 
 # The options of PEFT 0.21. A set one that is in neither list gives a warning.
+UNSET = (None, "", "none", [], {})  # not False, which equals layers_to_transform = 0
 NARROWING = {"layers_to_transform", "layers_pattern", "exclude_modules"}
 SUPPORTED = NARROWING | set("""
     peft_type r lora_alpha lora_dropout use_rslora init_lora_weights target_modules modules_to_save
@@ -506,13 +509,19 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
             raise ValueError(f"{config} is not the config that was injected: {layer.extra_repr()}")
     also_train = match_modules(model, config.also_train)
     parameters = file_parameters(model, also_train)
+    written = set(parameters.values())
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter not in set(parameters.values()):
+        if parameter.requires_grad and parameter not in written:
             raise ValueError(f"{name} trains but would not be saved: name its module in also_train "
                              "of the config, before injecting it")
     for key, parameter in parameters.items():
         if not parameter.isfinite().all():
             raise ValueError(f"{key} holds NaN or infinity: go back to an earlier checkpoint")
+    idle = [name for name, layer in layers.items() if not layer.lora_B.any()]
+    if idle:
+        warnings.warn(f"{len(idle)} adapted layers ({idle[0]}, ...) never trained, their lora_B is "
+                      "zero: create the optimizer after injecting, and call layers, do not read "
+                      "their weight")
     kind = type(model).__name__
     options = {
         "peft_type": "LORA", "inference_mode": True, "bias": "none",
@@ -520,15 +529,16 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
         "base_model_name_or_path": base_name(model),
         "r": int(config.r), "lora_alpha": float(config.alpha),  # numpy's numbers are not JSON's
         "lora_dropout": float(config.dropout), "use_rslora": config.rslora,
-        "target_modules": target_names(model, config.targets, layers, also_train),
+        "target_modules": target_names(model, layers, also_train),
         "modules_to_save": list(config.also_train) or None,
         "fan_in_fan_out": any(is_transposed(layer.base) for layer in layers.values())}
     tensors = {key: p.detach().to("cpu").contiguous() for key, p in parameters.items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     parts = {name: folder / f"{name}.part" for name in (WEIGHTS, CONFIG)}
-    try:  # other readers ignore the sample of the base
-        save_file(tensors, parts[WEIGHTS], {"format": "pt", "base": json.dumps(base_sample(model))})
+    metadata = {"format": "pt", "base": json.dumps(base_sample(model))}  # PEFT ignores the sample
+    try:
+        save_file(tensors, parts[WEIGHTS], metadata)
     except SafetensorError as error:  # a full disk, say
         raise OSError(f"{parts[WEIGHTS]}: {error}") from None
     parts[CONFIG].write_text(json.dumps(options, indent=2) + "\n", encoding="utf8")
@@ -552,13 +562,11 @@ def file_parameters(model: nn.Module, also_train) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def target_names(model: nn.Module, preferred, names, also_train) -> list[str]:
-    """Return the first list that means just these layers: preferred, short names, whole names."""
-    layers = linear_layers(model, also_train)
-    for endings in (preferred, short_names(names)):
-        if [name for name in layers if ends_in(name, endings)] == list(names):
-            return list(endings)
-    return list(names)
+def target_names(model: nn.Module, names, also_train) -> list[str]:
+    """Return short names if they mean just these layers, else their whole names."""
+    short = short_names(names)
+    meant = [name for name in linear_layers(model, also_train) if ends_in(name, short)]
+    return short if meant == list(names) else list(names)
 
 
 def base_name(model: nn.Module) -> str | None:
@@ -574,7 +582,7 @@ def base_sample(model: nn.Module) -> list[float]:
 def is_base(model: nn.Module, name: str | None, sample: torch.Tensor) -> bool:
     """Compare an adapter's base with this model's: by the sample, or in PEFT's files by name."""
     here = torch.tensor(base_sample(model))
-    if len(sample) and here.shape == sample.shape:
+    if len(here) and here.shape == sample.shape:
         # Rounding to 16 or 4 bits moves a sample by 20% at most, another seed by some 140%.
         return bool((here - sample).norm() <= 0.3 * sample.norm())
     own = base_name(model)
@@ -597,7 +605,7 @@ def load_adapter(model: nn.Module, folder) -> LoRAConfig:
     replace_modules(model, bases)  # the file is compared with the plain model
     try:
         config, names, tensors, base, sample = read_adapter(model, Path(folder))
-    except (ValueError, TypeError, RecursionError, OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} is no adapter for this model: {reason}") from None
     finally:
@@ -630,22 +638,22 @@ def read_adapter(model: nn.Module, folder: Path):
     check_options(options)
     with safe_open(folder / WEIGHTS, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
-        sample = torch.tensor(json.loads((file.metadata() or {}).get("base", "[]")))
+        sample = torch.tensor(json.loads((file.metadata() or {}).get("base", "[]"))).float()
     modules = [name for name, module in model.named_modules() if module.state_dict()]
     saved = [ending for ending in options.get("modules_to_save") or ()  # PEFT names absent ones too
              if any(ends_in(name, [ending]) for name in modules)]
     also_train = match_modules(model, saved)
     layers = linear_layers(model, also_train)
     targets = options.get("target_modules")
-    if isinstance(targets, list) and not any(options.get(key) for key in NARROWING):
+    narrowed = any(options.get(key) not in UNSET for key in NARROWING)
+    if isinstance(targets, list) and not narrowed:
         names = [name for name in layers if ends_in(name, targets)]
     else:  # a regular expression, say: none is run, the keys in the file name the layers
-        targets = ()
         names = [name for name in layers if f"{PREFIX}{name}.lora_A.weight" in tensors]
     config = LoRAConfig(
         r=options.get("r"), alpha=options.get("lora_alpha"),
         dropout=options.get("lora_dropout", 0.0), rslora=options.get("use_rslora", False),
-        targets=target_names(model, targets, names, also_train), also_train=saved)
+        targets=target_names(model, names, also_train), also_train=saved)
     refuse_harm(model, names, also_train)
 
     expected = {key: p.shape for key, p in file_parameters(model, also_train).items()}
@@ -662,7 +670,7 @@ def read_adapter(model: nn.Module, folder: Path):
         wanted = tuple(expected[key]) if key in expected else "no such entry"
         if shape != wanted:
             raise ValueError(f"{key} is {shape} in {WEIGHTS}, expected {wanted}")
-        if tensors[key].dtype not in FLOATS or not tensors[key].isfinite().all():
+        if tensors[key].dtype not in FLOATS or not tensors[key].float().isfinite().all():
             raise ValueError(f"{key} is {tensors[key].dtype} or holds NaN, expected finite numbers")
     return config, names, tensors, options.get("base_model_name_or_path"), sample
 
@@ -676,10 +684,10 @@ def check_options(options) -> None:
         raise ValueError(f"init_lora_weights is {started!r}, which changed the base weights: let "
                          "PEFT convert it (path_initial_model_for_weight_conversion)")
     for key, value in options.items():
-        if key in SUPPORTED or value in (None, False, "", "none", [], {}):
+        if key in SUPPORTED or value is False or value in UNSET:
             continue
         if key in UNSUPPORTED:
-            raise ValueError(f"{key} = {value!r:.60} is not supported here: use this adapter with PEFT")
+            raise ValueError(f"{key} = {value!r:.60} is not supported: use this adapter with PEFT")
         warnings.warn(f"{CONFIG} has the option {key} = {value!r:.60}, which is unknown here")
 
 
