@@ -1,6 +1,6 @@
 """LoRA: Low-Rank Adaptation of Large Language Models (Hu et al. 2021, arXiv:2106.09685).
 
-    h = W0 x + (alpha / r) B A x                                                     Eq. 3
+    h = W0 x + (alpha / r) B A x                           Eq. 3, scaled as in Sec. 4.1
 
     paper      here           shape     trained
     W0         base.weight    (d, k)    never
@@ -21,13 +21,14 @@ Use, in any PyTorch model that calls its linear layers:
     merge_lora(model)                            # W0 + scaling B A: no latency is added
     strip_lora(model)                            # plain layers again
 
-The paper's part ends with merging. Adapter files follow, and an appendix: a base in 4 bits.
+A first reading may stop after merging. Behind it: which layers can be adapted, adapter files in
+PEFT's format, and an appendix, a base in 4 bits, without which the rest works too.
 
 Differences from the paper
-- A starts as nn.Linear starts its weight, as in the authors' code. The paper says Gaussian.
-- Dropout on the adapter's input is the authors' code's. The paper's equations have none.
-- Merging is a call. The authors' code merges inside eval(), and a checkpoint saved then holds
-  W0 + B A under W0's name. Here state_dict() raises while merged.
+- A is initialised like the weight of nn.Linear, as in the authors' code. The paper says Gaussian.
+- Dropout on the adapter's input comes from the authors' code. The paper's equations have none.
+- Merging is a call. The authors' code merges inside eval(), and a checkpoint saved at that moment
+  holds W0 + B A under W0's name. Here state_dict() raises while merged.
 - A fused projection (GPT-2's c_attn) is adapted whole. The authors' code can adapt its thirds.
 - rslora divides by sqrt(r) instead of r (Kalajdzievski 2023, arXiv:2312.03732).
 """
@@ -39,7 +40,6 @@ import warnings
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
@@ -105,10 +105,11 @@ class LoRAConfig:
 class LoRALinear(nn.Module):
     """h = W0 x + scaling * B A x (Eq. 3): a low-rank update beside a frozen linear layer.
 
-    base    (..., k) -> (..., d), frozen: anything that is_linear() accepts
+    base    (..., k) -> (..., d), frozen: any layer with a (d, k) weight
     lora_A  (r, k), random
-    lora_B  (d, r), zero, so that training starts at the base model
-    A and B are fp32 whatever the base's dtype: in bf16 a late update of 3e-5 on a weight of 0.02
+    lora_B  (d, r), zero: training starts at the base model, and A first moves at step 2,
+            because dL/dA is zero as long as B is
+    A and B are fp32 whatever the base's dtype. In bf16 a late update of 3e-5 on a weight of 0.02
     is below half a rounding step and would be lost.
     """
 
@@ -124,7 +125,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # uniform within 1 / sqrt(k)
         self.dropout = nn.Dropout(dropout)
         self.enabled = True
-        self.set_aside = None  # while merged: (the untouched base,); in a tuple it is no submodule
+        self.unmerged_base = None  # while merged a tuple, which is no submodule: (the base,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and torch.is_grad_enabled():
@@ -132,9 +133,8 @@ class LoRALinear(nn.Module):
         if self.merged or not self.enabled:
             return self.base(x)
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., k) -> (..., r)
-        # B = 0 makes dL/dA zero at step 1: A first moves at step 2
         update = F.linear(z * self.scaling, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        h = self.base(x)  # last: backward does not need h, so a checkpointed block can stop here
+        h = self.base(x)  # last: recomputing a checkpointed block for backward may stop before it
         if not isinstance(h, torch.Tensor):
             raise ValueError(f"{type(self.base).__name__} returns a {type(h).__name__}, not a "
                              "tensor, and cannot carry an adapter: leave it out of targets")
@@ -147,13 +147,13 @@ class LoRALinear(nn.Module):
 
     @property
     def merged(self) -> bool:
-        return self.set_aside is not None
+        return self.unmerged_base is not None
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Swap the base for a dense layer of W0 + scaling * B A: no latency is added (Sec. 4.1).
+        """Put a dense layer of W0 + scaling * B A in the base's place: no latency (Sec. 4.1).
 
-        The sum is taken in fp32 and rounded once. The untouched base waits on the CPU.
+        The sum is taken in fp32 and rounded once. The base itself waits on the CPU.
         """
         if self.merged:
             return
@@ -162,16 +162,15 @@ class LoRALinear(nn.Module):
         dense = dense_copy(self.base)
         delta = self.delta().T if is_transposed(dense) else self.delta()
         dense.weight.copy_(dense.weight + delta)
-        self.set_aside = (with_tensors(self.base, lambda tensor: tensor.to("cpu")),)
+        self.unmerged_base = (with_tensors(self.base, lambda tensor: tensor.to("cpu")),)
         self.base = dense
 
     def unmerge(self) -> None:
         """Put the base back. (W0 + scaling B A) - scaling B A would not give every bit of W0."""
         if self.merged:
-            weight = self.base.weight  # it may have moved, or been cast, since
-            self.base = with_tensors(self.set_aside[0], lambda tensor: tensor.to(
-                weight.device, weight.dtype if tensor.is_floating_point() else tensor.dtype))
-            self.set_aside = None
+            device = self.base.weight.device
+            self.base = with_tensors(self.unmerged_base[0], lambda tensor: tensor.to(device))
+            self.unmerged_base = None
 
     def refuse_while_merged(self, action: str) -> None:
         if self.merged:
@@ -183,7 +182,7 @@ class LoRALinear(nn.Module):
     bias = property(lambda self: self.base.bias)
 
     def _apply(self, fn, recurse=True):
-        """Follow model.to(device), but keep A and B in fp32 under model.half() and its like."""
+        """Follow model.to(device), but keep A and B in fp32 under model.half() and the like."""
         def keep_dtype(tensor):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -196,7 +195,7 @@ class LoRALinear(nn.Module):
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Accept a plain checkpoint too: its names load into the base, A and B stay."""
+        """Accept a plain checkpoint too: its weight goes to the base, A and B keep their values."""
         self.refuse_while_merged("load a state_dict")
         for name in self.base.state_dict():
             if prefix + name in state_dict:
@@ -209,10 +208,45 @@ class LoRALinear(nn.Module):
         return f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}, merged={self.merged}"
 
 
+def features(layer: nn.Module) -> tuple[int, int]:
+    """Return (d, k), the sizes of output and input, which Conv1D tells by its weight alone."""
+    if hasattr(layer, "out_features"):
+        return layer.out_features, layer.in_features
+    return tuple(reversed(layer.weight.shape))
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """True for transformers' Conv1D (GPT-2), whose weight is (k, d), and for its packed form."""
+    return type(layer).__name__ == "Conv1D" or getattr(layer, "transposed", False)
+
+
+def dense_copy(base: nn.Module) -> nn.Module:
+    """Return a plain layer with the base's values and tensors of its own.
+
+    A layer whose weights are packed has to_dense() for that. ValueError where there is no such.
+    """
+    if hasattr(base, "to_dense"):
+        return base.to_dense()
+    weight = base._parameters.get("weight")
+    if weight is None or weight.dtype not in FLOATS or weight.is_meta:
+        raise ValueError(f"cannot merge into this {type(base).__name__}: its weight is computed, "
+                         "quantised, or on the meta device; load the base with plain weights")
+    return with_tensors(base, torch.clone)
+
+
+def with_tensors(layer: nn.Module, change) -> nn.Module:
+    """Return the same layer with change(tensor) in place of each of its tensors."""
+    layer = copy.copy(layer)
+    layer._parameters = {name: p if p is None else nn.Parameter(change(p.detach()), False)
+                         for name, p in layer._parameters.items()}
+    layer._buffers = {name: b if b is None else change(b) for name, b in layer._buffers.items()}
+    return layer
+
+
 # --- injection ---
 
 def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Freeze the model, wrap the targets, unfreeze also_train (Sec. 4.2); return what was wrapped.
+    """Freeze the model, wrap the targets, train also_train (Sec. 4.2); return the wrapped names.
 
     Create the optimizer afterwards. Raises ValueError, with the model untouched, when a target
     matches nothing, a weight is shared with another module, or the model carries an adapter.
@@ -223,20 +257,20 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
                          "load_adapter to replace it")
     also_train = match_modules(model, config.also_train)
     names = match_targets(model, config.targets, also_train)
-    refuse_harm(model, names, also_train)
+    check_trainable(model, names, also_train)
     wrap_layers(model, names, also_train, config)
     return names
 
 
 def wrap_layers(model: nn.Module, names, also_train, config: LoRAConfig) -> None:
-    model.requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.grad = None  # left from pretraining, it would move the base at the next step
     wrappers = {}
     for name in names:
         base = model.get_submodule(name)
         layer = LoRALinear(base, config.r, config.alpha, config.dropout, config.rslora)
         wrappers[base] = layer.train(base.training)
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+        parameter.grad = None  # left from pretraining, it would move the base at the next step
     replace_modules(model, wrappers)
     for name in also_train:
         module = model.get_submodule(name).requires_grad_(True)
@@ -269,9 +303,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 # --- merge, switch off, take off ---
 
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Add every update to its base weight, in place; return the model. Twice is once.
+    """Add every update to its base weight; return the model. A second call changes nothing.
 
-    Raises ValueError where a layer cannot be merged or there is no adapter; then none is merged.
+    Raises ValueError if a layer cannot be merged, and then merges none, or if there is no adapter.
     """
     layers = adapted(model).values()
     try:
@@ -284,7 +318,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
 
 
 def unmerge_lora(model: nn.Module) -> nn.Module:
-    """Put every base weight back, bit for bit in any dtype; return the model."""
+    """Put every base weight back, bit for bit; return the model."""
     for layer in adapted(model).values():
         layer.unmerge()
     return model
@@ -311,11 +345,11 @@ def strip_lora(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disable_lora(model: nn.Module):
-    """Inside `with disable_lora(model):` every adapted layer is its base; also_train stays."""
+    """Switch the adapter off inside the with block. Modules of also_train stay as trained."""
     before = {layer: layer.enabled for layer in adapted(model).values()}
     try:
         for layer in before:
-            layer.refuse_while_merged("switch it off")
+            layer.refuse_while_merged("switch off")
             layer.enabled = False
         yield model
     finally:
@@ -323,15 +357,16 @@ def disable_lora(model: nn.Module):
             layer.enabled = enabled
 
 
-# --- which layers: names, kinds, refusals ---
+# --- which layers can be adapted ---
 
 def match_targets(model: nn.Module, targets, also_train=()) -> list[str]:
-    """Return the names of the linear layers that targets mean, none inside also_train."""
+    """Return the names of the linear layers that targets select, outside of also_train."""
     layers = linear_layers(model, also_train)
     if targets != "all-linear":
         return match_names(layers, targets, "target {!r} matches no linear layer")
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    names = [name for name, layer in layers.items() if not (layer is head or is_router(layer))]
+    names = [name for name, layer in layers.items()
+             if not (layer is head or is_router(layer) or is_bypassed(model, name))]
     if head is None:
         names = [name for name in names if not ends_in(name, ["lm_head"])]
     if not names:
@@ -340,13 +375,13 @@ def match_targets(model: nn.Module, targets, also_train=()) -> list[str]:
 
 
 def match_modules(model: nn.Module, also_train) -> list[str]:
-    """Return the names of the modules with weights that also_train means."""
+    """Return the names of the modules with weights that also_train selects."""
     names = [name for name, module in model.named_modules() if name and module.state_dict()]
     return match_names(names, also_train, "also_train {!r} matches no module with weights")
 
 
 def match_names(names, endings, error: str) -> list[str]:
-    """Return the names that have one of the endings; ValueError for an ending that none has."""
+    """Return the names with one of the endings; ValueError for an ending that matches nothing."""
     for ending in endings:
         if not any(ends_in(name, [ending]) for name in names):
             raise ValueError(f"{error.format(ending)}; this model has: "
@@ -375,7 +410,7 @@ def linear_layers(model: nn.Module, outside=()) -> dict[str, nn.Module]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Tell whether an adapter fits: the module maps (..., k) to (..., d) by a (d, k) weight."""
+    """True if an adapter fits: the module maps (..., k) to (..., d) by a (d, k) weight."""
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if hasattr(module, "to_dense") or isinstance(module, LoRALinear):
         return None not in sizes  # of packed weights, reading .weight would dequantise them
@@ -388,13 +423,8 @@ def is_linear(module: nn.Module) -> bool:
     return None not in sizes and (weight.shape == sizes or not weight.is_floating_point())
 
 
-def is_transposed(layer: nn.Module) -> bool:
-    """Tell transformers' Conv1D (GPT-2), whose weight is (k, d), and its packed form."""
-    return type(layer).__name__ == "Conv1D" or getattr(layer, "transposed", False)
-
-
 def is_router(layer: nn.Module) -> bool:
-    """Tell routers (PhiMoE, Llama 4): they override nn.Linear's forward and return tuples.
+    """True for routers (PhiMoE, Llama 4): they override nn.Linear's forward, to return tuples.
 
     Layers quantised by other libraries override it too, but hold integers or 8-bit floats.
     """
@@ -402,35 +432,16 @@ def is_router(layer: nn.Module) -> bool:
     return overrides and layer.weight.dtype in FLOATS
 
 
-def features(layer: nn.Module) -> tuple[int, int]:
-    """Return (d, k), the sizes of output and input. Conv1D states them by its weight alone."""
-    if hasattr(layer, "out_features"):
-        return layer.out_features, layer.in_features
-    return tuple(reversed(layer.weight.shape))
+def is_bypassed(model: nn.Module, name: str) -> bool:
+    """True if torch reads this layer's weight without calling the layer."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    fast_path = torch.backends.mha.get_fastpath_enabled()  # of TransformerEncoderLayer, in eval()
+    return (isinstance(parent, nn.MultiheadAttention)
+            or isinstance(parent, nn.TransformerEncoderLayer) and fast_path)
 
 
-def dense_copy(base: nn.Module) -> nn.Module:
-    """Return a plain layer with the base's values and a bias of its own, or raise ValueError."""
-    if hasattr(base, "to_dense"):
-        return base.to_dense()
-    weight = base._parameters.get("weight")
-    if weight is None or weight.dtype not in FLOATS or weight.is_meta:
-        raise ValueError(f"cannot merge into this {type(base).__name__}: its weight is computed, "
-                         "quantised, or on the meta device; load the base with plain weights")
-    return with_tensors(base, torch.clone)
-
-
-def with_tensors(layer: nn.Module, change) -> nn.Module:
-    """Return the same layer with change(tensor) in place of each of its tensors."""
-    layer = copy.copy(layer)
-    layer._parameters = {name: p if p is None else nn.Parameter(change(p.detach()), False)
-                         for name, p in layer._parameters.items()}
-    layer._buffers = {name: b if b is None else change(b) for name, b in layer._buffers.items()}
-    return layer
-
-
-def refuse_harm(model: nn.Module, names, also_train) -> None:
-    """Raise ValueError where training would also change a tied weight, or would change nothing."""
+def check_trainable(model: nn.Module, names, also_train) -> None:
+    """Raise ValueError where training would also change a tied weight, or would have no effect."""
     owners = defaultdict(set)
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -444,18 +455,17 @@ def refuse_harm(model: nn.Module, names, also_train) -> None:
     for name in also_train:
         if list(model.get_submodule(name).buffers()):
             raise ValueError(f"{name} cannot be in also_train: it has buffers (running statistics, "
-                             "weights in 4 bits), which an adapter file does not hold")
-    fast_path = nn.TransformerEncoderLayer if torch.backends.mha.get_fastpath_enabled() else ()
+                             "packed weights), which an adapter file does not hold")
     for name in names:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.MultiheadAttention) or isinstance(parent, fast_path):
-            raise ValueError(f"{name} is inside {type(parent).__name__}, which reads its weight "
-                             "without calling it: choose other targets, or for the encoder layer "
-                             "call torch.backends.mha.set_fastpath_enabled(False)")
+        if is_bypassed(model, name):
+            raise ValueError(f"torch reads the weight of {name} without calling it, in nn."
+                             "MultiheadAttention or the fast path of nn.TransformerEncoderLayer: "
+                             "choose other targets, or for the latter call "
+                             "torch.backends.mha.set_fastpath_enabled(False)")
 
 
 def unwrap(model: nn.Module, to_train: bool = True) -> nn.Module:
-    """Return the model inside torch.compile's or a parallel wrapper, whose prefix no file has."""
+    """Return the model inside torch.compile's or a parallel wrapper: names without a prefix."""
     parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
     if to_train and any(isinstance(module, parallel) for module in model.modules()):
         raise ValueError("the model is inside DistributedDataParallel or DataParallel, which would "
@@ -471,8 +481,8 @@ WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "b
 TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM",
          "ForSequenceClassification": "SEQ_CLS"}
 
-# The options of PEFT 0.21. A set one that is in neither list gives a warning.
-UNSET = (None, "", "none", [], {})  # not False, which equals layers_to_transform = 0
+# The options of PEFT 0.21. An unknown one that has a value gives a warning.
+UNSET = (None, "", "none", [], {})  # False is compared by `is`: 0 == False, and 0 is a layer
 NARROWING = {"layers_to_transform", "layers_pattern", "exclude_modules"}
 SUPPORTED = NARROWING | set("""
     peft_type r lora_alpha lora_dropout use_rslora init_lora_weights target_modules modules_to_save
@@ -488,7 +498,8 @@ UNSUPPORTED = set("""
 def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return {parameter name: copy} of what trains: every A and B, and the modules of also_train.
 
-    For keeping the best adapter in memory, not for the optimizer.
+    To keep the best adapter in memory; model.load_state_dict(copies, strict=False) puts it back.
+    Not for the optimizer, which needs the parameters themselves.
     """
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -496,15 +507,14 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
     """Write adapter_model.safetensors and adapter_config.json, which PEFT and load_adapter read.
 
-    A crash leaves no half adapter: both are written beside their place, flushed, and renamed.
+    Both are written beside their place, flushed, then renamed: a crash leaves no mixed adapter.
     Raises RuntimeError while merged, ValueError for NaN or a config other than the injected one.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     model = unwrap(model, to_train=False)
     layers = adapted(model)
     for layer in layers.values():
-        layer.refuse_while_merged("save it")
+        layer.refuse_while_merged("save")
         if (layer.lora_A.shape[0], layer.scaling) != (config.r, config.scaling):
             raise ValueError(f"{config} is not the config that was injected: {layer.extra_repr()}")
     also_train = match_modules(model, config.also_train)
@@ -516,38 +526,34 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
                              "of the config, before injecting it")
     for key, parameter in parameters.items():
         if not parameter.isfinite().all():
-            raise ValueError(f"{key} holds NaN or infinity: go back to an earlier checkpoint")
+            raise ValueError(f"{key} holds NaN or infinity: training diverged")
     idle = [name for name, layer in layers.items() if not layer.lora_B.any()]
     if idle:
-        warnings.warn(f"{len(idle)} adapted layers ({idle[0]}, ...) never trained, their lora_B is "
-                      "zero: create the optimizer after injecting, and call layers, do not read "
-                      "their weight")
+        warnings.warn(f"{len(idle)} adapted layers never trained, lora_B is zero ({idle[0]}): is "
+                      "the optimizer older than the adapter, or the layer never called?")
     kind = type(model).__name__
     options = {
         "peft_type": "LORA", "inference_mode": True, "bias": "none",
         "task_type": next((TASKS[end] for end in TASKS if kind.endswith(end)), None),
         "base_model_name_or_path": base_name(model),
         "r": int(config.r), "lora_alpha": float(config.alpha),  # numpy's numbers are not JSON's
-        "lora_dropout": float(config.dropout), "use_rslora": config.rslora,
+        "lora_dropout": float(layer.dropout.p), "use_rslora": config.rslora,
         "target_modules": target_names(model, layers, also_train),
         "modules_to_save": list(config.also_train) or None,
         "fan_in_fan_out": any(is_transposed(layer.base) for layer in layers.values())}
     tensors = {key: p.detach().to("cpu").contiguous() for key, p in parameters.items()}
+    metadata = {"format": "pt", "base": json.dumps(base_sample(model))}  # PEFT ignores the sample
+    contents = {WEIGHTS: save(tensors, metadata), CONFIG: json.dumps(options, indent=2).encode()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {name: folder / f"{name}.part" for name in (WEIGHTS, CONFIG)}
-    metadata = {"format": "pt", "base": json.dumps(base_sample(model))}  # PEFT ignores the sample
-    try:
-        save_file(tensors, parts[WEIGHTS], metadata)
-    except SafetensorError as error:  # a full disk, say
-        raise OSError(f"{parts[WEIGHTS]}: {error}") from None
-    parts[CONFIG].write_text(json.dumps(options, indent=2) + "\n", encoding="utf8")
-    for part in parts.values():
-        with open(part, "rb+") as file:
+    for name, content in contents.items():
+        with open(folder / f"{name}.part", "wb") as file:
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
     (folder / CONFIG).unlink(missing_ok=True)  # no adapter for a moment, but never a mixed one
-    for name, part in parts.items():
-        os.replace(part, folder / name)
+    for name in contents:
+        os.replace(folder / f"{name}.part", folder / name)
 
 
 def file_parameters(model: nn.Module, also_train) -> dict[str, nn.Parameter]:
@@ -559,14 +565,15 @@ def file_parameters(model: nn.Module, also_train) -> dict[str, nn.Parameter]:
     for name in also_train:
         for key, parameter in model.get_submodule(name).named_parameters():
             parameters[f"{PREFIX}{name}.{key}"] = parameter
-    return parameters
+    # torch.compile of a submodule puts a prefix into its names
+    return {key.replace("_orig_mod.", ""): parameter for key, parameter in parameters.items()}
 
 
 def target_names(model: nn.Module, names, also_train) -> list[str]:
-    """Return short names if they mean just these layers, else their whole names."""
+    """Return short names if they select just these layers, else their whole names."""
     short = short_names(names)
-    meant = [name for name in linear_layers(model, also_train) if ends_in(name, short)]
-    return short if meant == list(names) else list(names)
+    selected = [name for name in linear_layers(model, also_train) if ends_in(name, short)]
+    return short if selected == list(names) else list(names)
 
 
 def base_name(model: nn.Module) -> str | None:
@@ -574,16 +581,16 @@ def base_name(model: nn.Module) -> str | None:
 
 
 def base_sample(model: nn.Module) -> list[float]:
-    """Return 64 weights of the first adapted layer, by which its base is told from another."""
+    """Return 64 weights of the first adapted layer: a fingerprint of the base."""
     weight = next(layer.weight for _, layer in lora_layers(model))
     return weight.flatten()[:64].tolist() if weight.dtype in FLOATS and not weight.is_meta else []
 
 
-def is_base(model: nn.Module, name: str | None, sample: torch.Tensor) -> bool:
-    """Compare an adapter's base with this model's: by the sample, or in PEFT's files by name."""
+def same_base(model: nn.Module, name: str | None, sample: torch.Tensor) -> bool:
+    """Compare an adapter's base with this model's: by fingerprint, or by name if it has none."""
     here = torch.tensor(base_sample(model))
     if len(here) and here.shape == sample.shape:
-        # Rounding to 16 or 4 bits moves a sample by 20% at most, another seed by some 140%.
+        # Rounding to 4 bits moves it by about 10%, another seed by about 140%.
         return bool((here - sample).norm() <= 0.3 * sample.norm())
     own = base_name(model)
     return not (name and own) or Path(str(name)).name == Path(own).name
@@ -601,17 +608,17 @@ def load_adapter(model: nn.Module, folder) -> LoRAConfig:
     old = [layer for _, layer in lora_layers(model)]
     if not all(layer.enabled for layer in old):
         raise RuntimeError("the adapter is switched off: load another outside of disable_lora")
-    bases = {layer: layer.set_aside[0] if layer.merged else layer.base for layer in old}
+    bases = {layer: layer.unmerged_base[0] if layer.merged else layer.base for layer in old}
     replace_modules(model, bases)  # the file is compared with the plain model
     try:
         config, names, tensors, base, sample = read_adapter(model, Path(folder))
-    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} is no adapter for this model: {reason}") from None
     finally:
         replace_modules(model, {base: layer for layer, base in bases.items()})
 
-    # All is checked. From here on the model changes.
+    # All is checked. From here on the model is changed.
     for layer in old:
         layer.unmerge()
     for module in model.modules():
@@ -625,7 +632,7 @@ def load_adapter(model: nn.Module, folder) -> LoRAConfig:
     if not any(layer.lora_B.any() for _, layer in lora_layers(model)):
         warnings.warn(f"{folder}: every lora_B is zero, so this adapter changes nothing: was it "
                       "saved before training?")
-    if not is_base(model, base, sample):
+    if not same_base(model, base, sample):
         warnings.warn(f"{folder} was trained on another base{f' ({base})' if base else ''}: its "
                       "answers may be worthless here")
     return config
@@ -640,7 +647,8 @@ def read_adapter(model: nn.Module, folder: Path):
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         sample = torch.tensor(json.loads((file.metadata() or {}).get("base", "[]"))).float()
     modules = [name for name, module in model.named_modules() if module.state_dict()]
-    saved = [ending for ending in options.get("modules_to_save") or ()  # PEFT names absent ones too
+    # PEFT also lists modules that the model lacks: score beside classifier.
+    saved = [ending for ending in options.get("modules_to_save") or ()
              if any(ends_in(name, [ending]) for name in modules)]
     also_train = match_modules(model, saved)
     layers = linear_layers(model, also_train)
@@ -648,13 +656,13 @@ def read_adapter(model: nn.Module, folder: Path):
     narrowed = any(options.get(key) not in UNSET for key in NARROWING)
     if isinstance(targets, list) and not narrowed:
         names = [name for name in layers if ends_in(name, targets)]
-    else:  # a regular expression, say: none is run, the keys in the file name the layers
+    else:  # a regular expression, say, which is not run: the keys tell the layers
         names = [name for name in layers if f"{PREFIX}{name}.lora_A.weight" in tensors]
     config = LoRAConfig(
         r=options.get("r"), alpha=options.get("lora_alpha"),
         dropout=options.get("lora_dropout", 0.0), rslora=options.get("use_rslora", False),
         targets=target_names(model, names, also_train), also_train=saved)
-    refuse_harm(model, names, also_train)
+    check_trainable(model, names, also_train)
 
     expected = {key: p.shape for key, p in file_parameters(model, also_train).items()}
     for name in names:
@@ -679,9 +687,9 @@ def check_options(options) -> None:
     """Raise ValueError for an option that makes another kind of adapter; warn of unknown ones."""
     if not isinstance(options, dict) or options.get("peft_type") != "LORA":
         raise ValueError(f"{CONFIG} does not say peft_type LORA")
-    started = options.get("init_lora_weights")
-    if started not in (True, False, None, "gaussian", "orthogonal", "eva"):
-        raise ValueError(f"init_lora_weights is {started!r}, which changed the base weights: let "
+    init = options.get("init_lora_weights")
+    if init not in (True, False, None, "gaussian", "orthogonal", "eva"):
+        raise ValueError(f"init_lora_weights is {init!r}, which changed the base weights: let "
                          "PEFT convert it (path_initial_model_for_weight_conversion)")
     for key, value in options.items():
         if key in SUPPORTED or value is False or value in UNSET:
@@ -693,7 +701,8 @@ def check_options(options) -> None:
 
 # --- appendix: a 4-bit base (NF4) ---
 #
-# QLoRA (Dettmers et al. 2023, arXiv:2305.14314). The code above does not depend on it.
+# QLoRA (Dettmers et al. 2023, arXiv:2305.14314). The code above runs without it.
+from functools import cache
 
 # Quantiles of a normal distribution, scaled to [-1, 1], with an exact 0 (their Appendix E).
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -710,7 +719,7 @@ class NF4Linear(nn.Module):
     absmax  (blocks,) bfloat16, held as int16 so that .half() does not touch it. The paper quantises
             it once more, to 4.13 bits a weight in all; that saves 15 MB on TinyLlama
     bias    as it was
-    Computes in x's dtype. Raises ValueError for a weight that is not finite.
+    Computes in x's dtype. `weight` is W, dequantised on every access.
     """
 
     def __init__(self, layer: nn.Module):
@@ -720,8 +729,6 @@ class NF4Linear(nn.Module):
         self.out_features, self.in_features = features(layer)
         self.bias = layer.bias
         weight = layer.weight.detach()
-        if not weight.isfinite().all():
-            raise ValueError("the weight holds NaN or infinity, which have no 4-bit code")
         flat = weight.flatten().float()
         blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
         absmax = blocks.abs().amax(1)
@@ -731,7 +738,7 @@ class NF4Linear(nn.Module):
         codes = torch.bucketize(scaled, middles, out_int32=True).byte().view(-1, 2)
         self.register_buffer("codes", codes[:, 0] << 4 | codes[:, 1])
         self.register_buffer("absmax", absmax.bfloat16().view(torch.int16))
-        self.register_buffer("like", weight.new_empty(0), persistent=False)  # .half() changes it
+        self.register_buffer("dtype_of", weight.new_empty(0), persistent=False)  # .half() casts it
         self.requires_grad_(False).train(layer.training)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
@@ -744,7 +751,7 @@ class NF4Linear(nn.Module):
         shape = (k, d) if self.transposed else (d, k)
         return blocks.flatten()[:d * k].view(shape)
 
-    weight = property(lambda self: self.dequantize(self.like.dtype))
+    weight = property(lambda self: self.dequantize(self.dtype_of.dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return NF4Product.apply(x, self)
@@ -821,7 +828,7 @@ def why_not_packed(model: nn.Module, name: str, layer: nn.Module) -> str | None:
     if not plain or layer.weight.dtype not in FLOATS[:3] or layer.weight.is_meta:
         return f"it is a {type(layer).__name__} of {layer.weight.dtype} on {layer.weight.device}"
     try:
-        refuse_harm(model, [name], [])
+        check_trainable(model, [name], [])
     except ValueError as error:
         return str(error)
     return None
