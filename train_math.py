@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -225,11 +226,12 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         return out.transpose(1, 2).contiguous(), None
     # On a CPU the fused kernel's backward is slow. The query heads of a group are stacked in the
     # rows, so that K and V are not repeated.
+    lowest = torch.finfo(query.dtype).min
     if attention_mask is None:
-        attention_mask = torch.ones(n, n, dtype=torch.bool).tril().expand(b, 1, n, n)
-    bias = torch.zeros_like(attention_mask, dtype=query.dtype)
-    bias = bias.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
-    bias = bias[:, :, None].expand(b, g, h // g, n, n).reshape(b * g, h // g * n, n)
+        bias = torch.full((n, n), lowest, dtype=query.dtype).triu(1).repeat(h // g, 1)
+    else:
+        bias = torch.zeros(b, 1, n, n, dtype=query.dtype).masked_fill(~attention_mask, lowest)
+        bias = bias.repeat(1, g, h // g, 1).view(b * g, h // g * n, n)
     rows = query.reshape(b * g, h // g * n, c)
     columns = key.reshape(b * g, n, c).transpose(1, 2)
     scores = torch.baddbmm(bias, rows, columns, alpha=scaling or c**-0.5)  # (b g, h/g n, n)
@@ -285,6 +287,9 @@ def check_head(model, ids: list[int]) -> None:
     """
     ids = torch.tensor([ids], device=next(model.parameters()).device)
     head = model.get_output_embeddings()
+    if model.base_model is model:  # Llama 4's text model
+        raise ValueError(f"{type(model).__name__} gives no hidden states apart from its logits, "
+                         "which is not supported here")
 
     def logits():
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -373,16 +378,17 @@ def memory_plan(model, batch_size: int, kept: int, whole: int) -> dict[str, int]
     everything = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     item = model.get_output_embeddings().weight.element_size()
     packed = [m.out_features * m.in_features for m in model.modules() if isinstance(m, NF4Linear)]
+    # log-softmax and its two gradients in fp32, logits and their gradient in the base's dtype
+    logits = CHUNK * (12 + 2 * item)
+    # half of what a block keeps is alive as gradients; a dequantised layer and its index
+    gradients = batch_size * whole // 2 + max(packed, default=0) * (2 + item)
     return {
         "base weights": everything - trained,
         "trained weights": trained,
         "their gradients": trained,
         "AdamW's moments": 2 * trained,
-        # what the other blocks keep; the one in backward whole, with as much again of gradients
-        "activations": batch_size * ((len(blocks(model)) - 1) * kept + 2 * whole),
-        "a dequantised layer": max(packed, default=0) * (2 + item),  # and its index
-        # log-softmax and its two gradients in fp32, logits and their gradient in the base's dtype
-        "logits": CHUNK * (12 + 2 * item),
+        "activations": batch_size * ((len(blocks(model)) - 1) * kept + whole),
+        "logits, or gradients in a block": max(logits, gradients),
     }
 
 
@@ -482,7 +488,8 @@ def save_checkpoint(folder: Path, model, config, state: dict) -> None:
         shutil.rmtree(part, ignore_errors=True)
         raise ValueError(f"cannot write {folder} ({first_line(error)}); the last whole checkpoint: "
                          f"{last_checkpoint(folder.parent)}") from None
-    for old in checkpoints(folder.parent)[:-2]:
+    steps = checkpoints(folder.parent)  # later than this one are damaged ones, passed over
+    for old in steps[:max(0, steps.index(folder) - 1)]:
         (old / "trainer_state.pt").unlink(missing_ok=True)
 
 
@@ -502,7 +509,8 @@ def newest_state(folder: Path) -> tuple[Path, dict] | None:
         try:
             if (path / "trainer_state.pt").exists():  # an older checkpoint keeps its adapter alone
                 state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)
-                state["step"], state["optimizer"], state["args"], state["data"]
+                load_file(path / "adapter_model.safetensors")
+                state["step"], state["optimizer"], state["args"]
                 return path, state
         except Exception as error:  # cut off, half deleted, junk
             print(f"warning: {path} is damaged and passed over ({first_line(error)})",
@@ -527,6 +535,7 @@ def train(model, examples, args, config=None, state=None) -> Path | None:
     steps = min(math.ceil(len(order) / args.grad_accum), args.max_steps or sys.maxsize)
     state = {"step": 0, "skipped": 0, "skipped_in_a_row": 0, **(state or {})}
     step, skipped, skipped_in_a_row = state["step"], state["skipped"], state["skipped_in_a_row"]
+    begin = step
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
         scaler.scale, scaler.good_steps = state["loss_scale"], state["good_steps"]
@@ -551,7 +560,7 @@ def train(model, examples, args, config=None, state=None) -> Path | None:
             for n, batch in list(enumerate(window, first))[RANK::WORLD]:
                 seed_dropout(args.seed, n)
                 loss += backward_loss(model, collate(batch, device), scaler.scale / targets)
-            if step == state["step"]:
+            if step == begin:
                 name_untrained(model)
             loss, stop = sum_over_processes(parameters, float(loss), bool(caught))
             loss /= targets
@@ -589,8 +598,8 @@ def train(model, examples, args, config=None, state=None) -> Path | None:
             if config and (step % args.save_every == 0 or step == steps or stop):
                 saved = folder / f"step_{step:06d}"
                 state.update(step=step, skipped=skipped, skipped_in_a_row=skipped_in_a_row,
-                             micro_batch=first + len(window), loss_scale=scaler.scale,
-                             good_steps=scaler.good_steps, args=vars(args))
+                             loss_scale=scaler.scale, good_steps=scaler.good_steps,
+                             args=vars(args))
                 if RANK == 0:
                     save_checkpoint(saved, model, config,
                                     {**state, "optimizer": optimizer.state_dict()})
