@@ -160,6 +160,8 @@ def read_rows(data, split, nb_samples=None):
 
     Rows without an answer are dropped, and their number is printed. Raises ValueError.
     """
+    if Path(data).suffix in (".jsonl", ".json", ".parquet", ".csv") and not Path(data).exists():
+        raise ValueError(f"--data {data}: no such file")
     with loading("--data", data, "dataset") as local:
         table = read_file(Path(data)) if Path(data).exists() else read_hub(data, split, local)
     rows, dropped = [], 0

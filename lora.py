@@ -39,7 +39,7 @@ import os
 import warnings
 from collections import defaultdict
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path

@@ -267,7 +267,9 @@ def pick_dtype(name, device):
     if device.type == "cuda":
         bf16 = torch.cuda.get_device_capability(device)[0] >= 8
     if name != "auto":
-        if device.type == "cpu" and name != "float32" and not bf16:
+        fp16 = torch.cpu.get_capabilities().get("avx512_fp16", False)
+        units = {"float32": True, "bfloat16": bf16, "float16": fp16}
+        if device.type == "cpu" and not units[name]:
             warnings.warn(f"--dtype {name}: this CPU has no units for it, float32 is faster")
         return name, "as asked"
     if bf16:
