@@ -598,8 +598,7 @@ def train(model, examples, args, config=None, state=None) -> Path | None:
             if config and (step % args.save_every == 0 or step == steps or stop):
                 saved = folder / f"step_{step:06d}"
                 state.update(step=step, skipped=skipped, skipped_in_a_row=skipped_in_a_row,
-                             loss_scale=scaler.scale, good_steps=scaler.good_steps,
-                             args=vars(args))
+                             loss_scale=scaler.scale, good_steps=scaler.good_steps)
                 if RANK == 0:
                     save_checkpoint(saved, model, config,
                                     {**state, "optimizer": optimizer.state_dict()})
@@ -728,15 +727,19 @@ def experiment(args) -> Path:
 
     config = LoRAConfig(r=args.r, alpha=args.alpha, dropout=args.dropout, targets=args.targets,
                         rslora=args.rslora)
-    identity = run_identity(model, examples)
+    facts = run_facts(model, examples, args)
     torch.manual_seed(args.seed)
     names = inject_lora(model, config)
-    state = identity
+    state = {"args": facts}
     if resumed:
-        check_same_run(resumed[1], args, identity)
-        load_adapter(model, resumed[0])
-        state = resumed[1]
-    everywhere = gather([identity, state.get("step"), comparable(args)])
+        last, state = resumed
+        for key, value in facts.items():
+            before = state["args"].get(key, value)
+            if before != value:
+                raise ValueError(f"--resume: {key} was {before}, is {value}; repeat the old one, "
+                                 "or give another --run-name")
+        load_adapter(model, last)
+    everywhere = gather([facts, state.get("step")])
     if everywhere[RANK] != everywhere[0]:
         raise ValueError("the processes differ in flags, data, base weights or checkpoint: start "
                          "all of them with the same")
@@ -769,40 +772,25 @@ def experiment(args) -> Path:
 
 def find_run(folder: Path, resume: bool) -> tuple[Path, dict] | None:
     """Return what to continue from. ValueError if the run exists and should not, or the reverse."""
-    if not resume:
-        if checkpoints(folder):
-            raise ValueError(f"{folder} has checkpoints up to {last_checkpoint(folder).name}: add "
-                             "--resume to continue, or give another --run-name")
-        return None
-    found = newest_state(folder)
-    if found is None:
+    newest = newest_state(folder) if resume else None
+    if not resume and checkpoints(folder):
+        raise ValueError(f"{folder} has checkpoints up to {last_checkpoint(folder).name}: add "
+                         "--resume to continue, or give another --run-name")
+    if resume and newest is None:
         raise ValueError(f"--resume: {folder} has no whole checkpoint to continue from; start anew "
                          "without --resume, with another --run-name if that folder exists")
-    return found
+    return newest
 
 
-def comparable(args) -> dict:
-    return {key: value for key, value in vars(args).items() if key not in MAY_CHANGE_ON_RESUME}
-
-
-def run_identity(model, examples) -> dict[str, str]:
-    """Hash the training data, and a little of every tensor of the base."""
+def run_facts(model, examples, args) -> dict:
+    """Return what a resumed run and all processes must share: flags, hashes of data and base."""
     base = hashlib.sha256()
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for tensor in [*model.parameters(), *model.buffers()]:  # a little of each
         base.update(tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return {"data": hashlib.sha256(repr(examples).encode()).hexdigest(), "base": base.hexdigest()}
-
-
-def check_same_run(state: dict, args, identity: dict) -> None:
-    """Raise ValueError where a resumed run would not be the run that was begun."""
-    for key, value in comparable(args).items():
-        if state["args"].get(key, value) != value:
-            raise ValueError(f"--resume: --{key.replace('_', '-')} was {state['args'][key]}, is "
-                             f"{value}; repeat the old one, or give another --run-name")
-    for what, value in identity.items():
-        if state.get(what, value) != value:
-            raise ValueError(f"--resume: the {what} is not what the run began with; start anew "
-                             "with another --run-name")
+    facts = {"data hash": hashlib.sha256(repr(examples).encode()).hexdigest(),
+             "base hash": base.hexdigest()}
+    flags = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE_ON_RESUME}
+    return flags | facts
 
 
 def plot_loss(run: Path) -> None:
