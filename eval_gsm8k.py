@@ -639,7 +639,7 @@ def plot(out, scores):
 
 def out_of_memory(error):
     """Whether a GPU, an MPS device or the CPU had no memory left."""
-    words = re.search("out of memory|can't allocate memory", str(error))
+    words = re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error))
     return isinstance(error, torch.OutOfMemoryError) or words is not None
 
 

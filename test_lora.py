@@ -1380,10 +1380,11 @@ def test_a_4_bit_model_lets_go_of_the_dense_file(tiny, workdir):
 def test_batched_generation_equals_one_by_one(tiny):
     """Left padding with a mask must not change a token, and the order must be kept."""
     model, tokenizer = load(tiny)
+    lively(model)
     prompts = test_prompts(tiny)
     assert len({len(encode_prompt(tokenizer, prompt)) for prompt in prompts}) > 1
     alone = [complete(model, tokenizer, [prompt], 1, 12)[0] for prompt in prompts]
-    assert complete(model, tokenizer, prompts, 8, 12) == alone and len(set(alone)) > 1
+    assert complete(model, tokenizer, prompts, 16, 12) == alone and len(set(alone)) > 1
 
 
 @pytest.mark.parametrize("pad", [None, 10**6])
@@ -1854,7 +1855,7 @@ def test_the_plan_chooses_and_flags_force_it(more, flags, recompute, tiny, monke
     free = None if more is None else int(1.25 * need) + more
     monkeypatch.setattr(train_math, "free_memory", lambda *_: free)
     train_math.plan_memory(model, parse_args(command(tiny, *flags)), 40, 4)
-    assert f"{need / 2**30:.2f} GiB more than the weights" in capsys.readouterr().out
+    assert f"{need / 2**30:.2f} GiB beside the weights" in capsys.readouterr().out
     calls = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     backward_loss(model, collate([(ROW, 4)], "cpu"))
@@ -2016,7 +2017,7 @@ def test_training_learns_and_writes_what_it_says(tiny, workdir, capsys):
     lines, out = metrics(), capsys.readouterr().out
     losses = [line["loss"] for line in lines]
     dropped = sum(len(ids) > 38 for ids, _ in adapted(tiny)[1])
-    facts = ("4 layers adapted", f", {dropped} dropped over 38", "memory plan", "step     3/",
+    facts = ("4 layers adapted", f", {dropped} dropped over 38", "memory plan", "grad norm",
              "peak memory", "score it")
     assert sorted(facts, key=out.index) == list(facts)
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
@@ -2071,14 +2072,14 @@ def test_resume_refuses_what_it_cannot_continue(tiny, workdir):
     refuse("no whole checkpoint to continue from", "--resume")
     run(copy, "--max-steps", "1")
     refuse("has checkpoints up to step_000001: add --resume")
-    refuse("--lr was 0.01, is 0.02", "--resume", "--lr", "0.02")
+    refuse("--resume: --lr was 0.01, is 0.02", "--resume", "--lr", "0.02")
     model, _ = load(copy)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
     model.save_pretrained(copy / "base")
-    refuse("the base is not what the run began with", "--resume")
+    refuse("--resume: base was ", "--resume")
     shutil.copytree(tiny / "base", copy / "base", dirs_exist_ok=True)
     (copy / "train.jsonl").write_text((tiny / "train.jsonl").read_text().replace("Ann", "Ben"))
-    refuse("the data is not what the run began with", "--resume")
+    refuse("--resume: data was ", "--resume")
 
 
 def test_checkpoints_sort_as_numbers(tiny, workdir):
@@ -2087,7 +2088,7 @@ def test_checkpoints_sort_as_numbers(tiny, workdir):
     for later in ("step_1002000", "step_1003000"):
         (folder / later).mkdir(parents=True)
     for step in (998000, 999000, 1000000):
-        state = {"step": step, "optimizer": {}, "args": {}}
+        state = {"step": step, "optimizer": {}, "identity": {}}
         train_math.save_checkpoint(folder / f"step_{step}", model, LoRAConfig(r=4), state)
     kept = {path.parent.name for path in folder.glob("*/trainer_state.pt")}
     assert kept == {"step_999000", "step_1000000"}

@@ -113,7 +113,7 @@ def encode(rows, tokenizer, max_length: int) -> list[tuple[list[int], int]]:
         text = format_prompt(question)
         prompt = encode_prompt(tokenizer, text)
         ids = encode_prompt(tokenizer, f"{text} {answer}")
-        if ids[:len(prompt)] != prompt:  # a token spans the seam, which generation never sees
+        if ids[:len(prompt)] != prompt:  # a token spans both: generation cannot produce it
             ids = prompt + tokenizer(f" {answer}", add_special_tokens=False).input_ids
         ids = ids + [tokenizer.eos_token_id]
         longest = max(longest, len(ids))
@@ -147,8 +147,8 @@ def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) ->
 def collate(examples, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return ids (batch, longest), and the rows and columns of the targets: answers and their EOS.
 
-    Padding is on the right and known by length: where pad == eos, the final EOS stays a target. It
-    needs no mask: causal attention never looks at it, and it is no target.
+    Padding is on the right, where causal attention never looks, so no mask is needed. Targets are
+    chosen by length: where pad == eos, the final EOS is a target all the same.
     """
     longest = max(len(ids) for ids, _ in examples)
     padded = [ids + [0] * (longest - len(ids)) for ids, _ in examples]
@@ -172,7 +172,7 @@ class LossScaler:
         self.enabled = enabled
         self.scale = scale if enabled else 1.0
         self.interval = interval
-        self.good_steps = 0
+        self.good_steps = self.skipped = self.skipped_in_a_row = 0
 
     def unscale(self, parameters) -> None:
         for parameter in parameters:
@@ -180,12 +180,12 @@ class LossScaler:
                 parameter.grad.mul_(1 / self.scale)  # in fp32: nothing underflows here
 
     def update(self, finite: bool) -> None:
-        if not self.enabled:
-            return
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
+        if self.enabled and not finite:
             self.scale /= 2
-        elif self.good_steps == self.interval:
+        elif self.enabled and self.good_steps == self.interval:
             self.scale *= 2
             self.good_steps = 0
 
@@ -199,7 +199,7 @@ def learning_rate_at(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 def seed_dropout(seed: int, micro_batch: int) -> None:
-    """Make dropout follow from (seed, micro-batch): no RNG state is saved, ranks need not agree."""
+    """Make dropout follow from (seed, micro-batch), on any number of processes, also on resume."""
     # The generator of a CPU takes 32 bits of a seed.
     torch.manual_seed(random.Random(f"{seed} {micro_batch}").getrandbits(32))
 
@@ -207,7 +207,7 @@ def seed_dropout(seed: int, micro_batch: int) -> None:
 # --- the loss: attention, logits in chunks ---
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
-    """Return softmax(scaling Q K^T + causal bias) V as (b, n, h, c), without a weight matrix.
+    """Return (softmax(scaling Q K^T + causal bias) V, None): (b, n, h, c), and no weights.
 
     query (b, h, n, c); key and value (b, g, n, c) with h a multiple of g. attention_mask, (b, 1, n,
     n) bool, True where to look, comes where an architecture needs more than the causal bias.
@@ -217,10 +217,11 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     b, h, n, c = query.shape
     g = key.shape[1]
     if query.device.type != "cpu":
-        # Below compute capability 8 torch's fused kernels take no grouped heads: it would fall back
-        # to scores of (b, h, n, n) in memory. Expanded, K and V cost h / g as much, for one block.
-        key = key.repeat_interleave(h // g, dim=1)
-        value = value.repeat_interleave(h // g, dim=1)
+        # Below compute capability 8 torch's fused kernels take no grouped heads: torch would fall
+        # back to scores of (b, h, n, n) in memory. Expanded, K and V take h / g as much.
+        if h > g:
+            key = key.repeat_interleave(h // g, dim=1)
+            value = value.repeat_interleave(h // g, dim=1)
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout,
                                              is_causal=attention_mask is None, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
@@ -235,7 +236,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     rows = query.reshape(b * g, h // g * n, c)
     columns = key.reshape(b * g, n, c).transpose(1, 2)
     scores = torch.baddbmm(bias, rows, columns, alpha=scaling or c**-0.5)  # (b g, h/g n, n)
-    weights = F.dropout(F.softmax(scores, dim=-1), dropout, training=dropout > 0)
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout)
     out = torch.bmm(weights, value.reshape(b * g, n, value.shape[-1]))
     return out.view(b, h, n, -1).transpose(1, 2).contiguous(), None
 
@@ -282,33 +283,36 @@ def backward_loss(model, batch, weight: float = 1.0) -> torch.Tensor:
 def check_head(model, ids: list[int]) -> None:
     """Set the training attention if it gives the model's own logits on these ids.
 
-    Take a row as long as any in training, beyond every window. Raises ValueError where the output
-    head's result is not the model's logits: the loss above would be wrong.
+    ids: the longest training row, so that sliding windows take effect. Raises ValueError where the
+    output head's result is not the model's logits: the loss above would be wrong.
     """
     ids = torch.tensor([ids], device=next(model.parameters()).device)
     head = model.get_output_embeddings()
-    if model.base_model is model:  # Llama 4's text model
-        raise ValueError(f"{type(model).__name__} gives no hidden states apart from its logits, "
-                         "which is not supported here")
+    last = slice(-16, None)  # positions to compare
 
     def logits():
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        return head(hidden.to(head.weight.dtype)).float()
+        backbone = model.base_model(input_ids=ids, use_cache=False)
+        return head(backbone.last_hidden_state[:, last].to(head.weight.dtype)).float()
 
-    ours = logits()
-    own = model(input_ids=ids, use_cache=False).logits.float()
+    own = model(input_ids=ids, use_cache=False).logits[:, last].float()
     if not own.isfinite().all():
         raise ValueError(f"the base's own logits are not finite in {model.dtype}: try another "
                          "--dtype, or is the model damaged?")
-    if not torch.allclose(ours, own):
+    try:
+        same = torch.allclose(logits(), own)
+    except (AttributeError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
+        same = False  # its backbone returns something else than hidden states
+    if not same:
         raise ValueError(f"{type(model).__name__} changes its logits after the output head (by a "
                          "scale or a cap), which is not supported here")
     before = model.config._attn_implementation
-    tolerance = 1e-4 if model.dtype == torch.float32 else 0.05
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.05  # rounding in 30 layers: 0.01
+    use_attention(model)
     try:
-        use_attention(model)
         same = (logits() - own).norm() <= tolerance * own.norm()
-    except Exception:  # an option of this architecture that attention() does not have
+    except NotImplementedError:
         same = False
     if not same:
         model.set_attn_implementation(before)
@@ -333,39 +337,27 @@ def checkpoint_blocks(model) -> None:
 
 
 def kept_by_block(model, length: int) -> tuple[int, int]:
-    """Return bytes of (a block's input, all that it keeps for backward) for a row of `length`.
-
-    Measured in block 0, without running the others.
-    """
-    class Measured(Exception):
-        pass
-
-    owned = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    block, storages = blocks(model)[0], {}
-    forward = block.forward
+    """Return bytes of (a block's input, all that it keeps for backward) for a row of `length`."""
+    block, calls, storages = blocks(model)[0], [], {}
+    ids = torch.zeros(1, length, dtype=torch.long, device=next(model.parameters()).device)
+    hook = block.register_forward_pre_hook(lambda _, *inputs: calls.append(inputs),
+                                           with_kwargs=True)
+    with torch.no_grad():
+        model.base_model(input_ids=ids, use_cache=False)
+    hook.remove()
+    (hidden, *args), kwargs = calls[0]  # several where layers share one block
 
     def keep(tensor):  # held until the end, so that no address comes twice
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    def measure(hidden, *args, **kwargs):
-        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        shared = owned | {t.untyped_storage().data_ptr() for t in inputs}  # by all blocks: the mask
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with torch.enable_grad(), hooks:
-            forward(hidden.requires_grad_(), *args, **kwargs)
-        kept = sum(s.nbytes() for pointer, s in storages.items() if pointer not in shared)
-        raise Measured(hidden.nbytes, kept)
-
-    block.forward = measure
-    ids = torch.zeros(1, length, dtype=torch.long, device=next(model.parameters()).device)
-    try:
-        with torch.no_grad():
-            model.base_model(input_ids=ids, use_cache=False)
-    except Measured as measured:
-        return measured.args
-    finally:
-        del block.forward
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(hidden.requires_grad_(), *args, **kwargs)
+    # Not counted: the weights, and what all blocks share, such as the mask.
+    for tensor in [*model.parameters(), *tree_leaves((args, kwargs))]:
+        if isinstance(tensor, torch.Tensor):
+            storages.pop(tensor.untyped_storage().data_ptr(), None)
+    return hidden.nbytes, sum(storage.nbytes() for storage in storages.values())
 
 
 def memory_plan(model, batch_size: int, kept: int, whole: int) -> dict[str, int]:
@@ -420,8 +412,8 @@ def plan_memory(model, args, longest: int, batch_size: int) -> float:
     total = sum(plan.values()) / 2**30
     print(f"memory plan, GiB: {parts}; in all {total:.2f}")
     known = "unknown" if free is None else f"{free / 2**30:.2f} GiB"
-    print(f"activations are {'recomputed' if recompute else 'kept'}: keeping them takes "
-          f"{need / 2**30:.2f} GiB more than the weights, free: {known}", flush=True)
+    print(f"activations are {'recomputed' if recompute else 'kept'}: a step that keeps them needs "
+          f"{need / 2**30:.2f} GiB beside the weights, free: {known}", flush=True)
     return total
 
 
@@ -453,7 +445,7 @@ def process_memory() -> int:
 
 
 def limit_vram(gb: float, device) -> None:
-    """Make a big card prove that the run fits a small one: beyond, the allocator gives out."""
+    """Cap the allocator, so that a big card runs out of memory where a small one would."""
     if device.type != "cuda":
         raise ValueError(f"--vram {gb:g} caps the CUDA allocator, but the device is {device}")
     total = torch.cuda.get_device_properties(device).total_memory
@@ -470,9 +462,10 @@ MAY_CHANGE_ON_RESUME = {"device", "vram", "save_every", "resume", "demo", "check
 
 
 def save_checkpoint(folder: Path, model, config, state: dict) -> None:
-    """Write the adapter and trainer_state.pt beside their place, flush, rename: whole or absent.
+    """Write the adapter and trainer_state.pt beside their place, flush, rename.
 
-    Every adapter stays. The state, twice the adapter's size, stays for the newest two.
+    A crash leaves no partial checkpoint. Every adapter stays, the state for the newest two: it
+    takes twice the adapter's size.
     """
     part = folder.with_name(folder.name + ".part")
     try:
@@ -510,7 +503,7 @@ def newest_state(folder: Path) -> tuple[Path, dict] | None:
             if (path / "trainer_state.pt").exists():  # an older checkpoint keeps its adapter alone
                 state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)
                 load_file(path / "adapter_model.safetensors")
-                state["step"], state["optimizer"], state["args"]
+                state["step"], state["optimizer"], state["identity"]
                 return path, state
         except Exception as error:  # cut off, half deleted, junk
             print(f"warning: {path} is damaged and passed over ({first_line(error)})",
@@ -521,7 +514,10 @@ def newest_state(folder: Path) -> tuple[Path, dict] | None:
 # --- training ---
 
 def train(model, examples, args, config=None, state=None) -> Path | None:
-    """Train what requires grad, from a state on. With a config, save checkpoints; return the last.
+    """Train the parameters that require grad; with a config, save checkpoints. Return the last.
+
+    Resumed from a state: step, moments, loss scale. A and B are loaded before. The order of the
+    data and dropout follow from the seed.
     """
     device = next(model.parameters()).device
     folder = Path("checkpoints") / args.run_name
@@ -533,12 +529,11 @@ def train(model, examples, args, config=None, state=None) -> Path | None:
     for epoch in range(args.epochs):
         order += epoch_batches(lengths, args.batch_size, args.seed, epoch)
     steps = min(math.ceil(len(order) / args.grad_accum), args.max_steps or sys.maxsize)
-    state = {"step": 0, "skipped": 0, "skipped_in_a_row": 0, **(state or {})}
-    step, skipped, skipped_in_a_row = state["step"], state["skipped"], state["skipped_in_a_row"]
-    begin = step
-    if "optimizer" in state:
+    state = state or {}
+    first_step = step = state.get("step", 0)
+    if step:
         optimizer.load_state_dict(state["optimizer"])
-        scaler.scale, scaler.good_steps = state["loss_scale"], state["good_steps"]
+        vars(scaler).update(state["scaler"])
     saved, stop = None, False
     model.train()
     with (open_log(args.run_name, step) as log, catch_signals() as caught,
@@ -547,7 +542,7 @@ def train(model, examples, args, config=None, state=None) -> Path | None:
             start = time.perf_counter()
 
             # 1. Learning rate. A skipped step does not advance the schedule.
-            lr = learning_rate_at(step - skipped, steps, args.warmup_steps, args.lr)
+            lr = learning_rate_at(step - scaler.skipped, steps, args.warmup_steps, args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
@@ -560,7 +555,7 @@ def train(model, examples, args, config=None, state=None) -> Path | None:
             for n, batch in list(enumerate(window, first))[RANK::WORLD]:
                 seed_dropout(args.seed, n)
                 loss += backward_loss(model, collate(batch, device), scaler.scale / targets)
-            if step == begin:
+            if step == first_step:
                 name_untrained(model)
             loss, stop = sum_over_processes(parameters, float(loss), bool(caught))
             loss /= targets
@@ -576,9 +571,7 @@ def train(model, examples, args, config=None, state=None) -> Path | None:
             optimizer.zero_grad(set_to_none=True)
             scaler.update(finite)
             step += 1
-            skipped += not finite
-            skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
-            if not finite and (not scaler.enabled or skipped_in_a_row == 20):
+            if scaler.skipped_in_a_row == (20 if scaler.enabled else 1):
                 raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}; the last whole "
                                  f"checkpoint: {last_checkpoint(folder)}; try a lower --lr, or "
                                  "--dtype bfloat16 or float32")
@@ -597,14 +590,14 @@ def train(model, examples, args, config=None, state=None) -> Path | None:
                           f"grad norm {norm:.3f}  {speed:.0f} tok/s")
             if config and (step % args.save_every == 0 or step == steps or stop):
                 saved = folder / f"step_{step:06d}"
-                state.update(step=step, skipped=skipped, skipped_in_a_row=skipped_in_a_row,
-                             loss_scale=scaler.scale, good_steps=scaler.good_steps)
+                state |= {"step": step, "scaler": vars(scaler)}
                 if RANK == 0:
                     save_checkpoint(saved, model, config,
                                     {**state, "optimizer": optimizer.state_dict()})
     if stop and step < steps:
-        print(f"stopped after step {step}, saved in {saved}; the same command with --resume "
-              "continues")
+        if saved:
+            print(f"stopped after step {step}, saved in {saved}; the same command with --resume "
+                  "continues")
         sys.exit(128 + (caught or [signal.SIGTERM])[0])  # 130 for Ctrl-C, 143 for SIGTERM
     return saved
 
@@ -727,19 +720,19 @@ def experiment(args) -> Path:
 
     config = LoRAConfig(r=args.r, alpha=args.alpha, dropout=args.dropout, targets=args.targets,
                         rslora=args.rslora)
-    facts = run_facts(model, examples, args)
+    identity = run_identity(model, examples, args)
     torch.manual_seed(args.seed)
     names = inject_lora(model, config)
-    state = {"args": facts}
+    state = {"identity": identity}
     if resumed:
-        last, state = resumed
-        for key, value in facts.items():
-            before = state["args"].get(key, value)
+        begun, state = resumed
+        for key, value in identity.items():
+            before = state["identity"].get(key, value)
             if before != value:
                 raise ValueError(f"--resume: {key} was {before}, is {value}; repeat the old one, "
                                  "or give another --run-name")
-        load_adapter(model, last)
-    everywhere = gather([facts, state.get("step")])
+        load_adapter(model, begun)
+    everywhere = gather([identity, state.get("step")])
     if everywhere[RANK] != everywhere[0]:
         raise ValueError("the processes differ in flags, data, base weights or checkpoint: start "
                          "all of them with the same")
@@ -753,13 +746,18 @@ def experiment(args) -> Path:
     print(f"{len(examples):,} rows of {args.data}, {len(rows) - len(examples):,} dropped over "
           f"{args.max_length} tokens; {sum(lengths):,} tokens an epoch, about "
           f"{sum(lengths) * per_step // len(lengths):,} a step of {per_step} rows")
+    if args.grad_accum < WORLD:
+        raise ValueError(f"--grad-accum {args.grad_accum} leaves some of {WORLD} processes without "
+                         f"work: give --grad-accum {WORLD} or more")
     model.train()
     planned = plan_memory(model, args, max(lengths), min(args.batch_size, len(examples)))
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written shows now
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # of the checks
     last = train(model, examples, args, config, state)
     if last is None:
-        print(f"the run was finished already: {resumed[0]}")
-        return resumed[0]
+        print(f"the run was finished already: {begun}")
+        return begun
     peak = peak_memory(device) / 2**30
     if RANK == 0:
         plot_loss(Path("runs") / args.run_name)
@@ -771,7 +769,7 @@ def experiment(args) -> Path:
 
 
 def find_run(folder: Path, resume: bool) -> tuple[Path, dict] | None:
-    """Return what to continue from. ValueError if the run exists and should not, or the reverse."""
+    """Return what to continue from. ValueError for a run that exists, or has nothing to resume."""
     newest = newest_state(folder) if resume else None
     if not resume and checkpoints(folder):
         raise ValueError(f"{folder} has checkpoints up to {last_checkpoint(folder).name}: add "
@@ -782,15 +780,15 @@ def find_run(folder: Path, resume: bool) -> tuple[Path, dict] | None:
     return newest
 
 
-def run_facts(model, examples, args) -> dict:
-    """Return what a resumed run and all processes must share: flags, hashes of data and base."""
+def run_identity(model, examples, args) -> dict:
+    """Return what a resumed run, and every process, must share: flags, data, base weights."""
+    flags = {f"--{key.replace('_', '-')}": value for key, value in vars(args).items()
+             if key not in MAY_CHANGE_ON_RESUME}
+    data = hashlib.sha256(repr(examples).encode())
     base = hashlib.sha256()
     for tensor in [*model.parameters(), *model.buffers()]:  # a little of each
         base.update(tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    facts = {"data hash": hashlib.sha256(repr(examples).encode()).hexdigest(),
-             "base hash": base.hexdigest()}
-    flags = {key: value for key, value in vars(args).items() if key not in MAY_CHANGE_ON_RESUME}
-    return flags | facts
+    return {**flags, "data": data.hexdigest()[:12], "base": base.hexdigest()[:12]}
 
 
 def plot_loss(run: Path) -> None:
@@ -860,10 +858,11 @@ def demo_base(texts: list[str], seed: int = 0):
 def demo(seed: int = 0) -> Path:
     """Pretrain a base on one-step problems, adapt it to two-step ones, score, merge, switch off."""
     begin, folder = time.perf_counter(), Path("demo")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "one-step-train.jsonl").exists():
-        raise ValueError("--demo writes to ./demo, which exists and is not the demo's: run it "
-                         "elsewhere")
-    for old in (folder, Path("checkpoints/demo"), Path("runs/demo"), Path("runs/demo-base")):
+    written = (folder, Path("checkpoints/demo"), Path("runs/demo"), Path("runs/demo-base"))
+    if any(old.exists() for old in written) and not (folder / "one-step-train.jsonl").exists():
+        raise ValueError("--demo writes ./demo, checkpoints/demo and runs/demo, which exist and "
+                         "are not the demo's: run it elsewhere")
+    for old in written:
         shutil.rmtree(old, ignore_errors=True)
     folder.mkdir()
     rng, texts = random.Random(seed), []
@@ -893,7 +892,7 @@ def demo(seed: int = 0) -> Path:
 
     headline("2. LoRA teaches it two-step problems")
     flags = ["--model", "demo/base", "--data", "demo/two-step-train.jsonl", "--run-name", "demo",
-             "--targets", "all-linear", "--lr", "5e-3", "--epochs", "3", *common, "64"]
+             "--targets", "all-linear", "--lr", "3e-3", "--epochs", "3", *common, "32"]
     print(f"python train_math.py {shlex.join(flags)}", flush=True)
     last = main(parse_args(flags))
 
