@@ -1976,9 +1976,11 @@ def test_a_skipped_step_changes_nothing_but_the_scale(tiny, workdir, monkeypatch
 
     def with_tower(*args):
         model, tokenizer = eval_gsm8k.load_model(*args)
+        torch.manual_seed(0)
         model.tower = nn.ModuleDict({"q_proj": nn.Linear(4, 4)})
         return model, tokenizer
 
+    warnings.simplefilter("always")
     monkeypatch.setattr(train_math, "backward_loss", overflow)
     monkeypatch.setattr(train_math, "load_model", with_tower)
     flags = ["--dtype", "float16", "--max-steps", "3", "--grad-accum", "1", "--warmup-steps", "0",
@@ -2200,7 +2202,7 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, work
     lines = train_sst2.main(sst2(encoder, *flags))
     runs = [(1, 0), (1, 1), (2, 0), (2, 1), (None, 0), (None, 1)]
     assert [(line["r"], line["seed"]) for line in lines] == runs
-    assert [line["adapter"] for line in lines] == [512, 512, 1024, 1024, 0, 0]
+    assert [line["adapter_parameters"] for line in lines] == [512, 512, 1024, 1024, 0, 0]
     assert lines[0]["trainable"] == 512 + 64 * 2 + 2
     assert lines[-1]["trainable"] == lines[-1]["total"]
     assert len({line["loss"] for line in lines}) == 6 and "spread" in capsys.readouterr().out

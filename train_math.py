@@ -525,10 +525,11 @@ def train(model, examples, args, config=None, state=None) -> Path | None:
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     scaler = LossScaler(enabled=model.dtype == torch.float16)
     lengths = [len(ids) for ids, _ in examples]
-    order = []  # the run's micro-batches, as row numbers
+    batches = []  # the run's micro-batches
     for epoch in range(args.epochs):
-        order += epoch_batches(lengths, args.batch_size, args.seed, epoch)
-    steps = min(math.ceil(len(order) / args.grad_accum), args.max_steps or sys.maxsize)
+        for rows in epoch_batches(lengths, args.batch_size, args.seed, epoch):
+            batches.append([examples[row] for row in rows])
+    steps = min(math.ceil(len(batches) / args.grad_accum), args.max_steps or sys.maxsize)
     state = state or {}
     first_step = step = state.get("step", 0)
     if step:
@@ -549,7 +550,7 @@ def train(model, examples, args, config=None, state=None) -> Path | None:
             # 2. Forward and backward, one micro-batch at a time. Each loss is divided by the
             #    targets of the whole window, so 8 x 1, 4 x 2 and 1 x 8 give the same gradient.
             first = step * args.grad_accum
-            window = [[examples[i] for i in rows] for rows in order[first:first + args.grad_accum]]
+            window = batches[first:first + args.grad_accum]
             targets = sum(len(ids) - prompt for batch in window for ids, prompt in batch)
             loss = 0.0
             for n, batch in list(enumerate(window, first))[RANK::WORLD]:
@@ -706,6 +707,9 @@ def main(args) -> Path:
 def experiment(args) -> Path:
     folder = Path("checkpoints") / args.run_name
     resumed = find_run(folder, args.resume)
+    if args.grad_accum < WORLD:
+        raise ValueError(f"--grad-accum {args.grad_accum} leaves some of {WORLD} processes without "
+                         f"work: give --grad-accum {WORLD} or more")
     device = join_processes(pick_device(args.device))
     if args.vram:
         limit_vram(args.vram, device)
@@ -742,13 +746,11 @@ def experiment(args) -> Path:
     print(f"{args.model}: {len(names)} layers adapted ({', '.join(names[:2])} ...), {trainable:,} "
           f"of {total:,} parameters train ({trainable / total:.2%})")
     print(f"base in {'NF4, computing in ' if args.nf4 else ''}{args.dtype} on {device}: {reason}; "
-          "adapter, gradients and moments in float32")
+          "adapter, gradients and moments in float32; attention: "
+          f"{model.config._attn_implementation}")
     print(f"{len(examples):,} rows of {args.data}, {len(rows) - len(examples):,} dropped over "
           f"{args.max_length} tokens; {sum(lengths):,} tokens an epoch, about "
           f"{sum(lengths) * per_step // len(lengths):,} a step of {per_step} rows")
-    if args.grad_accum < WORLD:
-        raise ValueError(f"--grad-accum {args.grad_accum} leaves some of {WORLD} processes without "
-                         f"work: give --grad-accum {WORLD} or more")
     model.train()
     planned = plan_memory(model, args, max(lengths), min(args.batch_size, len(examples)))
     folder.mkdir(parents=True, exist_ok=True)  # what cannot be written shows now
@@ -883,7 +885,7 @@ def demo(seed: int = 0) -> Path:
     common = ["--dtype", "float32", "--device", "cpu", "--grad-accum", "1", "--dropout", "0",
               "--seed", str(seed), "--batch-size"]
     flags = ["--data", "demo/one-step-train.jsonl", "--run-name", "demo-base", "--lr", "3e-3",
-             "--epochs", "5", *common, "64"]
+             "--epochs", "8", *common, "64"]
     base_args = parse_args(flags)
     model, tokenizer = demo_base(texts, seed)
     train(model, encode(read_rows(base_args.data, "train"), tokenizer, 512), base_args)

@@ -32,14 +32,15 @@ from contextlib import nullcontext
 from pathlib import Path
 
 # Huge pages for tensors on a Linux CPU: among the C library's small blocks, tensors of changing
-# length leave gaps, and training takes up to twice the memory. torch reads this when it starts.
+# length leave gaps, and training takes up to twice the memory. torch reads this once.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (GatedRepoError, HFValidationError,
+                                     RepositoryNotFoundError)
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -93,7 +94,7 @@ def parse_args(argv=None):
         help="of the matrix products")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--out", default="runs/sst2", help="folder of the experiment")
-    add("--demo", action="store_true", help="all of it in ./demo-sst2; honours --seeds alone")
+    add("--demo", action="store_true", help="all of it, in ./demo-sst2; takes one of --seeds")
     args = parser.parse_args(argv)
     if not (args.ranks or args.full_finetune or args.adapter or args.demo):
         parser.error("--ranks names no rank: give at least one, or --full-finetune")
@@ -108,12 +109,14 @@ def first_line(error):
 
 @functools.cache
 def hub_serves(name, kind):
-    """Ask the Hub for a repository: whether it can be reached. ValueError if it has none."""
+    """Return whether the Hub answers; ValueError if it has no such repository."""
     answer = []
 
     def ask():
         try:
             answer.append(HfApi().repo_info(name, repo_type=kind, timeout=5))
+        except GatedRepoError:  # a kind of RepositoryNotFoundError; the download says what to do
+            answer.append(True)
         except (RepositoryNotFoundError, HFValidationError):
             answer.append(None)
         except Exception:  # time-out, proxy, certificate, HF_HUB_OFFLINE: try the local cache
@@ -387,7 +390,7 @@ def start_run(args, r, seed):
     adapter = sum(layer.lora_A.numel() + layer.lora_B.numel() for _, layer in lora_layers(model))
     print(f"{name_of(r)}, seed {seed}: {adapter:,} adapter + {trainable - adapter:,} other weights "
           f"train, {trainable / total:.2%} of {total:,}", flush=True)
-    return model, config, {"adapter": adapter, "trainable": trainable, "total": total}
+    return model, config, {"adapter_parameters": adapter, "trainable": trainable, "total": total}
 
 
 def name_of(r):
@@ -415,8 +418,8 @@ def train(args, data, r, seed):
         start = time.perf_counter()
         model.train()
 
-        # 1. Learning rate: warm-up over 6% of the steps, then linear to 0 (Table 9). A skipped step
-        #    does not advance the schedule.
+        # 1. Learning rate: warm-up over 6% of the steps (Table 9) and at most 100, linearly to 0.
+        #    A skipped step does not advance the schedule.
         done = step - 1 - skipped
         warmup = max(1, min(100, 0.06 * steps))
         lr = peak_lr * min((done + 1) / warmup, (steps - done) / steps)
@@ -533,8 +536,10 @@ def report(runs, picture):
         table = torch.tensor([[run[key] for key in keys] for run in group])  # (seeds, keys)
         accuracy, loss, seconds, memory = table.mean(0)
         spread = 100 * table[:, 0].std(correction=len(group) > 1)
-        print(f"{name:6}{group[0]['adapter']:10,}{group[0]['trainable']:12,}{accuracy:10.2%}"
-              f"{spread:8.2f}{loss:8.3f}{seconds:9.0f}{memory:6.2f}  {len(group)} seeds")
+        adapter, trainable = group[0]["adapter_parameters"], group[0]["trainable"]
+        print(f"{name:6}{adapter:10,}{trainable:12,}{accuracy:10.2%}"
+              f"{spread:8.2f}{loss:8.3f}{seconds:9.0f}{memory:6.2f}  "
+              f"{len(group)} seed{'s' * (len(group) > 1)}")
     try:
         from matplotlib import pyplot as plt
     except ImportError:

@@ -1,0 +1,156 @@
+"""Speed and memory of train_math.py against PEFT + transformers.Trainer, on the same work.
+
+    pip install peft
+    python bench/vs_peft.py --model DIR --data gsm8k_train.jsonl --rounds 3 [-- FLAGS OF OURS]
+
+Each round runs three fresh processes in turn, so that a machine that drifts slows all three:
+    ours        train_math.py with its defaults for everything that is not the work itself
+    peft        get_peft_model and Trainer as PEFT's documentation shows them: bf16 by autocast
+    peft-tuned  base weights in bf16, batches by length, gradient checkpointing
+Printed: unpadded tokens per second of the training steps, the process's peak memory (on a GPU the
+allocator's), the mean loss, and the ratios, as medians over the rounds. A mean loss that differs by
+more than 0.05 is reported as different work. On a CPU without bf16 units all run in float32.
+"""
+import argparse
+import json
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TRAIN = Path(__file__).resolve().parent.parent / "train_math.py"
+
+
+def dtype():
+    import torch
+    units = torch.cpu.get_capabilities().get("avx512_bf16") or torch.cuda.is_available()
+    return torch.bfloat16 if units else torch.float32
+
+
+def examples(args, tokenizer):
+    """Return rows of (prompt, answer) in the form that Trainer takes."""
+    lines = open(args.data, encoding="utf8").read().splitlines()[:args.batch * args.steps]
+    rows = []
+    for row in map(json.loads, lines):
+        answer = re.sub(r"<<.*?>>", "", row["answer"])
+        prompt = tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
+        target = tokenizer(f" {answer}", add_special_tokens=False).input_ids
+        target.append(tokenizer.eos_token_id)
+        ids = prompt + target
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids),
+                     "labels": [-100] * len(prompt) + target, "length": len(ids)})
+    return rows
+
+
+def run_peft(args):
+    """Run in a process of its own; print one line of JSON."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer,
+                              TrainingArguments)
+    tuned, half, cuda = args.child == "peft-tuned", dtype(), torch.cuda.is_available()
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    rows = examples(args, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=half if tuned else torch.float32)
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=args.targets,
+                                             task_type="CAUSAL_LM"))
+    if tuned:
+        model.enable_input_require_grads()
+    seconds = []
+
+    class Timed(Trainer):
+        def training_step(self, *args, **kwargs):
+            start = time.perf_counter()
+            result = super().training_step(*args, **kwargs)
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+            return result
+
+    by_length = {"train_sampling_strategy": "group_by_length"} if tuned else {}
+    options = TrainingArguments(
+        tempfile.mkdtemp(), per_device_train_batch_size=args.batch, num_train_epochs=1,
+        learning_rate=3e-4, bf16=not tuned and half == torch.bfloat16, use_cpu=not cuda,
+        gradient_checkpointing=tuned, logging_steps=1, report_to="none", save_strategy="no",
+        disable_tqdm=True, seed=0, **by_length)
+    collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
+    loss = Timed(model, options, collator, rows).train().training_loss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if cuda:
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    print(json.dumps({"tokens_per_s": sum(row["length"] for row in rows) / sum(seconds),
+                      "loss": loss, "peak_gib": peak}))
+
+
+def run_ours(args):
+    work = tempfile.mkdtemp()
+    command = [sys.executable, str(TRAIN), "--model", args.model, "--data", args.data,
+               "--nb-samples", str(args.batch * args.steps), "--epochs", "1",
+               "--batch-size", str(args.batch), "--grad-accum", "1", "--dropout", "0",
+               "--warmup-steps", "0", "--targets", *args.targets, "--run-name", "bench",
+               "--dtype", str(dtype()).removeprefix("torch."), *args.flags]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)  # measured from outside
+        errors.seek(0)
+        if status:
+            sys.exit(f"train_math.py failed:\n{errors.read()[-2000:]}")
+    lines = [json.loads(line) for line in open(f"{work}/runs/bench/metrics.jsonl")]
+    tokens = sum(line["tokens"] for line in lines)
+    seconds = sum(line["tokens"] / line["tokens_per_s"] for line in lines)
+    peak = usage.ru_maxrss / 2**20
+    if os.path.exists("/dev/nvidiactl"):
+        peak = lines[-1]["peak_memory_gb"]
+    return {"tokens_per_s": tokens / seconds, "peak_gib": peak,
+            "loss": statistics.fmean(line["loss"] for line in lines)}
+
+
+def run_child(kind, args):
+    command = [sys.executable, __file__, "--child", kind, "--model", args.model, "--data",
+               args.data, "--steps", str(args.steps), "--batch", str(args.batch), "--targets",
+               *args.targets]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{kind} failed (pip install peft?):\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a causal language model")
+    parser.add_argument("--data", required=True, help=".jsonl with question and answer")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=8, help="rows a step")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"])
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("flags", nargs="*", help="behind --: flags for train_math.py")
+    args = parser.parse_args()
+    args.data = str(Path(args.data).resolve())
+    args.model = str(Path(args.model).resolve())
+    if args.child:
+        run_peft(args)
+        sys.exit()
+    print(f"products in {dtype()}", flush=True)
+    rounds = []
+    for number in range(1, args.rounds + 1):
+        kinds = ("peft", "peft-tuned")
+        rounds.append({"ours": run_ours(args), **{kind: run_child(kind, args) for kind in kinds}})
+        for name, result in rounds[-1].items():
+            print(f"round {number}  {name:10}  {result['tokens_per_s']:7.1f} tokens/s  "
+                  f"{result['peak_gib']:5.2f} GiB  loss {result['loss']:.4f}", flush=True)
+    for other in ("peft", "peft-tuned"):
+        pairs = [(row["ours"], row[other]) for row in rounds]
+        speed = statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs)
+        memory = statistics.median(a["peak_gib"] / b["peak_gib"] for a, b in pairs)
+        same = all(abs(a["loss"] - b["loss"]) < 0.05 for a, b in pairs)
+        print(f"ours / {other}: speed x{speed:.2f}, memory x{memory:.2f}"
+              f"{'' if same else ', DIFFERENT WORK'}")
