@@ -2125,7 +2125,8 @@ def test_interrupting_saves_and_says_how_to_go_on(name, code, tiny, workdir, mon
         return learning_rate_at(step, *rest)
 
     monkeypatch.setattr(train_math, "learning_rate_at", interrupt)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = {signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+              signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
     try:
         run(tiny, "--max-steps", "4")
         assert code == 0
@@ -2133,7 +2134,8 @@ def test_interrupting_saves_and_says_how_to_go_on(name, code, tiny, workdir, mon
         assert stopped.code == code
         assert "step_000002; the same command with --resume" in capsys.readouterr().out
     finally:
-        signal.signal(signal.SIGHUP, before)
+        for number, handler in before.items():  # a background job ignores SIGINT
+            signal.signal(number, handler)
     assert newest_state(Path("checkpoints/run"))[1]["step"] == len(metrics()) == (2 if code else 4)
 
 

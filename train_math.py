@@ -144,6 +144,16 @@ def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) ->
     return batches
 
 
+def run_batches(examples, args) -> list[list[tuple[list[int], int]]]:
+    """Return the micro-batches of all epochs, in order."""
+    lengths = [len(ids) for ids, _ in examples]
+    batches = []
+    for epoch in range(args.epochs):
+        for rows in epoch_batches(lengths, args.batch_size, args.seed, epoch):
+            batches.append([examples[row] for row in rows])
+    return batches
+
+
 def collate(examples, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return ids (batch, longest), and the rows and columns of the targets: answers and their EOS.
 
@@ -516,21 +526,17 @@ def newest_state(folder: Path) -> tuple[Path, dict] | None:
 # --- training ---
 
 def train(model, examples, args, config=None, state=None) -> Path | None:
-    """Train the parameters that require grad; with a config, save checkpoints. Return the last.
+    """Train what requires grad; with a config, save checkpoints. Return the last one's folder.
 
-    Resumed from a state: step, moments, loss scale. A and B are loaded before. The order of the
-    data and dropout follow from the seed.
+    A state resumes step, moments and loss scale; A and B are loaded before; the order of the data
+    and dropout follow from the seed.
     """
     device = next(model.parameters()).device
     folder = Path("checkpoints") / args.run_name
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     scaler = LossScaler(enabled=model.dtype == torch.float16)
-    lengths = [len(ids) for ids, _ in examples]
-    batches = []  # the run's micro-batches
-    for epoch in range(args.epochs):
-        for rows in epoch_batches(lengths, args.batch_size, args.seed, epoch):
-            batches.append([examples[row] for row in rows])
+    batches = run_batches(examples, args)
     steps = min(math.ceil(len(batches) / args.grad_accum), args.max_steps or sys.maxsize)
     state = state or {}
     first_step = step = state.get("step", 0)
