@@ -52,11 +52,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
 
 
-def number(kind, low, high=math.inf, open_high=False):
-    """An argparse type: an int or float in [low, high], or in [low, high) with open_high."""
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite int or float in [low, high]."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf or (open_high and value == high):
+        if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not in the range {low:g} to {high:g}")
         return value
 
@@ -96,13 +96,9 @@ def format_prompt(question):
 
 
 def encode_prompt(tokenizer, text):
-    """Token ids with what the tokenizer puts in front (BOS), without what it appends (EOS)."""
-    plain = tokenizer(text, add_special_tokens=False).input_ids
-    whole = tokenizer(text).input_ids
-    for end in range(len(plain), len(whole) + 1):
-        if whole[end - len(plain):end] == plain:
-            return whole[:end]
-    return whole  # the tokenizer also changes the text when it adds special tokens
+    """Token ids with what the tokenizer puts in front (BOS), without an EOS that it appends."""
+    ids = tokenizer(text).input_ids
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
 
 
 def extract_answer(completion, flexible=False):
@@ -292,13 +288,10 @@ def join_processes(device):
 
 
 def gather(value):
-    """The values of all processes, by rank. ValueError when a process is gone."""
+    """The values of all processes, by rank."""
     values = [value] * WORLD
     if WORLD > 1:
-        try:
-            dist.all_gather_object(values, value)
-        except RuntimeError as error:
-            raise ValueError(f"a process is gone ({first_line(error)}): see its own message")
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -381,15 +374,13 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
     own = model.generation_config
     eos = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     eos = sorted({tokenizer.eos_token_id, *eos} - {None})
-    # The pad id may be absent, or beyond the embeddings. Any other serves: the mask hides it.
-    embeddings = len(model.get_input_embeddings().weight)
-    pads = [i for i in (tokenizer.pad_token_id, *eos, 0) if i is not None and i < embeddings]
     # Like lengths share a batch, to save padding. The longest first: out-of-memory comes soon.
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     completions = [None] * len(prompts)
-    # Not the checkpoint's own settings, which may ask for sampling, penalties, another cache.
+    # Not the checkpoint's own settings, which may ask for sampling, penalties, another cache; nor
+    # the tokenizer's pad id, which may have no embedding. EOS serves, hidden by the mask.
     model.generation_config = GenerationConfig(do_sample=False, eos_token_id=eos,
-                                               pad_token_id=pads[0], return_dict_in_generate=True)
+                                               pad_token_id=eos[0], return_dict_in_generate=True)
     try:
         with tqdm(total=len(prompts), unit="problem", disable=RANK > 0 or None) as bar:
             for start in range(0, len(order), batch_size)[RANK::WORLD]:
@@ -524,15 +515,18 @@ def describe(name, result):
 
 # --- a run of evaluations ---
 
+def checkpoints(run):
+    """The checkpoints of a training run, in the order of their steps: 999,999 before 1,000,000."""
+    steps = [path for path in Path(run).glob("step_*") if path.name[5:].isdigit()]
+    return sorted(steps, key=lambda path: int(path.name[5:]))
+
+
 def find_adapters(folders):
-    """[(name, folder)]. A run folder becomes its checkpoints, in order."""
+    """[(name, folder)]. A run folder becomes its checkpoints."""
     adapters = []
     for folder in map(Path, folders):
-        steps = [path for path in folder.glob("step_*") if path.name[5:].isdigit()]
-        steps.sort(key=lambda path: int(path.name[5:]))  # as text, step_1000000 < step_999000
-        if (folder / "adapter_config.json").exists() or not steps:
-            steps = [folder]
-        for path in steps:
+        single = (folder / "adapter_config.json").exists()
+        for path in [folder] if single else checkpoints(folder) or [folder]:
             run, name = path.resolve().parts[-2:]
             adapters.append((f"{run}-{name}" if name.startswith("step_") else name, path))
     return adapters
@@ -618,18 +612,17 @@ def write_scores(path, result, records):
 def plot(out, scores):
     """Draw the accuracies with their intervals, the base first."""
     try:
-        import matplotlib
+        from matplotlib import pyplot as plt
     except ImportError:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt.switch_backend("Agg")
     figure, axes = plt.subplots(figsize=(len(scores) + 4, 4), layout="constrained")
     for name, result in scores:
         low, high = result["ci95"]
-        label = name.split("-step_")[-1].lstrip("0")
-        axes.plot([label] * 3, [100 * low, 100 * result["accuracy"], 100 * high], "_-", color="C0")
+        axes.plot([name.replace("-step_", "\n")] * 3,
+                  [100 * low, 100 * result["accuracy"], 100 * high], "_-", color="C0")
     data = Path(result["data"]).stem
-    axes.set(xlabel="optimizer step", ylabel="accuracy, strict (%)", ylim=(0, None),
+    axes.set(ylabel="accuracy, strict (%)", ylim=(0, None),
              title=f"{data}, n = {result['n']}, 95% intervals")
     figure.savefig(out / f"{scores[1][0].split('-step_')[0]}-{data}.png", dpi=120)
     plt.close(figure)
@@ -658,7 +651,9 @@ def run_script(name, main, parse_args):
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        message = f"out of memory ({first_line(error)}); lower --batch-size, or use --nf4"
+        message = (f"out of memory ({first_line(error)}). What helps: a smaller --batch-size, "
+                   "--nf4, a half-precision --dtype; in training also --checkpoint-activations, a "
+                   "smaller --max-length, fewer --targets")
     print(f"{name}{f' (rank {RANK})' * (WORLD > 1)}: {message}", file=sys.stderr)
     sys.exit(2)
 

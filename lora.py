@@ -21,14 +21,14 @@ Use, in any PyTorch model that calls its linear layers:
     merge_lora(model)                            # W0 + scaling B A: no latency is added
     strip_lora(model)                            # plain layers again
 
-A first reading may stop after merging. Behind it: which layers can be adapted, adapter files in
-PEFT's format, and an appendix, a base in 4 bits, without which the rest works too.
+A first reading may stop after merging. Then come the choice of layers, adapter files in PEFT's
+format, and an appendix, a base in 4 bits, which a copy of this file can do without.
 
 Differences from the paper
 - A is initialised like the weight of nn.Linear, as in the authors' code. The paper says Gaussian.
 - Dropout on the adapter's input comes from the authors' code. The paper's equations have none.
-- Merging is a call. The authors' code merges inside eval(), and a checkpoint saved at that moment
-  holds W0 + B A under W0's name. Here state_dict() raises while merged.
+- Merging is a call. The authors' code merges inside eval(), so that a checkpoint saved then holds
+  W0 + B A under W0's name. Here state_dict() raises while merged.
 - A fused projection (GPT-2's c_attn) is adapted whole. The authors' code can adapt its thirds.
 - rslora divides by sqrt(r) instead of r (Kalajdzievski 2023, arXiv:2312.03732).
 """
@@ -66,33 +66,23 @@ class LoRAConfig:
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    targets: tuple[str, ...] | str = ("q_proj", "v_proj")
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
     also_train: tuple[str, ...] = ()
     rslora: bool = False
 
     def __post_init__(self):
-        def check(field, valid, expected):
-            if not valid:
-                raise ValueError(f"{field} is {getattr(self, field)!r}: expected {expected}")
-
-        def are_names(value):
-            return isinstance(value, tuple) and all(isinstance(n, str) and n for n in value)
-
         for field in ("targets", "also_train"):
-            value = getattr(self, field)
-            names = (value,) if isinstance(value, str) else value or ()
-            object.__setattr__(self, field, tuple(names) if isinstance(names, list) else names)
-        check("r", isinstance(self.r, Integral) and self.r >= 1 and self.r is not True,
-              "a whole number of at least 1")
-        check("alpha", isinstance(self.alpha, Real) and 0 < self.alpha < 1e30
-              and self.alpha is not True, "a positive number")
-        check("dropout", isinstance(self.dropout, Real) and 0 <= self.dropout < 1,
-              "a probability of at least 0 and below 1")
-        check("targets", are_names(self.targets) and self.targets, "names of linear layers")
-        check("also_train", are_names(self.also_train), "names of modules")
-        check("rslora", isinstance(self.rslora, bool), "True or False")
-        if "all-linear" in self.targets:
-            object.__setattr__(self, "targets", "all-linear")
+            names = getattr(self, field) or ()
+            names = (names,) if isinstance(names, str) else tuple(names)
+            object.__setattr__(self, field, names)
+        if not isinstance(self.r, Integral) or self.r < 1:
+            raise ValueError(f"r is {self.r!r}, expected a whole number, 1 or more")
+        if not isinstance(self.alpha, Real) or not 0 < self.alpha < 1e30:
+            raise ValueError(f"alpha is {self.alpha!r}, expected a number above 0")
+        if not isinstance(self.dropout, Real) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r}, expected a probability below 1")
+        if not self.targets:
+            raise ValueError("targets is empty, expected names of linear layers")
 
     @property
     def scaling(self) -> float:
@@ -128,7 +118,7 @@ class LoRALinear(nn.Module):
         self.unmerged_base = None  # while merged a tuple, which is no submodule: (the base,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and torch.is_grad_enabled():
+        if self.merged and self.training and torch.is_grad_enabled():
             self.refuse_while_merged("train")
         if self.merged or not self.enabled:
             return self.base(x)
@@ -136,8 +126,8 @@ class LoRALinear(nn.Module):
         update = F.linear(z * self.scaling, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
         h = self.base(x)  # last: recomputing a checkpointed block for backward may stop before it
         if not isinstance(h, torch.Tensor):
-            raise ValueError(f"{type(self.base).__name__} returns a {type(h).__name__}, not a "
-                             "tensor, and cannot carry an adapter: leave it out of targets")
+            raise ValueError(f"{type(self.base).__name__} returns a {type(h).__name__}, expected "
+                             "a tensor: leave this layer out of targets")
         return h + update
 
     def delta(self) -> torch.Tensor:
@@ -221,21 +211,21 @@ def is_transposed(layer: nn.Module) -> bool:
 
 
 def dense_copy(base: nn.Module) -> nn.Module:
-    """Return a plain layer with the base's values and tensors of its own.
+    """Return a plain layer with the base's values and tensors of its own, by to_dense() if packed.
 
-    A layer whose weights are packed has to_dense() for that. ValueError where there is no such.
+    ValueError for a weight that is computed, quantised by another library, or on the meta device.
     """
     if hasattr(base, "to_dense"):
         return base.to_dense()
     weight = base._parameters.get("weight")
     if weight is None or weight.dtype not in FLOATS or weight.is_meta:
-        raise ValueError(f"cannot merge into this {type(base).__name__}: its weight is computed, "
-                         "quantised, or on the meta device; load the base with plain weights")
+        raise ValueError(f"cannot merge into this {type(base).__name__}: it has no plain weight "
+                         "in memory; load the base unquantised")
     return with_tensors(base, torch.clone)
 
 
 def with_tensors(layer: nn.Module, change) -> nn.Module:
-    """Return the same layer with change(tensor) in place of each of its tensors."""
+    """Return a copy of a layer with change(tensor) in place of each of its tensors."""
     layer = copy.copy(layer)
     layer._parameters = {name: p if p is None else nn.Parameter(change(p.detach()), False)
                          for name, p in layer._parameters.items()}
@@ -275,9 +265,6 @@ def wrap_layers(model: nn.Module, names, also_train, config: LoRAConfig) -> None
     for name in also_train:
         module = model.get_submodule(name).requires_grad_(True)
         module.before_training = copy.deepcopy(module.state_dict())  # for load_adapter to put back
-        if any(p.dtype in (torch.float16, torch.bfloat16) for p in module.parameters()):
-            warnings.warn(f"{name} trains in half precision, where small updates round away: load "
-                          "the model in float32")
 
 
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
@@ -346,15 +333,16 @@ def strip_lora(model: nn.Module) -> nn.Module:
 @contextmanager
 def disable_lora(model: nn.Module):
     """Switch the adapter off inside the with block. Modules of also_train stay as trained."""
-    before = {layer: layer.enabled for layer in adapted(model).values()}
+    layers = [layer for layer in adapted(model).values() if layer.enabled]
+    for layer in layers:
+        layer.refuse_while_merged("switch off")
     try:
-        for layer in before:
-            layer.refuse_while_merged("switch off")
+        for layer in layers:
             layer.enabled = False
         yield model
     finally:
-        for layer, enabled in before.items():
-            layer.enabled = enabled
+        for layer in layers:
+            layer.enabled = True
 
 
 # --- which layers can be adapted ---
@@ -362,11 +350,11 @@ def disable_lora(model: nn.Module):
 def match_targets(model: nn.Module, targets, also_train=()) -> list[str]:
     """Return the names of the linear layers that targets select, outside of also_train."""
     layers = linear_layers(model, also_train)
-    if targets != "all-linear":
-        return match_names(layers, targets, "target {!r} matches no linear layer")
+    if "all-linear" not in targets:
+        return match_names(layers, targets, "target {!r} matches no linear layer that torch calls")
     head = getattr(model, "get_output_embeddings", lambda: None)()
     names = [name for name, layer in layers.items()
-             if not (layer is head or is_router(layer) or is_bypassed(model, name))]
+             if layer is not head and not is_router(layer)]
     if head is None:
         names = [name for name in names if not ends_in(name, ["lm_head"])]
     if not names:
@@ -376,7 +364,8 @@ def match_targets(model: nn.Module, targets, also_train=()) -> list[str]:
 
 def match_modules(model: nn.Module, also_train) -> list[str]:
     """Return the names of the modules with weights that also_train selects."""
-    names = [name for name, module in model.named_modules() if name and module.state_dict()]
+    names = [name for name, module in model.named_modules()
+             if name and next(module.parameters(), None) is not None]
     return match_names(names, also_train, "also_train {!r} matches no module with weights")
 
 
@@ -406,21 +395,21 @@ def linear_layers(model: nn.Module, outside=()) -> dict[str, nn.Module]:
     outside = tuple(f"{name}." for name in outside)
     return {name: module for name, module in model.named_modules()
             if name and module not in bases and is_linear(module)
-            and not f"{name}.".startswith(outside)}
+            and not f"{name}.".startswith(outside) and not is_bypassed(model, name)}
 
 
 def is_linear(module: nn.Module) -> bool:
     """True if an adapter fits: the module maps (..., k) to (..., d) by a (d, k) weight."""
-    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if hasattr(module, "to_dense") or isinstance(module, LoRALinear):
-        return None not in sizes  # of packed weights, reading .weight would dequantise them
+        return True  # packed: reading .weight would dequantise it
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or nn.parameter.is_lazy(weight):
-        return False
     if is_transposed(module):
         return weight.dim() == 2
+    d, k = getattr(module, "out_features", 0), getattr(module, "in_features", 0)
+    if not isinstance(weight, torch.Tensor) or not d or not k:
+        return False
     # A library that packs weights into integers has a shape of its own.
-    return None not in sizes and (weight.shape == sizes or not weight.is_floating_point())
+    return weight.shape == (d, k) or not weight.is_floating_point()
 
 
 def is_router(layer: nn.Module) -> bool:
@@ -433,15 +422,18 @@ def is_router(layer: nn.Module) -> bool:
 
 
 def is_bypassed(model: nn.Module, name: str) -> bool:
-    """True if torch reads this layer's weight without calling the layer."""
+    """True where torch reads the weight without calling the layer: an adapter would do nothing.
+
+    For nn.TransformerEncoderLayer, torch.backends.mha.set_fastpath_enabled(False) changes that.
+    """
     parent = model.get_submodule(name.rpartition(".")[0])
-    fast_path = torch.backends.mha.get_fastpath_enabled()  # of TransformerEncoderLayer, in eval()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
     return (isinstance(parent, nn.MultiheadAttention)
             or isinstance(parent, nn.TransformerEncoderLayer) and fast_path)
 
 
 def check_trainable(model: nn.Module, names, also_train) -> None:
-    """Raise ValueError where training would also change a tied weight, or would have no effect."""
+    """Raise ValueError for a tied weight, and for running statistics, which no file would hold."""
     owners = defaultdict(set)
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -451,37 +443,31 @@ def check_trainable(model: nn.Module, names, also_train) -> None:
             if len(owners[parameter]) > 1:
                 others = ", ".join(sorted(owners[parameter] - {name}))
                 raise ValueError(f"{name} shares its weight with {others} (tied), which would "
-                                 "change too: choose other layers, or untie them first")
+                                 "change too: choose other layers")
     for name in also_train:
         if list(model.get_submodule(name).buffers()):
-            raise ValueError(f"{name} cannot be in also_train: it has buffers (running statistics, "
-                             "packed weights), which an adapter file does not hold")
-    for name in names:
-        if is_bypassed(model, name):
-            raise ValueError(f"torch reads the weight of {name} without calling it, in nn."
-                             "MultiheadAttention or the fast path of nn.TransformerEncoderLayer: "
-                             "choose other targets, or for the latter call "
-                             "torch.backends.mha.set_fastpath_enabled(False)")
+            raise ValueError(f"{name} has buffers, which an adapter file does not hold: leave it "
+                             "out of also_train")
+
+
+PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
 
 
 def unwrap(model: nn.Module, to_train: bool = True) -> nn.Module:
     """Return the model inside torch.compile's or a parallel wrapper: names without a prefix."""
-    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
-    if to_train and any(isinstance(module, parallel) for module in model.modules()):
-        raise ValueError("the model is inside DistributedDataParallel or DataParallel, which would "
-                         "not synchronise the adapter: inject or load first, then wrap")
-    while isinstance(model, parallel) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+    if to_train and any(isinstance(module, PARALLEL) for module in model.modules()):
+        raise ValueError("DistributedDataParallel or DataParallel would not synchronise the "
+                         "adapter: inject or load first, then wrap")
+    while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):
+        model = getattr(model, "_orig_mod", None) or model.module
     return model
 
 
 # --- adapter files, in PEFT's format ---
 
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
-TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM",
-         "ForSequenceClassification": "SEQ_CLS"}
 
-# The options of PEFT 0.21. An unknown one that has a value gives a warning.
+# The options of PEFT 0.21. An unknown one that is set gives a warning.
 UNSET = (None, "", "none", [], {})  # False is compared by `is`: 0 == False, and 0 is a layer
 NARROWING = {"layers_to_transform", "layers_pattern", "exclude_modules"}
 SUPPORTED = NARROWING | set("""
@@ -498,8 +484,8 @@ UNSUPPORTED = set("""
 def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return {parameter name: copy} of what trains: every A and B, and the modules of also_train.
 
-    To keep the best adapter in memory; model.load_state_dict(copies, strict=False) puts it back.
-    Not for the optimizer, which needs the parameters themselves.
+    model.load_state_dict(copies, strict=False) puts them back. Not for the optimizer, which needs
+    the parameters themselves.
     """
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -507,8 +493,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
     """Write adapter_model.safetensors and adapter_config.json, which PEFT and load_adapter read.
 
-    Both are written beside their place, flushed, then renamed: a crash leaves no mixed adapter.
-    Raises RuntimeError while merged, ValueError for NaN or a config other than the injected one.
+    A crash leaves no mixed adapter. Raises RuntimeError while merged, ValueError for NaN, for a
+    config other than the injected one, and for a parameter that trains outside of both.
     """
     from safetensors.torch import save
     model = unwrap(model, to_train=False)
@@ -516,29 +502,29 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
     for layer in layers.values():
         layer.refuse_while_merged("save")
         if (layer.lora_A.shape[0], layer.scaling) != (config.r, config.scaling):
-            raise ValueError(f"{config} is not the config that was injected: {layer.extra_repr()}")
+            raise ValueError(f"this is not the config that was injected: {config}")
     also_train = match_modules(model, config.also_train)
     parameters = file_parameters(model, also_train)
-    written = set(parameters.values())
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter not in written:
+        if parameter.requires_grad and parameter not in set(parameters.values()):
             raise ValueError(f"{name} trains but would not be saved: name its module in also_train "
-                             "of the config, before injecting it")
+                             "before injecting")
     for key, parameter in parameters.items():
         if not parameter.isfinite().all():
             raise ValueError(f"{key} holds NaN or infinity: training diverged")
     idle = [name for name, layer in layers.items() if not layer.lora_B.any()]
     if idle:
-        warnings.warn(f"{len(idle)} adapted layers never trained, lora_B is zero ({idle[0]}): is "
-                      "the optimizer older than the adapter, or the layer never called?")
-    kind = type(model).__name__
+        warnings.warn(f"{len(idle)} adapted layers never trained, such as {idle[0]}: is the "
+                      "optimizer older than the adapter, or the layer never called?")
+    # Names that select just these layers: as configured, else whole.
+    selected = [n for n in linear_layers(model, also_train) if ends_in(n, config.targets)]
     options = {
         "peft_type": "LORA", "inference_mode": True, "bias": "none",
-        "task_type": next((TASKS[end] for end in TASKS if kind.endswith(end)), None),
-        "base_model_name_or_path": base_name(model),
+        "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
         "r": int(config.r), "lora_alpha": float(config.alpha),  # numpy's numbers are not JSON's
-        "lora_dropout": float(layer.dropout.p), "use_rslora": config.rslora,
-        "target_modules": target_names(model, layers, also_train),
+        "lora_dropout": float(config.dropout), "use_rslora": config.rslora,
+        "target_modules": list(config.targets if selected == list(layers) else layers),
         "modules_to_save": list(config.also_train) or None,
         "fan_in_fan_out": any(is_transposed(layer.base) for layer in layers.values())}
     tensors = {key: p.detach().to("cpu").contiguous() for key, p in parameters.items()}
@@ -569,39 +555,18 @@ def file_parameters(model: nn.Module, also_train) -> dict[str, nn.Parameter]:
     return {key.replace("_orig_mod.", ""): parameter for key, parameter in parameters.items()}
 
 
-def target_names(model: nn.Module, names, also_train) -> list[str]:
-    """Return short names if they select just these layers, else their whole names."""
-    short = short_names(names)
-    selected = [name for name in linear_layers(model, also_train) if ends_in(name, short)]
-    return short if selected == list(names) else list(names)
-
-
-def base_name(model: nn.Module) -> str | None:
-    return getattr(getattr(model, "config", None), "_name_or_path", None) or None
-
-
 def base_sample(model: nn.Module) -> list[float]:
     """Return 64 weights of the first adapted layer: a fingerprint of the base."""
     weight = next(layer.weight for _, layer in lora_layers(model))
     return weight.flatten()[:64].tolist() if weight.dtype in FLOATS and not weight.is_meta else []
 
 
-def same_base(model: nn.Module, name: str | None, sample: torch.Tensor) -> bool:
-    """Compare an adapter's base with this model's: by fingerprint, or by name if it has none."""
-    here = torch.tensor(base_sample(model))
-    if len(here) and here.shape == sample.shape:
-        # Rounding to 4 bits moves it by about 10%, another seed by about 140%.
-        return bool((here - sample).norm() <= 0.3 * sample.norm())
-    own = base_name(model)
-    return not (name and own) or Path(str(name)).name == Path(own).name
-
-
 def load_adapter(model: nn.Module, folder) -> LoRAConfig:
     """Put the adapter of a folder onto the model, in place of any other; return its config.
 
-    Create the optimizer afterwards: loading replaces A and B, which are fp32 whatever the file
-    holds. Nothing in the files is executed. Raises ValueError, with the model as it was, unless
-    the file holds exactly what injecting its config into this model would make.
+    Create the optimizer afterwards: loading replaces A and B. Nothing in the files is executed.
+    Raises ValueError, with the model as it was, unless the file holds exactly what injecting its
+    config into this model would make.
     """
     from safetensors import SafetensorError
     model = unwrap(model)
@@ -611,60 +576,54 @@ def load_adapter(model: nn.Module, folder) -> LoRAConfig:
     bases = {layer: layer.unmerged_base[0] if layer.merged else layer.base for layer in old}
     replace_modules(model, bases)  # the file is compared with the plain model
     try:
-        config, names, tensors, base, sample = read_adapter(model, Path(folder))
+        config, names, also_train, tensors, sample = read_adapter(model, Path(folder))
     except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} is no adapter for this model: {reason}") from None
     finally:
         replace_modules(model, {base: layer for layer, base in bases.items()})
 
-    # All is checked. From here on the model is changed.
-    for layer in old:
+    for layer in old:  # nothing below fails
         layer.unmerge()
     for module in model.modules():
         if "before_training" in module.__dict__:  # a head that the old adapter trained
             module.load_state_dict(module.before_training)
     strip_lora(model)
-    also_train = match_modules(model, config.also_train)
     wrap_layers(model, names, also_train, config)
     for key, parameter in file_parameters(model, also_train).items():
         parameter.detach().copy_(tensors[key])
-    if not any(layer.lora_B.any() for _, layer in lora_layers(model)):
-        warnings.warn(f"{folder}: every lora_B is zero, so this adapter changes nothing: was it "
-                      "saved before training?")
-    if not same_base(model, base, sample):
-        warnings.warn(f"{folder} was trained on another base{f' ({base})' if base else ''}: its "
-                      "answers may be worthless here")
+    here = torch.tensor(base_sample(model))
+    # Rounding to 4 bits moves the sample by about 10%, another seed by about 140%.
+    if here.shape == sample.shape and (here - sample).norm() > 0.3 * sample.norm():
+        warnings.warn(f"{folder} was trained on another base: its answers may be worthless here")
     return config
 
 
 def read_adapter(model: nn.Module, folder: Path):
-    """Return (config, layer names, tensors, base's name, its sample), compared with the model."""
+    """Return (config, layer names, also_train's names, tensors, sample), checked on the model."""
     from safetensors import safe_open
     options = json.loads((folder / CONFIG).read_text(encoding="utf8"))
     check_options(options)
     with safe_open(folder / WEIGHTS, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         sample = torch.tensor(json.loads((file.metadata() or {}).get("base", "[]"))).float()
-    modules = [name for name, module in model.named_modules() if module.state_dict()]
     # PEFT also lists modules that the model lacks: score beside classifier.
     saved = [ending for ending in options.get("modules_to_save") or ()
-             if any(ends_in(name, [ending]) for name in modules)]
+             if any(ends_in(name, [ending]) for name, _ in model.named_modules())]
     also_train = match_modules(model, saved)
     layers = linear_layers(model, also_train)
     targets = options.get("target_modules")
-    narrowed = any(options.get(key) not in UNSET for key in NARROWING)
-    if isinstance(targets, list) and not narrowed:
-        names = [name for name in layers if ends_in(name, targets)]
-    else:  # a regular expression, say, which is not run: the keys tell the layers
-        names = [name for name in layers if f"{PREFIX}{name}.lora_A.weight" in tensors]
+    if not isinstance(targets, list) or any(options.get(key) not in UNSET for key in NARROWING):
+        # A regular expression, say, which is not run: the keys tell the layers.
+        targets = [name for name in layers if f"{PREFIX}{name}.lora_A.weight" in tensors]
     config = LoRAConfig(
-        r=options.get("r"), alpha=options.get("lora_alpha"),
-        dropout=options.get("lora_dropout", 0.0), rslora=options.get("use_rslora", False),
-        targets=target_names(model, names, also_train), also_train=saved)
+        r=options.get("r"), alpha=options.get("lora_alpha"), targets=targets, also_train=saved,
+        dropout=options.get("lora_dropout", 0.0), rslora=options.get("use_rslora", False))
+    names = [name for name in layers if ends_in(name, targets)]
     check_trainable(model, names, also_train)
 
-    expected = {key: p.shape for key, p in file_parameters(model, also_train).items()}
+    expected = {f"{PREFIX}{name}.{key}": tuple(parameter.shape) for name in also_train
+                for key, parameter in model.get_submodule(name).named_parameters()}
     for name in names:
         d, k = features(layers[name])
         expected[f"{PREFIX}{name}.lora_A.weight"] = (config.r, k)
@@ -675,12 +634,12 @@ def read_adapter(model: nn.Module, folder: Path):
             raise ValueError(f"{WEIGHTS} has another base weight for {name} than this model")
     for key in sorted(expected.keys() | tensors.keys()):
         shape = tuple(tensors[key].shape) if key in tensors else "missing"
-        wanted = tuple(expected[key]) if key in expected else "no such entry"
-        if shape != wanted:
-            raise ValueError(f"{key} is {shape} in {WEIGHTS}, expected {wanted}")
+        if shape != expected.get(key):
+            raise ValueError(f"{key} is {shape} in {WEIGHTS}, expected "
+                             f"{expected.get(key, 'no such entry')}")
         if tensors[key].dtype not in FLOATS or not tensors[key].float().isfinite().all():
             raise ValueError(f"{key} is {tensors[key].dtype} or holds NaN, expected finite numbers")
-    return config, names, tensors, options.get("base_model_name_or_path"), sample
+    return config, names, also_train, tensors, sample
 
 
 def check_options(options) -> None:
@@ -807,10 +766,11 @@ def quantize_nf4(model: nn.Module, skip: tuple[str, ...] = ("lm_head",)) -> list
     for name, layer in linear_layers(model).items():
         if layer is head or ends_in(name, skip) or isinstance(layer, NF4Linear):
             continue
-        if reason := why_not_packed(model, name, layer):
-            warnings.warn(f"{name} is not quantised: {reason}")
-        elif not layer.weight.isfinite().all():
-            raise ValueError(f"the weight of {name} holds NaN or infinity: is the model damaged?")
+        try:
+            check_packable(name, layer)
+            check_trainable(model, [name], [])  # not tied
+        except ValueError as error:
+            warnings.warn(f"{error}; it stays dense")
         else:
             layers[name] = layer
     if not layers:
@@ -823,15 +783,12 @@ def quantize_nf4(model: nn.Module, skip: tuple[str, ...] = ("lm_head",)) -> list
     return names
 
 
-def why_not_packed(model: nn.Module, name: str, layer: nn.Module) -> str | None:
+def check_packable(name: str, layer: nn.Module) -> None:
+    weight = layer.weight
     plain = type(layer) is nn.Linear or is_transposed(layer)
-    if not plain or layer.weight.dtype not in FLOATS[:3] or layer.weight.is_meta:
-        return f"it is a {type(layer).__name__} of {layer.weight.dtype} on {layer.weight.device}"
-    try:
-        check_trainable(model, [name], [])
-    except ValueError as error:
-        return str(error)
-    return None
+    if not plain or weight.is_meta or weight.dtype not in FLOATS or not weight.isfinite().all():
+        raise ValueError(f"{name} is no plain linear layer of finite floats, but a "
+                         f"{type(layer).__name__} of {weight.dtype} on {weight.device}")
 
 
 def dequantize_nf4(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ activations, a loss in chunks, the memory plan, the loop. train() is the place t
 """
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -40,8 +41,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import eval_gsm8k
-from eval_gsm8k import (BASE_MODEL, RANK, WORLD, Parser, check_ids, encode_prompt, first_line,
-                        format_prompt, gather, join_processes, load_model, number, out_of_memory,
+from eval_gsm8k import (BASE_MODEL, RANK, WORLD, Parser, check_ids, checkpoints, encode_prompt,
+                        first_line, format_prompt, gather, join_processes, load_model, number,
                         peak_memory, pick_device, pick_dtype, read_rows, run_script)
 from lora import (LoRAConfig, NF4Linear, count_parameters, disable_lora, inject_lora, load_adapter,
                   save_adapter)
@@ -61,8 +62,7 @@ def parse_args(argv=None):
     add("--max-steps", type=number(int, 1), help="stop after N steps, the schedule ending there")
     add("--r", type=number(int, 1, 2**16), default=8, help="rank (Hu et al., Sec. 4.1)")
     add("--alpha", type=number(float, 1e-6), default=16.0, help="the update is scaled by alpha / r")
-    add("--dropout", type=number(float, 0, 1, open_high=True), default=0.05,
-        help="probability, on the adapter's input")
+    add("--dropout", type=number(float, 0, 0.99), default=0.05, help="on the adapter's input")
     add("--targets", nargs="+", default=["q_proj", "v_proj"],
         help="name endings of the layers to adapt, or all-linear")
     add("--rslora", action="store_true", help="scale by alpha / sqrt(r) (arXiv:2312.03732)")
@@ -291,39 +291,36 @@ def backward_loss(model, batch, weight: float = 1.0) -> torch.Tensor:
 
 @torch.no_grad()
 def check_head(model, ids: list[int]) -> None:
-    """Set the training attention if it gives the model's own logits on these ids.
+    """Raise ValueError unless the loss above sees this model's logits; set the attention above.
 
-    ids: the longest training row, so that sliding windows take effect. Raises ValueError where the
-    output head's result is not the model's logits: the loss above would be wrong.
+    The model keeps its own attention where ours gives other logits. ids: the longest training row,
+    so that sliding windows take effect.
     """
     ids = torch.tensor([ids], device=next(model.parameters()).device)
     head = model.get_output_embeddings()
     last = slice(-16, None)  # positions to compare
-
-    def logits():
-        backbone = model.base_model(input_ids=ids, use_cache=False)
-        return head(backbone.last_hidden_state[:, last].to(head.weight.dtype)).float()
-
     own = model(input_ids=ids, use_cache=False).logits[:, last].float()
     if not own.isfinite().all():
         raise ValueError(f"the base's own logits are not finite in {model.dtype}: try another "
                          "--dtype, or is the model damaged?")
-    fp32 = model.dtype == torch.float32
-    rounding = (1e-5 if fp32 else 0.01) * own.norm()  # of one product
+
+    def agrees(in_fp32: float, in_half: float) -> bool:
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, last]
+        logits = head(hidden.to(head.weight.dtype)).float()
+        tolerance = in_fp32 if model.dtype == torch.float32 else in_half
+        return bool((logits - own).norm() <= tolerance * own.norm())
+
     try:
-        same = (logits() - own).norm() <= rounding
-    except (AttributeError, RuntimeError) as error:
-        if out_of_memory(error):
-            raise
+        same = agrees(1e-5, 0.01)  # the rounding of one product
+    except AttributeError:
         same = False  # its backbone returns something else than hidden states
     if not same:
         raise ValueError(f"{type(model).__name__} changes its logits after the output head (by a "
                          "scale or a cap), which is not supported here")
     before = model.config._attn_implementation
-    rounding = (1e-4 if fp32 else 0.05) * own.norm()  # of all blocks: 0.01 in bf16, 30 blocks
     use_attention(model)
     try:
-        same = (logits() - own).norm() <= rounding
+        same = agrees(1e-4, 0.05)  # of all blocks: 0.01 in bf16 over 30
     except NotImplementedError:
         same = False
     if not same:
@@ -400,30 +397,26 @@ def plan_memory(model, args, longest: int, batch_size: int) -> float:
     """Choose between keeping and recomputing activations, print the plan; return it in GiB."""
     device = next(model.parameters()).device
     block_input, whole = kept_by_block(model, longest)
-    plans = {True: memory_plan(model, batch_size, block_input, whole),
-             False: memory_plan(model, batch_size, whole, whole)}
-    held = {"base weights", "trained weights"}
-    need = sum(size for what, size in plans[False].items() if what not in held)
-    free = free_memory(device, args.vram)
+    plan = memory_plan(model, batch_size, whole, whole)
+    weights = plan["base weights"] + plan["trained weights"]
+    need, free = sum(plan.values()) - weights, free_memory(device, args.vram)
     recompute = args.checkpoint_activations
+    # torch does not restore the random state of MPS: backward would see another dropout mask
+    other_masks = device.type == "mps" and args.dropout > 0
+    if recompute and other_masks:
+        raise ValueError("--checkpoint-activations on mps changes the dropout mask between forward "
+                         "and backward: give --dropout 0")
     if recompute is None:
-        recompute = free is None or 1.25 * need > free
-    if recompute and device.type == "mps" and args.dropout:
-        # torch does not restore the random state of MPS, so backward would see another dropout
-        if args.checkpoint_activations:
-            raise ValueError("--checkpoint-activations on mps draws another dropout mask in "
-                             "backward than in forward: give --dropout 0")
-        recompute = False
+        recompute = not other_masks and (free is None or 1.25 * need > free)
     if recompute:
         checkpoint_blocks(model)
-    plan = plans[recompute]
+        plan = memory_plan(model, batch_size, block_input, whole)
     if device.type != "cuda":
-        libraries = process_memory() - plan["base weights"] - plan["trained weights"]
-        plan = {"Python and libraries": max(0, libraries), **plan}
-    parts = ", ".join(f"{what} {size / 2**30:.3f}" for what, size in plan.items() if size)
+        plan["Python and libraries"] = max(0, process_memory() - weights)
     total = sum(plan.values()) / 2**30
-    print(f"memory plan, GiB: {parts}; in all {total:.2f}")
+    parts = ", ".join(f"{what} {size / 2**30:.3f}" for what, size in plan.items() if size)
     known = "unknown" if free is None else f"{free / 2**30:.2f} GiB"
+    print(f"memory plan, GiB: {parts}; in all {total:.2f}")
     print(f"activations are {'recomputed' if recompute else 'kept'}: a step that keeps them needs "
           f"{need / 2**30:.2f} GiB beside the weights, free: {known}", flush=True)
     return total
@@ -460,9 +453,7 @@ def limit_vram(gb: float, device) -> None:
     """Cap the allocator, so that a big card runs out of memory where a small one would."""
     if device.type != "cuda":
         raise ValueError(f"--vram {gb:g} caps the CUDA allocator, but the device is {device}")
-    total = torch.cuda.get_device_properties(device).total_memory
-    if gb * 2**30 > total:
-        raise ValueError(f"--vram {gb:g} is above this card's own {total / 2**30:.1f} GiB")
+    total = torch.cuda.get_device_properties(device).total_memory  # torch refuses to exceed it
     index = torch.cuda.current_device() if device.index is None else device  # torch needs a number
     torch.cuda.set_per_process_memory_fraction((gb - 0.5) * 2**30 / total, index)
     print(f"--vram {gb:g}: the allocator is capped at {gb - 0.5:g} GiB")
@@ -480,46 +471,33 @@ def save_checkpoint(folder: Path, model, config, state: dict) -> None:
     takes twice the adapter's size.
     """
     part = folder.with_name(folder.name + ".part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        save_adapter(model, config, part)
-        with open(part / "trainer_state.pt", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        shutil.rmtree(part, ignore_errors=True)
-        raise ValueError(f"cannot write {folder} ({first_line(error)}); the last whole checkpoint: "
-                         f"{last_checkpoint(folder.parent)}") from None
+    shutil.rmtree(part, ignore_errors=True)
+    save_adapter(model, config, part)
+    content = io.BytesIO()
+    torch.save(state, content)
+    with open(part / "trainer_state.pt", "wb") as file:
+        file.write(content.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
     steps = checkpoints(folder.parent)  # later than this one are damaged ones, passed over
     for old in steps[:max(0, steps.index(folder) - 1)]:
         (old / "trainer_state.pt").unlink(missing_ok=True)
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run in the order of their steps: 999,999 before 1,000,000."""
-    steps = [path for path in folder.glob("step_*") if path.name[5:].isdigit()]
-    return sorted(steps, key=lambda path: int(path.name[5:]))
-
-
-def last_checkpoint(folder: Path) -> Path | str:
-    return (checkpoints(folder) or ["none yet"])[-1]
-
-
 def newest_state(folder: Path) -> tuple[Path, dict] | None:
     """Return (folder, trainer state) of the newest checkpoint that can be read."""
     for path in reversed(checkpoints(folder)):
+        if not (path / "trainer_state.pt").exists():  # an older checkpoint: its adapter alone
+            continue
         try:
-            if (path / "trainer_state.pt").exists():  # an older checkpoint keeps its adapter alone
-                state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)
-                load_file(path / "adapter_model.safetensors")
-                state["step"], state["optimizer"], state["identity"]
-                return path, state
+            state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)
+            load_file(path / "adapter_model.safetensors")
+            state["step"], state["optimizer"], state["identity"]
+            return path, state
         except Exception as error:  # cut off, half deleted, junk
-            print(f"warning: {path} is damaged and passed over ({first_line(error)})",
-                  file=sys.stderr)
+            warnings.warn(f"{path} is damaged and passed over ({first_line(error)})")
     return None
 
 
@@ -532,14 +510,13 @@ def train(model, examples, args, config=None, state=None) -> Path | None:
     and dropout follow from the seed.
     """
     device = next(model.parameters()).device
-    folder = Path("checkpoints") / args.run_name
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     scaler = LossScaler(enabled=model.dtype == torch.float16)
     batches = run_batches(examples, args)
     steps = min(math.ceil(len(batches) / args.grad_accum), args.max_steps or sys.maxsize)
     state = state or {}
-    first_step = step = state.get("step", 0)
+    step = state.get("step", 0)
     if step:
         optimizer.load_state_dict(state["optimizer"])
         vars(scaler).update(state["scaler"])
@@ -564,10 +541,9 @@ def train(model, examples, args, config=None, state=None) -> Path | None:
             for n, batch in list(enumerate(window, first))[RANK::WORLD]:
                 seed_dropout(args.seed, n)
                 loss += backward_loss(model, collate(batch, device), scaler.scale / targets)
-            if step == first_step:
+            if step == state.get("step", 0):
                 name_untrained(model)
-            loss, stop = sum_over_processes(parameters, float(loss), bool(caught))
-            loss /= targets
+            loss, stop = sum_over_processes(parameters, float(loss) / targets, bool(caught))
 
             # 3. Unscale and clip, in fp32.
             scaler.unscale(parameters)
@@ -581,9 +557,8 @@ def train(model, examples, args, config=None, state=None) -> Path | None:
             scaler.update(finite)
             step += 1
             if scaler.skipped_in_a_row == (20 if scaler.enabled else 1):
-                raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}; the last whole "
-                                 f"checkpoint: {last_checkpoint(folder)}; try a lower --lr, or "
-                                 "--dtype bfloat16 or float32")
+                raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}; last saved: "
+                                 f"{saved}; try a lower --lr, or --dtype bfloat16 or float32")
 
             # 5. Log and save.
             tokens = sum(len(ids) for batch in window for ids, _ in batch)
@@ -595,18 +570,15 @@ def train(model, examples, args, config=None, state=None) -> Path | None:
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}  lr {lr:.1e}  {speed:.0f} tok/s  {peak:.2f} GiB")
             if step % max(1, steps // 10) == 0:
-                bar.write(f"step {step:5d}/{steps}  loss {loss:.4f}  lr {lr:.2e}  "
-                          f"grad norm {norm:.3f}  {speed:.0f} tok/s")
+                bar.write(f"step {step:5d}/{steps}  {bar.postfix}")
             if config and (step % args.save_every == 0 or step == steps or stop):
-                saved = folder / f"step_{step:06d}"
-                state |= {"step": step, "scaler": vars(scaler)}
+                saved = Path("checkpoints", args.run_name, f"step_{step:06d}")
                 if RANK == 0:
-                    save_checkpoint(saved, model, config,
-                                    {**state, "optimizer": optimizer.state_dict()})
+                    save_checkpoint(saved, model, config, {
+                        "identity": state.get("identity"), "step": step, "scaler": vars(scaler),
+                        "optimizer": optimizer.state_dict()})
     if stop and step < steps:
-        if saved:
-            print(f"stopped after step {step}, saved in {saved}; the same command with --resume "
-                  "continues")
+        print(f"stopped after step {step}; saved: {saved}; with --resume the same command goes on")
         sys.exit(128 + (caught or [signal.SIGTERM])[0])  # 130 for Ctrl-C, 143 for SIGTERM
     return saved
 
@@ -626,13 +598,7 @@ def sum_over_processes(parameters, loss: float, stop: bool) -> tuple[float, bool
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     numbers = torch.tensor([loss, stop], device=gradients[0].device)
     flat = torch.cat([*(gradient.flatten() for gradient in gradients), numbers])
-    try:
-        dist.all_reduce(flat)
-    except RuntimeError as error:
-        if out_of_memory(error):
-            raise
-        raise ValueError(f"the processes cannot sum their gradients ({first_line(error)}): if one "
-                         "is gone, its own message says why; go on with --resume") from None
+    dist.all_reduce(flat)
     *gradients, numbers = flat.split([*(p.numel() for p in parameters), 2])
     for p, gradient in zip(parameters, gradients):
         p.grad = gradient.view_as(p)
@@ -675,19 +641,15 @@ def open_log(name: str, step: int):
 
 @contextmanager
 def catch_signals():
-    """Yield a list that notes Ctrl-C, SIGTERM and a closed terminal, which would cut a step."""
-    caught = []
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    numbers = [getattr(signal, name) for name in names]  # Windows has no SIGHUP
-    before = {n: signal.getsignal(n) for n in numbers}
-    for n in numbers:
-        if before[n] != signal.SIG_IGN:  # as nohup wishes
-            signal.signal(n, lambda number, _: caught.append(number))
+    """Yield a list that notes Ctrl-C and SIGTERM, which would otherwise cut a step."""
+    caught, before = [], {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, lambda number, _: caught.append(number))
     try:
         yield caught
     finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- a run, from flags to files ---
@@ -698,21 +660,6 @@ def main(args) -> Path:
         if WORLD > 1:
             raise ValueError("--demo runs in one process: start it with python, not torchrun")
         return demo(args.seed)
-    try:
-        return experiment(args)
-    except OSError as error:  # a full disk, say
-        last = last_checkpoint(Path("checkpoints") / args.run_name)
-        raise ValueError(f"{first_line(error)}; the last whole checkpoint: {last}") from None
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        raise ValueError(f"out of memory ({first_line(error)}). What helps, most effect first: "
-                         "--checkpoint-activations, a smaller --batch-size with more --grad-accum, "
-                         "--nf4, --dtype float16 or bfloat16, a smaller --max-length, fewer "
-                         "--targets, a smaller --r") from None
-
-
-def experiment(args) -> Path:
     folder = Path("checkpoints") / args.run_name
     resumed = find_run(folder, args.resume)
     if args.grad_accum < WORLD:
@@ -735,14 +682,13 @@ def experiment(args) -> Path:
     identity = run_identity(model, examples, args)
     torch.manual_seed(args.seed)
     names = inject_lora(model, config)
-    state = {"identity": identity}
-    if resumed:
-        begun, state = resumed
-        for key, value in identity.items():
-            before = state["identity"].get(key, value)
-            if before != value:
-                raise ValueError(f"--resume: {key} was {before}, is {value}; repeat the old one, "
-                                 "or give another --run-name")
+    begun, state = resumed or (None, {"identity": identity})
+    for key, value in identity.items():
+        before = state["identity"].get(key, value)
+        if before != value:
+            raise ValueError(f"--resume: {key} was {before}, is {value}; repeat the old one, or "
+                             "give another --run-name")
+    if begun:
         load_adapter(model, begun)
     everywhere = gather([identity, state.get("step")])
     if everywhere[RANK] != everywhere[0]:
@@ -782,7 +728,7 @@ def find_run(folder: Path, resume: bool) -> tuple[Path, dict] | None:
     """Return what to continue from. ValueError for a run that exists, or has nothing to resume."""
     newest = newest_state(folder) if resume else None
     if not resume and checkpoints(folder):
-        raise ValueError(f"{folder} has checkpoints up to {last_checkpoint(folder).name}: add "
+        raise ValueError(f"{folder} has checkpoints up to {checkpoints(folder)[-1].name}: add "
                          "--resume to continue, or give another --run-name")
     if resume and newest is None:
         raise ValueError(f"--resume: {folder} has no whole checkpoint to continue from; start anew "
@@ -804,19 +750,18 @@ def run_identity(model, examples, args) -> dict:
 def plot_loss(run: Path) -> None:
     """Draw runs/RUN/loss.png where matplotlib is installed: each step's loss and a running mean."""
     try:
-        import matplotlib
+        from matplotlib import pyplot as plt
     except ImportError:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt.switch_backend("Agg")
     lines = [json.loads(line) for line in open(run / "metrics.jsonl", encoding="utf8")]
-    lines = [line for line in lines if line["loss"] is not None]
-    steps = [line["step"] for line in lines]
-    losses = [line["loss"] for line in lines]
-    means = losses[:1]
-    for loss in losses[1:]:
-        means.append(0.95 * means[-1] + 0.05 * loss)
-    fig, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    steps, losses, means = [], [], []
+    for line in lines:
+        if line["loss"] is not None:
+            steps.append(line["step"])
+            losses.append(line["loss"])
+            means.append(0.95 * means[-1] + 0.05 * losses[-1] if means else losses[-1])
+    fig, axes = plt.subplots(layout="constrained")
     axes.plot(steps, losses, color="0.8", linewidth=0.8)
     axes.plot(steps, means)
     axes.set(xlabel="optimizer step", ylabel="cross-entropy per target token (nats)",
@@ -885,34 +830,32 @@ def demo(seed: int = 0) -> Path:
         lines = list(problems.values())
         (folder / f"{name}-test.jsonl").write_text("".join(lines[:held_out]), encoding="utf8")
         (folder / f"{name}-train.jsonl").write_text("".join(lines[held_out:]), encoding="utf8")
+    cpu = "--dtype float32 --device cpu"
+    common = f"{cpu} --grad-accum 1 --dropout 0 --lr 3e-3 --seed {seed}"
 
-    def headline(text):
-        print(f"\n{text} ({time.perf_counter() - begin:.0f} s so far)", flush=True)
+    def headline(text, command=None):
+        print(f"\n{text} ({time.perf_counter() - begin:.0f} s so far)")
+        if command:
+            print(f"python {command}", flush=True)
 
     headline("1. A base model is pretrained from scratch on one-step problems, by the same loop")
-    common = ["--dtype", "float32", "--device", "cpu", "--grad-accum", "1", "--dropout", "0",
-              "--seed", str(seed), "--batch-size"]
-    flags = ["--data", "demo/one-step-train.jsonl", "--run-name", "demo-base", "--lr", "3e-3",
-             "--epochs", "6", *common, "64"]
-    base_args = parse_args(flags)
+    args = parse_args("--data demo/one-step-train.jsonl --run-name demo-base --epochs 6 "
+                      f"--batch-size 64 {common}".split())
     model, tokenizer = demo_base(texts, seed)
-    train(model, encode(read_rows(base_args.data, "train"), tokenizer, 512), base_args)
+    train(model, encode(read_rows(args.data, "train"), tokenizer, 512), args)
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
 
-    headline("2. LoRA teaches it two-step problems")
-    flags = ["--model", "demo/base", "--data", "demo/two-step-train.jsonl", "--run-name", "demo",
-             "--targets", "all-linear", "--lr", "3e-3", "--epochs", "3", *common, "32"]
-    print(f"python train_math.py {shlex.join(flags)}", flush=True)
-    last = main(parse_args(flags))
+    flags = ("--model demo/base --data demo/two-step-train.jsonl --run-name demo "
+             f"--targets all-linear --epochs 3 --batch-size 32 {common}")
+    headline("2. LoRA teaches it two-step problems", f"train_math.py {flags}")
+    last = main(parse_args(flags.split()))
 
-    headline("3. Base and adapter on held-out two-step problems; then merged")
-    score = ["--batch-size", "200", "--max-new-tokens", "40", "--dtype", "float32",
-             "--device", "cpu"]
-    flags = ["--model", "demo/base", "--adapter", str(last), "--data", "demo/two-step-test.jsonl",
-             "--save-merged", "demo/merged", *score]
-    print(f"python eval_gsm8k.py {shlex.join(flags)}", flush=True)
-    eval_gsm8k.main(eval_gsm8k.parse_args(flags))
+    flags = (f"--model demo/base --adapter {last} --data demo/two-step-test.jsonl "
+             f"--save-merged demo/merged --batch-size 200 --max-new-tokens 40 {cpu}")
+    headline("3. Base and adapter on held-out two-step problems; then merged",
+             f"eval_gsm8k.py {flags}")
+    eval_gsm8k.main(eval_gsm8k.parse_args(flags.split()))
 
     headline("4. The base's own task, with the adapter on and switched off")
     model, tokenizer = load_model("demo/base", torch.float32, torch.device("cpu"))

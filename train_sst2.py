@@ -4,6 +4,7 @@
     python train_sst2.py --ranks 1 2 4 8 --seeds 0 1 2 --full-finetune      # the rank ablation
     python train_sst2.py --demo                        # half a minute on a CPU, no download
     python train_sst2.py --adapter runs/sst2/r8-s0     # score a saved adapter
+    python train_sst2.py --compare runs/sst2/r8-s0 runs/sst2/r64-s1    # what was learned
 
 One experiment is one folder, --out: sst2.jsonl has a line per finished run, which is not repeated;
 sst2.png the curves; r8-s0/ adapter and head of r=8 and seed 0, as PEFT saves them.
@@ -12,7 +13,8 @@ Weights are fp32 under torch.autocast: full fine-tuning, the baseline, trains th
 weight of 1.0 cannot take an update below 0.004. RoBERTa-base, 32 x 128 tokens, bf16: 4.2 GiB of
 tensors in full fine-tuning, 3.1 with LoRA; 2.2 and 0.9 with --checkpoint-activations (counted
 without a GPU). SST-2 validation has 872 rows: at 93% one run's 95% interval is +/- 1.7 points. All
-ranks share one alpha and lr, and the update is scaled by alpha / r: rank is never compared alone.
+ranks and targets share one alpha and lr, and the update is scaled by alpha / r: neither the rank
+(Sec. 7.2) nor the choice of weights (Sec. 7.1) is ever compared alone.
 """
 import argparse
 import csv
@@ -46,8 +48,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from lora import (LoRAConfig, count_parameters, disable_lora, inject_lora, load_adapter,
-                  lora_layers, merge_lora, save_adapter, unmerge_lora)
+from lora import (LoRAConfig, count_parameters, disable_lora, inject_lora, is_transposed,
+                  load_adapter, lora_layers, merge_lora, save_adapter, unmerge_lora)
 
 
 # --- flags ---
@@ -77,6 +79,7 @@ def parse_args(argv=None):
     add("--targets", nargs="+", help="layers to adapt (default: query and value)")
     add("--head", nargs="+", help="modules trained in full (default: the classifier)")
     add("--adapter", metavar="DIR", help="score this saved adapter and stop")
+    add("--compare", nargs=2, metavar="DIR", help="Sec. 7.2 and 7.3 on two adapters of one base")
     add("--ranks", nargs="*", type=count, default=[8], help="a LoRA run each; may be none")
     add("--seeds", nargs="+", type=at_least(0), default=[0], help="a run each")
     add("--alpha", type=rate, default=16.0, help="released script: 16; Table 9: 8")
@@ -96,7 +99,7 @@ def parse_args(argv=None):
     add("--out", default="runs/sst2", help="folder of the experiment")
     add("--demo", action="store_true", help="all of it, in ./demo-sst2; takes one of --seeds")
     args = parser.parse_args(argv)
-    if not (args.ranks or args.full_finetune or args.adapter or args.demo):
+    if not (args.ranks or args.full_finetune or args.adapter or args.compare or args.demo):
         parser.error("--ranks names no rank: give at least one, or --full-finetune")
     return args
 
@@ -144,6 +147,7 @@ def fetch(flag, name, kind, load):
         raise ValueError(f"{flag} {name}: {reason}") from None
 
 
+QUERY_AND_VALUE = (".query", ".value", ".q_lin", ".v_lin", ".q_proj", ".v_proj")
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 
 
@@ -503,6 +507,8 @@ def main(args):
         return demo(args.seeds[0])
     if args.adapter:
         return score_adapter(args)
+    if args.compare:
+        return compare(args)
     args.model = args.model or "roberta-base"
     tokenizer = prepare(args)
     path = Path(args.out, "sst2.jsonl")
@@ -567,15 +573,20 @@ def draw(axes, group, key, **style):
 
 # --- score a saved adapter ---
 
-def score_adapter(args):
-    """Print accuracy, labels that merging changes, and seconds of base, unmerged and merged."""
-    path = Path(args.adapter, "adapter_config.json")
+def name_base(args, adapter):
+    """Set --model and --head from an adapter's own config, where they were not given."""
+    path = Path(adapter, "adapter_config.json")
     try:
         config = json.loads(path.read_text(encoding="utf8"))
         args.model = args.model or config["base_model_name_or_path"]
         args.head = args.head or config["modules_to_save"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} does not name its base model and head") from None
+
+
+def score_adapter(args):
+    """Print accuracy, labels that merging changes, and seconds of base, unmerged and merged."""
+    name_base(args, args.adapter)
     tokenizer = prepare(args)
     model, _, _ = load_encoder(args, args.seeds[0])
     load_adapter(model, args.adapter)
@@ -594,6 +605,117 @@ def score_adapter(args):
     print(f"{changed} labels change when merged; seconds, median of 5:")
     print({state: round(statistics.median(times), 2) for state, times in seconds.items()})
     return labels
+
+
+# --- what was learned (Sec. 7) ---
+
+def subspace_similarity(first, second):
+    """Return phi(A1, A2, i, j) of Eq. 4 for all i and j: A (r1, k) and (r2, k) -> (r1, r2).
+
+    phi is ||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j), U the right singular vectors of A, the largest
+    first. 1 means that one subspace holds the other, max(i, j) / k is chance.
+    """
+    U1, U2 = (torch.linalg.svd(A, full_matrices=False).Vh.T for A in (first, second))  # (k, r)
+    overlap = (U1.T @ U2).square().cumsum(0).cumsum(1)  # at (i, j): over the first i and j
+    i = torch.arange(1, len(first) + 1)
+    j = torch.arange(1, len(second) + 1)
+    return overlap / torch.minimum(i[:, None], j)
+
+
+def amplification(W, dW, r):
+    """Return the columns of Table 7: ||W||, ||dW||, ||U^T W V|| thrice, and the factor (Sec. 7.3).
+
+    U and V are the top r singular directions of dW, of W, and of a random matrix. The factor is
+    ||dW|| / ||U^T W V|| with those of dW: how much more they weigh in dW than in W.
+    """
+    projections = []
+    for source in (dW, W, torch.randn_like(W)):
+        U, _, Vh = torch.linalg.svd(source, full_matrices=False)
+        projections.append((U[:, :r].T @ W @ Vh[:r].T).norm())
+    return torch.stack([W.norm(), dW.norm(), *projections, dW.norm() / projections[0]])
+
+
+def selected(names, values):
+    """Return {name: value} of the first, middle and last layer, and the mean over all."""
+    chosen = {names[n]: values[n] for n in (0, len(names) // 2, -1)}
+    return chosen | {f"mean of {len(names)} {names[0].split('.')[-1]}": values.mean(0)}
+
+
+def compare(args):
+    """Print and draw phi (Fig. 3, 4) and amplification (Table 7) of two adapters of one base."""
+    name_base(args, args.compare[0])
+    args.device = pick_device(args.device)
+    transformers.logging.set_verbosity_error()
+    model = pretrained(transformers.AutoModelForSequenceClassification, args.model, num_labels=2,
+                       dtype=torch.float32).to(args.device)
+    adapters = []  # {layer: (A, dW, W)}
+    for folder in args.compare:
+        load_adapter(model, folder)
+        adapters.append({})
+        for name, layer in lora_layers(model):
+            W = layer.weight.T if is_transposed(layer.base) else layer.weight
+            adapters[-1][name] = [t.detach().cpu() for t in (layer.lora_A, layer.delta(), W)]
+    first, second = adapters
+    shared = [name for name in first if name in second]
+    if not shared:
+        raise ValueError(f"--compare: the adapters share no layer, one is on {', '.join(first)}, "
+                         f"the other on {', '.join(second)}")
+    kinds = {}  # query and value, where they are adapted
+    for name in [n for n in shared if n.endswith(QUERY_AND_VALUE)] or shared:
+        kinds.setdefault(name.split(".")[-1], []).append(name)
+
+    r1, r2 = (len(adapter[shared[0]][0]) for adapter in adapters)
+    pairs = sorted({(1, 1), (1, r2), (min(r1, r2), min(r1, r2)), (r1, r2)})
+    print(f"Subspace similarity phi (Eq. 4): i directions of {args.compare[0]}, j of "
+          f"{args.compare[1]}")
+    print(f"{'i, j':40}" + "".join(f"{f'{i}, {j}':>8}" for i, j in pairs))
+    torch.manual_seed(0)  # of the random matrices
+    maps = []
+    for names in kinds.values():
+        k = first[names[0]][0].shape[1]
+        phi = [subspace_similarity(first[name][0], second[name][0]) for name in names]
+        chosen = selected(names, torch.stack(phi))
+        chosen["random matrices"] = subspace_similarity(torch.randn(r1, k), torch.randn(r2, k))
+        for name, values in chosen.items():
+            print(f"{name:40}" + "".join(f"{values[i - 1, j - 1]:8.2f}" for i, j in pairs))
+        print(f"{'chance, max(i, j) / k':40}" + "".join(f"{max(ij) / k:8.2f}" for ij in pairs))
+        maps.append(chosen)
+
+    print("Amplification (Table 7): Frobenius norms; U and V of dW, of W, random")
+    print(f"{'':40}   r      W      dW  U'WV:dW       W  random  factor")
+    for adapter, r in ((first, r1), (second, r2)):
+        for names in kinds.values():
+            rows = [amplification(adapter[name][2], adapter[name][1], r) for name in names]
+            for name, row in selected(names, torch.stack(rows)).items():
+                print(f"{name:40}{r:4}" + "".join(f"{value:8.2f}" for value in row.tolist()))
+    draw_maps(args, maps)
+    return maps
+
+
+def draw_maps(args, maps):
+    """Draw phi as in Fig. 3 and 4: a row for each kind of layer."""
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError:
+        return
+    plt.switch_backend("Agg")
+    width = max(map(len, maps))
+    fig, axes = plt.subplots(len(maps), width, squeeze=False, layout="constrained",
+                             figsize=(2.6 * width, 2.4 * len(maps) + 0.4))
+    for row, chosen in zip(axes, maps):
+        for axis, (name, phi) in zip(row, chosen.items()):
+            r1, r2 = phi.shape
+            image = axis.imshow(phi, vmin=0, vmax=1, aspect="auto", origin="lower",
+                                extent=(0.5, r2 + 0.5, 0.5, r1 + 0.5))
+            axis.set_title(name.replace("encoder.layer", "layer"), fontsize=7)
+            axis.set(xlabel="j", ylabel="i")
+    fig.colorbar(image, ax=axes, label="phi(i, j)")
+    names = [Path(folder).resolve().name for folder in args.compare]
+    picture = Path(args.out, f"compare-{'-'.join(names)}.png")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(picture, dpi=120)
+    plt.close(fig)
+    print(f"written: {picture}")
 
 
 # --- demo ---

@@ -12,9 +12,9 @@ allocator's), the mean loss, and the ratios, as medians over the rounds. A mean 
 more than 0.05 is reported as different work. On a CPU without bf16 units all run in float32.
 """
 import argparse
+import importlib.util
 import json
 import os
-import re
 import resource
 import statistics
 import subprocess
@@ -33,18 +33,13 @@ def dtype():
 
 
 def examples(args, tokenizer):
-    """Return rows of (prompt, answer) in the form that Trainer takes."""
-    lines = open(args.data, encoding="utf8").read().splitlines()[:args.batch * args.steps]
-    rows = []
-    for row in map(json.loads, lines):
-        answer = re.sub(r"<<.*?>>", "", row["answer"])
-        prompt = tokenizer(f"Question: {row['question']}\nAnswer:").input_ids
-        target = tokenizer(f" {answer}", add_special_tokens=False).input_ids
-        target.append(tokenizer.eos_token_id)
-        ids = prompt + target
-        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids),
-                     "labels": [-100] * len(prompt) + target, "length": len(ids)})
-    return rows
+    """Return the rows that ours trains on, in the form that Trainer takes."""
+    sys.path.insert(0, str(TRAIN.parent))
+    from train_math import encode, read_rows
+    rows = read_rows(args.data, "train", args.batch * args.steps)
+    return [{"input_ids": ids, "attention_mask": [1] * len(ids), "length": len(ids),
+             "labels": [-100] * prompt + ids[prompt:]}
+            for ids, prompt in encode(rows, tokenizer, 512)]
 
 
 def run_peft(args):
@@ -55,8 +50,7 @@ def run_peft(args):
                               TrainingArguments)
     tuned, half, cuda = args.child == "peft-tuned", dtype(), torch.cuda.is_available()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = examples(args, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=half if tuned else torch.float32)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=args.targets,
@@ -96,12 +90,10 @@ def run_ours(args):
                "--batch-size", str(args.batch), "--grad-accum", "1", "--dropout", "0",
                "--warmup-steps", "0", "--targets", *args.targets, "--run-name", "bench",
                "--dtype", str(dtype()).removeprefix("torch."), *args.flags]
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)  # measured from outside
-        errors.seek(0)
-        if status:
-            sys.exit(f"train_math.py failed:\n{errors.read()[-2000:]}")
+    process = subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)  # measured from outside
+    if status:
+        sys.exit("vs_peft.py: train_math.py failed")
     lines = [json.loads(line) for line in open(f"{work}/runs/bench/metrics.jsonl")]
     tokens = sum(line["tokens"] for line in lines)
     seconds = sum(line["tokens"] / line["tokens_per_s"] for line in lines)
@@ -118,7 +110,7 @@ def run_child(kind, args):
                *args.targets]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{kind} failed (pip install peft?):\n{done.stderr[-2000:]}")
+        sys.exit(f"vs_peft.py: {kind} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -134,12 +126,13 @@ if __name__ == "__main__":
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("flags", nargs="*", help="behind --: flags for train_math.py")
     args = parser.parse_args()
-    args.data = str(Path(args.data).resolve())
-    args.model = str(Path(args.model).resolve())
+    args.data, args.model = str(Path(args.data).resolve()), str(Path(args.model).resolve())
     if args.child:
         run_peft(args)
         sys.exit()
-    print(f"products in {dtype()}", flush=True)
+    if importlib.util.find_spec("peft") is None:
+        sys.exit("vs_peft.py compares with PEFT: pip install peft")
+    print(f"products in {dtype()}; a round takes about five minutes on 2 cores", flush=True)
     rounds = []
     for number in range(1, args.rounds + 1):
         kinds = ("peft", "peft-tuned")

@@ -1,0 +1,100 @@
+"""Speed of greedy generation: batch sizes; base, unmerged, merged; and lm-evaluation-harness.
+
+    python bench/generation.py --model DIR --data gsm8k_test.jsonl --rounds 3
+    python bench/generation.py --model DIR --data gsm8k_test.jsonl --harness   # pip install lm_eval
+
+The states and batch sizes run in turn within a round, on the same problems; quoted are medians. The
+adapter is random, r=8 on q and v, small enough to leave the answers nearly as they were: what an
+adapter costs does not depend on its weights.
+"""
+import argparse
+import importlib.util
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def timed(make):
+    start = time.perf_counter()
+    result = make()
+    return time.perf_counter() - start, result
+
+
+def harness_completions(model, tokenizer, prompts, args):
+    """The completions of lm-evaluation-harness for the same model in memory."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.batches[-1],
+                  max_length=2048)
+    options = {"until": ["Question:"], "max_gen_toks": args.max_new_tokens, "do_sample": False}
+    requests = [Instance(request_type="generate_until", doc={}, arguments=(prompt, options), idx=i)
+                for i, prompt in enumerate(prompts)]
+    return theirs.generate_until(requests, disable_tqdm=True)
+
+
+def main(args):
+    import torch
+    from eval_gsm8k import complete, format_prompt, load_model, pick_device, pick_dtype, read_rows
+    from lora import LoRAConfig, inject_lora, lora_layers, merge_lora, strip_lora, unmerge_lora
+
+    device = pick_device("auto")
+    dtype, _ = pick_dtype("auto", device)
+    rows = read_rows(args.data, "test", args.n)
+    prompts = [format_prompt(question) for question, _ in rows]
+    model, tokenizer = load_model(args.model, dtype, device)
+    print(f"{args.n} problems, {dtype} on {device}, up to {args.max_new_tokens} tokens", flush=True)
+
+    def run(batch_size):
+        seconds, completions = timed(lambda: complete(model, tokenizer, prompts, batch_size,
+                                                      args.max_new_tokens))
+        tokens = sum(len(tokenizer(text, add_special_tokens=False).input_ids)
+                     for text, _ in completions)
+        return seconds, tokens, [text for text, _ in completions]
+
+    speeds, seconds = defaultdict(list), defaultdict(list)
+    for _ in range(args.rounds):
+        for batch_size in args.batches:
+            taken, tokens, _ = run(batch_size)
+            speeds[f"base, batch {batch_size}"].append(tokens / taken)
+        inject_lora(model, LoRAConfig())
+        for _, layer in lora_layers(model):
+            torch.nn.init.normal_(layer.lora_B, std=1e-4)
+        for state, change in (("unmerged", unmerge_lora), ("merged", merge_lora)):
+            change(model)
+            taken, tokens, _ = run(args.batches[-1])
+            speeds[f"{state}, batch {args.batches[-1]}"].append(tokens / taken)
+        unmerge_lora(model)
+        strip_lora(model)
+        if args.harness:
+            taken, tokens, ours = run(args.batches[-1])
+            seconds["ours"].append(taken)
+            taken, theirs = timed(lambda: harness_completions(model, tokenizer, prompts, args))
+            seconds["lm-evaluation-harness"].append(taken)
+            same = sum(a.split("Question:")[0].strip() == b.strip() for a, b in zip(ours, theirs))
+    for name, values in speeds.items():
+        print(f"{name:24}{statistics.median(values):8.1f} tokens/s  "
+              f"({min(values):.1f} to {max(values):.1f})")
+    if args.harness:
+        ratio = statistics.median(b / a for a, b in zip(*seconds.values()))
+        medians = {name: round(statistics.median(values), 1) for name, values in seconds.items()}
+        print(f"seconds {medians}, ours x{ratio:.2f}; completions equal: {same} of {args.n}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a causal language model")
+    parser.add_argument("--data", required=True, help=".jsonl with question and answer")
+    parser.add_argument("--n", type=int, default=64, help="problems")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 32, 64])
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--harness", action="store_true", help="compare with lm-evaluation-harness")
+    args = parser.parse_args()
+    if args.harness and importlib.util.find_spec("lm_eval") is None:
+        sys.exit("generation.py: --harness needs lm-evaluation-harness: pip install lm_eval")
+    main(args)

@@ -1,0 +1,122 @@
+"""Tokens per second and peak memory of a training step against batch, length, rank and depth.
+
+    python bench/scaling.py                # about ten minutes on 2 cores; writes results/scaling.*
+
+SmolLM2-135M's shape with random weights, LoRA on q and v. Each point is a process of its own: a
+warm-up step, two timed ones, the peak; and beside it the ideal: the step's matrix products alone,
+with the same shapes and dtype, timed in the same process.
+"""
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+POINT = {"batch": 4, "length": 256, "r": 8, "layers": 12}
+SWEEPS = {"batch": (1, 2, 4, 8, 16), "length": (64, 128, 256, 512), "r": (1, 8, 64, 256),
+          "layers": (6, 12, 18, 24, 30)}
+
+
+def measure(batch, length, r, layers):
+    """Run in a process of its own. Return tokens per second, the ideal's, and the peak in GiB."""
+    import torch
+    import transformers
+    from eval_gsm8k import peak_memory, pick_dtype
+    from lora import LoRAConfig, inject_lora
+    from train_math import backward_loss, collate, use_attention
+
+    device = torch.device("cpu")
+    dtype, _ = pick_dtype("auto", device)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=layers,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)).to(dtype)
+    linears = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    inject_lora(model, LoRAConfig(r=r))
+    use_attention(model.train())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+    prompt = length // 3  # as in GSM8K: a third is the question
+    rows = [(torch.randint(49152, (length,)).tolist(), prompt) for _ in range(batch)]
+
+    def step():
+        backward_loss(model, collate(rows, device), 1 / (batch * (length - prompt)))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def products():
+        for d, k in linears:
+            # Forward, and backward for the input's gradient. The head sees the targets alone.
+            tokens = batch * (length - prompt if d == 49152 else length)
+            x, w = torch.ones(tokens, k, dtype=dtype), torch.ones(d, k, dtype=dtype)
+            (x @ w.T) @ w
+        # Scores and values: two products forward, four in backward.
+        q = torch.ones(batch * 3, 3 * length, 64, dtype=dtype)
+        k = torch.ones(batch * 3, length, 64, dtype=dtype)
+        for _ in range(3 * layers):
+            (q @ k.mT) @ k
+
+    def seconds(work, repeats):
+        work()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            work()
+        return (time.perf_counter() - start) / repeats
+
+    tokens = batch * length
+    return {"tokens_per_s": tokens / seconds(step, 2), "peak_gib": peak_memory(device) / 2**30,
+            "ideal": tokens / seconds(products, 2), "dtype": str(dtype)}
+
+
+def draw(points, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    fig, axes = plt.subplots(2, len(SWEEPS), figsize=(12, 5), sharey="row", layout="constrained")
+    for (speed, memory), name in zip(axes.T, SWEEPS):
+        chosen = [point for point in points if point["sweep"] == name]
+        x = [point[name] for point in chosen]
+        speed.plot(x, [point["tokens_per_s"] for point in chosen], "o-", label="training step")
+        speed.plot(x, [point["ideal"] for point in chosen], "--", label="its matrix products alone")
+        memory.plot(x, [point["peak_gib"] for point in chosen], "o-", color="C2")
+        for axis in (speed, memory):
+            axis.set(xlabel={"r": "rank", "batch": "batch size"}.get(name, name), ylim=(0, None))
+    axes[0, 0].set(ylabel="tokens per second")
+    axes[0, 0].legend()
+    axes[1, 0].set(ylabel="peak memory (GiB)")
+    fig.savefig(path, dpi=110)
+
+
+def main(args):
+    points = []
+    for name, values in SWEEPS.items():
+        for value in values:
+            point = {**POINT, name: value}
+            command = [sys.executable, __file__, "--point", json.dumps(point)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"scaling.py: {point} failed:\n{done.stderr[-1000:]}")
+            points.append({"sweep": name, **point, **json.loads(done.stdout.splitlines()[-1])})
+            print({key: round(v, 2) if isinstance(v, float) else v
+                   for key, v in points[-1].items()}, flush=True)
+    out = Path(args.out)
+    out.with_suffix(".jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    try:
+        draw(points, out.with_suffix(".png"))
+    except ImportError:
+        print("no picture: pip install matplotlib")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=str(ROOT / "results" / "scaling"))
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.point:
+        print(json.dumps(measure(**json.loads(args.point))))
+    else:
+        main(args)

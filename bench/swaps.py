@@ -1,0 +1,69 @@
+"""Many adapters over one base: seconds for a swap, memory, and whether every answer stays exact.
+
+    python bench/swaps.py --model DIR
+
+Makes adapters of ranks 1 to 16 with random weights, notes the logits of each as it was saved, then
+loads each in turn, twice around. A swap is load_adapter: read, check, replace.
+"""
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def resident():
+    """MiB that the process holds now (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def main(args):
+    import torch
+    from eval_gsm8k import load_model, pick_dtype
+    from lora import LoRAConfig, inject_lora, load_adapter, lora_layers, save_adapter, strip_lora
+
+    device = torch.device("cpu")
+    dtype, _ = pick_dtype("auto", device)
+    model, tokenizer = load_model(args.model, dtype, device)
+    ids = tokenizer("Question: How many are 3 and 4?\nAnswer:", return_tensors="pt").input_ids
+
+    @torch.no_grad()
+    def logits():
+        return model(ids).logits[0, -1]
+
+    with tempfile.TemporaryDirectory() as folder:
+        answers = []
+        for i in range(args.adapters):
+            config = LoRAConfig(r=2**(i % 5))
+            torch.manual_seed(i)
+            inject_lora(model, config)
+            for _, layer in lora_layers(model):
+                torch.nn.init.normal_(layer.lora_B, std=0.02)
+            save_adapter(model, config, f"{folder}/{i}")
+            answers.append(logits())
+            strip_lora(model)
+        before, seconds, exact = resident(), [], 0
+        for _ in range(2):
+            for i, answer in enumerate(answers):
+                start = time.perf_counter()
+                load_adapter(model, f"{folder}/{i}")
+                seconds.append(time.perf_counter() - start)
+                exact += torch.equal(logits(), answer)
+    different = len({tuple(answer[:8].tolist()) for answer in answers})
+    print(f"{args.adapters} adapters, {different} different answers, {len(seconds)} swaps: median "
+          f"{1000 * statistics.median(seconds):.0f} ms, longest {1000 * max(seconds):.0f} ms")
+    print(f"logits equal to the bit: {exact} of {len(seconds)}; process {before:.0f} MiB before, "
+          f"{resident():.0f} after")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a causal language model")
+    parser.add_argument("--adapters", type=int, default=100)
+    main(parser.parse_args())
