@@ -705,7 +705,7 @@ def draw_maps(args, maps):
     for row, chosen in zip(axes, maps):
         for axis, (name, phi) in zip(row, chosen.items()):
             r1, r2 = phi.shape
-            image = axis.imshow(phi, vmin=0, vmax=1, aspect="auto", origin="lower",
+            image = axis.imshow(phi.numpy(), vmin=0, vmax=1, aspect="auto", origin="lower",
                                 extent=(0.5, r2 + 0.5, 0.5, r1 + 0.5))
             axis.set_title(name.replace("encoder.layer", "layer"), fontsize=7)
             axis.set(xlabel="j", ylabel="i")
