@@ -1865,7 +1865,7 @@ def test_vram_limits_the_allocator_and_the_plan(monkeypatch):
     for name in ("cuda", "cuda:0"):
         train_math.limit_vram(4.0, torch.device(name))
     assert capped == 2 * [(3.5 / 16, 0)]
-    with pytest.raises(ValueError, match="1.46875. Allowed range: 0~1"):  # torch's own
+    with pytest.raises(ValueError, match="--vram 24 is above this card's own 16.0 GiB"):
         train_math.limit_vram(24.0, torch.device("cuda"))
     assert train_math.free_memory(torch.device("cuda"), None) == 11 * GB
     assert train_math.free_memory(torch.device("cuda"), 4.0) == 2.5 * GB
@@ -2518,6 +2518,28 @@ def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, workdi
     for other, message in (("none", "none"), ("c", "share no layer")):
         with pytest.raises((ValueError, OSError), match=message):
             train_sst2.main(train_sst2.parse_args(["--compare", "b", other]))
+
+
+# --- the CUDA path, on fake tensors ---
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_the_cuda_path_mixes_no_devices_or_dtypes():
+    """Two steps on a CUDA device that is pretended: every mix of devices or dtypes would raise."""
+    code = """
+import sys, itertools
+sys.path.insert(0, "bench")
+import memory
+memory.pretend_cuda()
+import torch
+shape = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+             num_attention_heads=4, num_key_value_heads=2)
+for dtype, nf4 in itertools.product((torch.float16, torch.bfloat16), (False, True)):
+    kept, recomputed = (memory.alive(shape, dtype, nf4, again, "all-linear", length=64)
+                        for again in (False, True))
+    assert 0 < kept[0] == recomputed[0] < recomputed[1] < kept[1]
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # --- the README ---

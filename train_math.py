@@ -453,7 +453,9 @@ def limit_vram(gb: float, device) -> None:
     """Cap the allocator, so that a big card runs out of memory where a small one would."""
     if device.type != "cuda":
         raise ValueError(f"--vram {gb:g} caps the CUDA allocator, but the device is {device}")
-    total = torch.cuda.get_device_properties(device).total_memory  # torch refuses to exceed it
+    total = torch.cuda.get_device_properties(device).total_memory
+    if gb * 2**30 > total:
+        raise ValueError(f"--vram {gb:g} is above this card's own {total / 2**30:.1f} GiB")
     index = torch.cuda.current_device() if device.index is None else device  # torch needs a number
     torch.cuda.set_per_process_memory_fraction((gb - 0.5) * 2**30 / total, index)
     print(f"--vram {gb:g}: the allocator is capped at {gb - 0.5:g} GiB")

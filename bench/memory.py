@@ -1,6 +1,6 @@
 """Memory: the plan against the measured peak, and what a step of larger models holds on a GPU.
 
-    python bench/memory.py --shapes                               # a minute, no GPU needed
+    python bench/memory.py --shapes                               # two minutes, no GPU
     python bench/memory.py --model DIR --data gsm8k_train.jsonl   # the plan against the peak
 
 --shapes counts the tensors alive in two steps of TinyLlama, Llama-3.2-3B and Llama-3-8B on a GPU
@@ -18,7 +18,6 @@ import sys
 import tempfile
 import weakref
 from pathlib import Path
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 LLAMA3 = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192)
