@@ -60,7 +60,7 @@ class LoRAConfig:
     r           rank of the update (Sec. 4.1)
     alpha       the update is scaled by alpha / r, or by alpha / sqrt(r) with rslora
     dropout     probability, on the adapter's input
-    targets     dotted name endings of linear layers, or "all-linear": all but the output head
+    targets     dotted name endings of layers, or "all-linear": all but output head and routers
     also_train  dotted name endings of modules to train in full and save along: a fresh classifier
     """
     r: int = 8
@@ -83,6 +83,8 @@ class LoRAConfig:
             raise ValueError(f"dropout is {self.dropout!r}, expected a probability below 1")
         if not self.targets:
             raise ValueError("targets is empty, expected names of linear layers")
+        if not isinstance(self.rslora, bool):
+            raise ValueError(f"rslora is {self.rslora!r}, expected True or False")
 
     @property
     def scaling(self) -> float:
@@ -95,7 +97,7 @@ class LoRAConfig:
 class LoRALinear(nn.Module):
     """h = W0 x + scaling * B A x (Eq. 3): a low-rank update beside a frozen linear layer.
 
-    base    (..., k) -> (..., d), frozen: any layer with a (d, k) weight
+    base    (..., k) -> (..., d), frozen
     lora_A  (r, k), random
     lora_B  (d, r), zero: training starts at the base model, and A first moves at step 2,
             because dL/dA is zero as long as B is
@@ -115,16 +117,17 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # uniform within 1 / sqrt(k)
         self.dropout = nn.Dropout(dropout)
         self.enabled = True
-        self.unmerged_base = None  # while merged a tuple, which is no submodule: (the base,)
+        self.unmerged_base = None  # while merged (base,): in a tuple it is no submodule
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.merged and self.training and torch.is_grad_enabled():
-            self.refuse_while_merged("train")
+            raise RuntimeError("the adapter is merged: call model.eval() to use the model, "
+                               "unmerge_lora(model) to train it")
         if self.merged or not self.enabled:
             return self.base(x)
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., k) -> (..., r)
         update = F.linear(z * self.scaling, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        h = self.base(x)  # last: recomputing a checkpointed block for backward may stop before it
+        h = self.base(x)  # last: backward does not need h, so recomputation can stop before it
         if not isinstance(h, torch.Tensor):
             raise ValueError(f"{type(self.base).__name__} returns a {type(h).__name__}, expected "
                              "a tensor: leave this layer out of targets")
@@ -143,7 +146,7 @@ class LoRALinear(nn.Module):
     def merge(self) -> None:
         """Put a dense layer of W0 + scaling * B A in the base's place: no latency (Sec. 4.1).
 
-        The sum is taken in fp32 and rounded once. The base itself waits on the CPU.
+        The sum is taken in fp32 and rounded once. The base is kept on the CPU for unmerge().
         """
         if self.merged:
             return
@@ -199,7 +202,7 @@ class LoRALinear(nn.Module):
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
-    """Return (d, k), the sizes of output and input, which Conv1D tells by its weight alone."""
+    """Return (d, k), the sizes of output and input. Conv1D has no attributes for them."""
     if hasattr(layer, "out_features"):
         return layer.out_features, layer.in_features
     return tuple(reversed(layer.weight.shape))
@@ -351,7 +354,7 @@ def match_targets(model: nn.Module, targets, also_train=()) -> list[str]:
     """Return the names of the linear layers that targets select, outside of also_train."""
     layers = linear_layers(model, also_train)
     if "all-linear" not in targets:
-        return match_names(layers, targets, "target {!r} matches no linear layer that torch calls")
+        return match_names(layers, targets, "target {!r} matches no layer that can be adapted")
     head = getattr(model, "get_output_embeddings", lambda: None)()
     names = [name for name, layer in layers.items()
              if layer is not head and not is_router(layer)]
@@ -468,7 +471,7 @@ def unwrap(model: nn.Module, to_train: bool = True) -> nn.Module:
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 
 # The options of PEFT 0.21. An unknown one that is set gives a warning.
-UNSET = (None, "", "none", [], {})  # False is compared by `is`: 0 == False, and 0 is a layer
+UNSET = (None, "", "none", [], {})  # no False: 0 == False, and 0 is the index of a layer
 NARROWING = {"layers_to_transform", "layers_pattern", "exclude_modules"}
 SUPPORTED = NARROWING | set("""
     peft_type r lora_alpha lora_dropout use_rslora init_lora_weights target_modules modules_to_save
@@ -516,7 +519,7 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
     if idle:
         warnings.warn(f"{len(idle)} adapted layers never trained, such as {idle[0]}: is the "
                       "optimizer older than the adapter, or the layer never called?")
-    # Names that select just these layers: as configured, else whole.
+    # The configured endings, if on loading they select the same layers; else whole names.
     selected = [n for n in linear_layers(model, also_train) if ends_in(n, config.targets)]
     options = {
         "peft_type": "LORA", "inference_mode": True, "bias": "none",
@@ -537,7 +540,7 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-    (folder / CONFIG).unlink(missing_ok=True)  # no adapter for a moment, but never a mixed one
+    (folder / CONFIG).unlink(missing_ok=True)  # a crash here leaves no adapter, not a mixed one
     for name in contents:
         os.replace(folder / f"{name}.part", folder / name)
 
@@ -556,9 +559,12 @@ def file_parameters(model: nn.Module, also_train) -> dict[str, nn.Parameter]:
 
 
 def base_sample(model: nn.Module) -> list[float]:
-    """Return 64 weights of the first adapted layer: a fingerprint of the base."""
-    weight = next(layer.weight for _, layer in lora_layers(model))
-    return weight.flatten()[:64].tolist() if weight.dtype in FLOATS and not weight.is_meta else []
+    """Return 64 weights each of the first and last adapted layer: a fingerprint of the base."""
+    layers, sample = list(adapted(model).values()), []
+    for weight in (layers[0].weight, layers[-1].weight):
+        if weight.dtype in FLOATS and not weight.is_meta:
+            sample += weight.flatten()[:64].tolist()
+    return sample
 
 
 def load_adapter(model: nn.Module, folder) -> LoRAConfig:
@@ -583,7 +589,7 @@ def load_adapter(model: nn.Module, folder) -> LoRAConfig:
     finally:
         replace_modules(model, {base: layer for layer, base in bases.items()})
 
-    for layer in old:  # nothing below fails
+    for layer in old:
         layer.unmerge()
     for module in model.modules():
         if "before_training" in module.__dict__:  # a head that the old adapter trained
@@ -595,7 +601,7 @@ def load_adapter(model: nn.Module, folder) -> LoRAConfig:
     here = torch.tensor(base_sample(model))
     # Rounding to 4 bits moves the sample by about 10%, another seed by about 140%.
     if here.shape == sample.shape and (here - sample).norm() > 0.3 * sample.norm():
-        warnings.warn(f"{folder} was trained on another base: its answers may be worthless here")
+        warnings.warn(f"{folder} was trained on another base")
     return config
 
 

@@ -416,7 +416,8 @@ def test_the_readme_s_lines_adapt_a_gpt_of_one_s_own(part, tmp_path, monkeypatch
 
 @cases("bad", [
     dict(r=0), dict(r=1.5), dict(r="8"), dict(alpha=0), dict(alpha=math.nan),
-    dict(alpha=10**400), dict(dropout=1.0), dict(dropout=-0.1), dict(targets=())])
+    dict(alpha=10**400), dict(dropout=1.0), dict(dropout=-0.1), dict(targets=()),
+    dict(rslora="false")])
 def test_config_refuses_values_out_of_range(bad):
     """A bad value must be a ValueError that names the field."""
     refused(next(iter(bad)), lambda: LoRAConfig(**bad))
@@ -483,7 +484,7 @@ def test_layers_that_are_read_but_never_called_are_refused(monkeypatch):
     """torch's attention and encoder read .weight: an adapter there would do nothing."""
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
     for name in ("out_proj", "linear1"):
-        refused(f"{name}.* that torch calls", inject_lora, model, LoRAConfig(targets=name))
+        refused(f"{name}.* that can be adapted", inject_lora, model, LoRAConfig(targets=name))
     monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
     inject_lora(model, LoRAConfig(targets="linear1"))
 
@@ -497,7 +498,7 @@ def test_what_only_looks_linear_is_left_alone():
         layer.in_features, layer.out_features = 8, 4
     model = nn.Sequential(composite, conv, transposed, nn.LazyLinear(3))
     for name in "0123":
-        refused(f"'{name}' matches no linear", inject_lora, model, LoRAConfig(targets=name))
+        refused(f"'{name}' matches no layer", inject_lora, model, LoRAConfig(targets=name))
     assert inject_lora(model[:3], LoRAConfig(targets="all-linear")) == ["0.inner"]
     refused("no linear layer", inject_lora, nn.Linear(8, 8), LoRAConfig(targets="all-linear"))
 
@@ -611,7 +612,8 @@ def test_a_merged_model_neither_trains_nor_saves_nor_loads(tmp_path):
     model, config = injected(llama)
     state = model.state_dict()
     logits(merge_lora(model).train())
-    for call, *args in ((model, IDS), (save_adapter, model, config, tmp_path), (model.state_dict,),
+    refused("model.eval.. to use.*unmerge_lora", model, IDS, error=RuntimeError)
+    for call, *args in ((save_adapter, model, config, tmp_path), (model.state_dict,),
                         (model.load_state_dict, state), (disable_lora(model).__enter__,)):
         refused("unmerge_lora", call, *args, error=RuntimeError)
 
@@ -2367,7 +2369,7 @@ def test_sentences_are_read_as_they_stand(name, text, wanted, workdir):
     (["--data", "nowhere/at/all"], "no such folder"), (["--data", "empty"], "no train file"),
     (["--data", "hollow"], "no train file"),
     (["--data", "columns"], r"got columns \['text', 'label'\]"), (["--data", "unlabelled"], "-1"),
-    (["--targets", "q_porj"], "'q_porj' matches no linear layer"), (["--head", "top"], "top"),
+    (["--targets", "q_porj"], "'q_porj' matches no layer"), (["--head", "top"], "top"),
     (["--model", "./none"], "no such folder"), (["--adapter", "nowhere"], "nowhere")])
 def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder, workdir):
     """Folders, columns, labels, targets: each must be an error that names it."""
@@ -2494,7 +2496,7 @@ def test_amplification_is_what_it_is_by_hand():
 
 
 def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, workdir, capsys):
-    """Two ranks on one base: tables and a picture; a missing adapter, or no shared layer, a line."""
+    """Two ranks give tables and a picture; a missing adapter or no shared layer, one line."""
     def adapter(folder, r, *targets):
         torch.manual_seed(r)
         model, _, head = train_sst2.load_encoder(sst2(encoder), 0)
