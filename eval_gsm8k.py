@@ -9,7 +9,7 @@ The base is always scored, and each adapter compared with it. Written to --out: 
 (scores), NAME-DATA.jsonl (every completion) and, with matplotlib, a chart.
 
 Completions that end in "#### n" score as in lm-evaluation-harness (gsm8k, strict and flexible).
-Different on purpose: "The answer is n" (MetaMathQA) counts too, and before "#### n"; flexible
+Different on purpose: "The answer is n" (MetaMathQA) counts too, and wins over "#### n"; flexible
 prefers such a number to the last one; numbers compare by value, so $29.00 is 29 and 1/2 is 0.5.
 """
 import argparse
@@ -228,21 +228,23 @@ def loading(flag, name, repo_type):
             answer = error
 
     if not exists:
-        thread = threading.Thread(target=ask, daemon=True)  # a name look-up obeys no timeout
+        thread = threading.Thread(target=ask, daemon=True)  # DNS ignores the timeout
         thread.start()
         thread.join(8)
     if type(answer) in (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise ValueError(f"{flag} {name}: no such file, no such folder, and no such repository on "
                          "the Hub (a private one needs: hf auth login)")
-    offline = not exists and isinstance(answer, Exception)
+    # A gated repository was reached: the download says how to get access.
+    offline = isinstance(answer, Exception) and not isinstance(answer, errors.GatedRepoError)
+    offline = offline and not exists
     try:
         yield exists or offline
     except Exception as error:  # OSError, ValueError, the libraries' own
         reason = f"cannot be read: {first_line(error)}"
         if offline:
-            reason = ("no such file, no such folder, not in the local cache, and the Hugging Face "
-                      "Hub cannot be reached; use --model DIR and --data FILE, or python "
-                      "train_math.py --demo, which downloads nothing")
+            reason = ("no such file or folder, the Hugging Face Hub cannot be reached, nor the "
+                      f"local cache used ({first_line(error)}); use --model DIR and --data FILE, "
+                      "or python train_math.py --demo, which downloads nothing")
         raise ValueError(f"{flag} {name}: {reason}") from None
 
 

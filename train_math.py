@@ -315,8 +315,8 @@ def check_head(model, ids: list[int]) -> None:
     except AttributeError:
         same = False  # its backbone returns something else than hidden states
     if not same:
-        raise ValueError(f"{type(model).__name__} changes its logits after the output head (by a "
-                         "scale or a cap), which is not supported here")
+        raise ValueError(f"{type(model).__name__} does more than apply its output head to the last "
+                         "hidden state (a scale, a cap), which is not supported here")
     before = model.config._attn_implementation
     use_attention(model)
     try:
@@ -438,7 +438,7 @@ def free_memory(device, vram: float | None) -> int | None:
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if Path(path).exists() and Path(path).read_text().strip().isdigit():  # "max": no limit
             free = min(free, int(Path(path).read_text()) - process_memory())
-    return free if device.type == "cpu" else None
+    return free
 
 
 def process_memory() -> int:
@@ -543,9 +543,9 @@ def train(model, examples, args, config=None, state=None) -> Path | None:
             for n, batch in list(enumerate(window, first))[RANK::WORLD]:
                 seed_dropout(args.seed, n)
                 loss += backward_loss(model, collate(batch, device), scaler.scale / targets)
-            if step == state.get("step", 0):
-                name_untrained(model)
             loss, stop = sum_over_processes(parameters, float(loss) / targets, bool(caught))
+            if step == state.get("step", 0):
+                warn_untrained(model)
 
             # 3. Unscale and clip, in fp32.
             scaler.unscale(parameters)
@@ -559,8 +559,9 @@ def train(model, examples, args, config=None, state=None) -> Path | None:
             scaler.update(finite)
             step += 1
             if scaler.skipped_in_a_row == (20 if scaler.enabled else 1):
-                raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}; last saved: "
-                                 f"{saved}; try a lower --lr, or --dtype bfloat16 or float32")
+                raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}: try a lower "
+                                 "--lr, or --dtype bfloat16 or float32; earlier steps are in "
+                                 f"checkpoints/{args.run_name}")
 
             # 5. Log and save.
             tokens = sum(len(ids) for batch in window for ids, _ in batch)
@@ -585,7 +586,7 @@ def train(model, examples, args, config=None, state=None) -> Path | None:
     return saved
 
 
-def name_untrained(model) -> None:
+def warn_untrained(model) -> None:
     """Warn of adapted layers that the text did not reach: a vision tower, unused experts."""
     idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if idle:
@@ -643,10 +644,15 @@ def open_log(name: str, step: int):
 
 @contextmanager
 def catch_signals():
-    """Yield a list that notes Ctrl-C and SIGTERM, which would otherwise cut a step."""
+    """Yield a list that notes Ctrl-C and SIGTERM: the step is finished. A second one cuts it."""
     caught, before = [], {}
+
+    def note(number, _):
+        caught.append(number)
+        signal.signal(number, before[number])
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, lambda number, _: caught.append(number))
+        before[number] = signal.signal(number, note)
     try:
         yield caught
     finally:
@@ -692,8 +698,8 @@ def main(args) -> Path:
                              "give another --run-name")
     if begun:
         load_adapter(model, begun)
-    everywhere = gather([identity, state.get("step")])
-    if everywhere[RANK] != everywhere[0]:
+    identities = gather([identity, state.get("step")])
+    if identities[RANK] != identities[0]:
         raise ValueError("the processes differ in flags, data, base weights or checkpoint: start "
                          "all of them with the same")
 

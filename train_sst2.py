@@ -10,7 +10,7 @@ One experiment is one folder, --out: sst2.jsonl has a line per finished run, whi
 sst2.png the curves; r8-s0/ adapter and head of r=8 and seed 0, as PEFT saves them.
 
 Weights are fp32 under torch.autocast: full fine-tuning, the baseline, trains them all, and a bf16
-weight of 1.0 cannot take an update below 0.004. RoBERTa-base, 32 x 128 tokens, bf16: 4.2 GiB of
+weight of 1.0 does not grow by less than 0.004. RoBERTa-base, 32 x 128 tokens, bf16: 4.2 GiB of
 tensors in full fine-tuning, 3.1 with LoRA; 2.2 and 0.9 with --checkpoint-activations (counted
 without a GPU). SST-2 validation has 872 rows: at 93% one run's 95% interval is +/- 1.7 points. All
 ranks and targets share one alpha and lr, and the update is scaled by alpha / r: neither the rank
@@ -67,6 +67,7 @@ def at_least(low, kind=int):
         if not low <= value < math.inf:
             raise argparse.ArgumentTypeError(f"expected at least {low:g}, got {text}")
         return value
+    number.__name__ = kind.__name__  # argparse prints it: "invalid int value"
     return number
 
 
@@ -97,7 +98,7 @@ def parse_args(argv=None):
         help="of the matrix products")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--out", default="runs/sst2", help="folder of the experiment")
-    add("--demo", action="store_true", help="all of it, in ./demo-sst2; takes one of --seeds")
+    add("--demo", action="store_true", help="all of it, in ./demo-sst2; takes the first of --seeds")
     args = parser.parse_args(argv)
     if not (args.ranks or args.full_finetune or args.adapter or args.compare or args.demo):
         parser.error("--ranks names no rank: give at least one, or --full-finetune")
@@ -125,7 +126,7 @@ def hub_serves(name, kind):
         except Exception:  # time-out, proxy, certificate, HF_HUB_OFFLINE: try the local cache
             pass
 
-    thread = threading.Thread(target=ask, daemon=True)  # a name look-up obeys no timeout
+    thread = threading.Thread(target=ask, daemon=True)  # DNS ignores the timeout
     thread.start()
     thread.join(8)
     if answer == [None]:
@@ -160,8 +161,9 @@ def load_split(data, split, offline):
         name = "sst2" if data.endswith("glue") else None
         return datasets.load_dataset(data, name, split=split)
     paths = [path for path in Path(data).glob(f"{split}.*") if path.suffix in READERS]
-    if not paths or not paths[0].stat().st_size:
-        raise ValueError(f"no {split} file with rows; expected one of {', '.join(READERS)}")
+    if len(paths) != 1 or not paths[0].stat().st_size:
+        raise ValueError(f"expected one {split} file with rows ({', '.join(READERS)}), got "
+                         f"{', '.join(path.name for path in paths) or 'none'}")
     suffix, options = paths[0].suffix, {}
     if READERS[suffix] == "csv":
         # Text stays text: else the sentences "null" and "NA" become None, and "2" a number.
@@ -517,7 +519,7 @@ def main(args):
     path.parent.mkdir(parents=True, exist_ok=True)
     for r in args.ranks + [None] * args.full_finetune:
         for seed in args.seeds:
-            if any((run["r"], run["seed"]) == (r, seed) for run in runs):
+            if any((run.get("r"), run.get("seed")) == (r, seed) for run in runs):
                 print(f"{name_of(r)}, seed {seed}: in {path} already")
                 continue
             runs.append(train(args, data, r, seed)[0])
@@ -791,7 +793,9 @@ def run_script():
     except (ValueError, OSError) as error:
         message = first_line(error)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        words = ("out of memory", "allocate memory", "ALLOC_FAILED")
+        known = any(word in str(error) for word in words)
+        if not known and not isinstance(error, torch.OutOfMemoryError):
             raise
         message = "out of memory: try --checkpoint-activations, or a smaller --batch-size"
     except KeyboardInterrupt:
