@@ -648,6 +648,7 @@ def compare(args):
     name_base(args, args.compare[0])
     args.device = pick_device(args.device)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     model = pretrained(transformers.AutoModelForSequenceClassification, args.model, num_labels=2,
                        dtype=torch.float32).to(args.device)
     adapters = []  # {layer: (A, dW, W)}
@@ -670,7 +671,7 @@ def compare(args):
     pairs = sorted({(1, 1), (1, r2), (min(r1, r2), min(r1, r2)), (r1, r2)})
     print(f"Subspace similarity phi (Eq. 4): i directions of {args.compare[0]}, j of "
           f"{args.compare[1]}")
-    print(f"{'i, j':40}" + "".join(f"{f'{i}, {j}':>8}" for i, j in pairs))
+    print(f"{'i, j':44}" + "".join(f"{f'{i}, {j}':>8}" for i, j in pairs))
     torch.manual_seed(0)  # of the random matrices
     maps = []
     for names in kinds.values():
@@ -679,17 +680,17 @@ def compare(args):
         chosen = selected(names, torch.stack(phi))
         chosen["random matrices"] = subspace_similarity(torch.randn(r1, k), torch.randn(r2, k))
         for name, values in chosen.items():
-            print(f"{name:40}" + "".join(f"{values[i - 1, j - 1]:8.2f}" for i, j in pairs))
-        print(f"{'chance, max(i, j) / k':40}" + "".join(f"{max(ij) / k:8.2f}" for ij in pairs))
+            print(f"{name:44}" + "".join(f"{values[i - 1, j - 1]:8.2f}" for i, j in pairs))
+        print(f"{'chance, max(i, j) / k':44}" + "".join(f"{max(ij) / k:8.2f}" for ij in pairs))
         maps.append(chosen)
 
     print("Amplification (Table 7): Frobenius norms; U and V of dW, of W, random")
-    print(f"{'':40}   r      W      dW  U'WV:dW       W  random  factor")
+    print(f"{'':44}   r      W      dW  U'WV:dW       W  random  factor")
     for adapter, r in ((first, r1), (second, r2)):
         for names in kinds.values():
             rows = [amplification(adapter[name][2], adapter[name][1], r) for name in names]
             for name, row in selected(names, torch.stack(rows)).items():
-                print(f"{name:40}{r:4}" + "".join(f"{value:8.2f}" for value in row.tolist()))
+                print(f"{name:44}{r:4}" + "".join(f"{value:8.2f}" for value in row.tolist()))
     draw_maps(args, maps)
     return maps
 
