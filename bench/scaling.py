@@ -83,10 +83,10 @@ def draw(points, path):
         speed.plot(x, [point["ideal"] for point in chosen], "--", label="its matrix products alone")
         memory.plot(x, [point["peak_gib"] for point in chosen], "o-", color="C2")
         for axis in (speed, memory):
-            axis.set(xlabel={"r": "rank", "batch": "batch size"}.get(name, name), ylim=(0, None))
-    axes[0, 0].set(ylabel="tokens per second")
+            axis.set(xlabel={"r": "rank", "batch": "batch size"}.get(name, name))
+    axes[0, 0].set(ylabel="tokens per second", ylim=(0, None))
     axes[0, 0].legend()
-    axes[1, 0].set(ylabel="peak memory (GiB)")
+    axes[1, 0].set(ylabel="peak memory (GiB)", ylim=(0, None))
     fig.savefig(path, dpi=110)
 
 
