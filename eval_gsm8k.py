@@ -235,16 +235,16 @@ def loading(flag, name, repo_type):
         raise ValueError(f"{flag} {name}: no such file, no such folder, and no such repository on "
                          "the Hub (a private one needs: hf auth login)")
     # A gated repository was reached: the download says how to get access.
-    offline = isinstance(answer, Exception) and not isinstance(answer, errors.GatedRepoError)
-    offline = offline and not exists
+    reached = not isinstance(answer, Exception) or isinstance(answer, errors.GatedRepoError)
+    offline = not exists and not reached
     try:
         yield exists or offline
     except Exception as error:  # OSError, ValueError, the libraries' own
         reason = f"cannot be read: {first_line(error)}"
         if offline:
-            reason = ("no such file or folder, the Hugging Face Hub cannot be reached, nor the "
-                      f"local cache used ({first_line(error)}); use --model DIR and --data FILE, "
-                      "or python train_math.py --demo, which downloads nothing")
+            reason = ("no such file or folder, the Hugging Face Hub cannot be reached, and it is "
+                      f"not in the local cache ({first_line(error)}); use --model DIR and --data "
+                      "FILE, or python train_math.py --demo, which downloads nothing")
         raise ValueError(f"{flag} {name}: {reason}") from None
 
 

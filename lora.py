@@ -406,13 +406,13 @@ def is_linear(module: nn.Module) -> bool:
     if hasattr(module, "to_dense") or isinstance(module, LoRALinear):
         return True  # packed: reading .weight would dequantise it
     weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or nn.parameter.is_lazy(weight):
+        return False
     if is_transposed(module):
         return weight.dim() == 2
-    d, k = getattr(module, "out_features", 0), getattr(module, "in_features", 0)
-    if not isinstance(weight, torch.Tensor) or not d or not k:
-        return False
+    d, k = getattr(module, "out_features", None), getattr(module, "in_features", None)
     # A library that packs weights into integers has a shape of its own.
-    return weight.shape == (d, k) or not weight.is_floating_point()
+    return None not in (d, k) and (weight.shape == (d, k) or not weight.is_floating_point())
 
 
 def is_router(layer: nn.Module) -> bool:
@@ -508,8 +508,9 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
             raise ValueError(f"this is not the config that was injected: {config}")
     also_train = match_modules(model, config.also_train)
     parameters = file_parameters(model, also_train)
+    written = set(parameters.values())
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter not in set(parameters.values()):
+        if parameter.requires_grad and parameter not in written:
             raise ValueError(f"{name} trains but would not be saved: name its module in also_train "
                              "before injecting")
     for key, parameter in parameters.items():
@@ -628,8 +629,7 @@ def read_adapter(model: nn.Module, folder: Path):
     names = [name for name in layers if ends_in(name, targets)]
     check_trainable(model, names, also_train)
 
-    expected = {f"{PREFIX}{name}.{key}": tuple(parameter.shape) for name in also_train
-                for key, parameter in model.get_submodule(name).named_parameters()}
+    expected = {key: tuple(p.shape) for key, p in file_parameters(model, also_train).items()}
     for name in names:
         d, k = features(layers[name])
         expected[f"{PREFIX}{name}.lora_A.weight"] = (config.r, k)

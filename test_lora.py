@@ -496,8 +496,10 @@ def test_what_only_looks_linear_is_left_alone():
     transposed = nn.Embedding(8, 4)  # stands for a layer of somebody's own
     for layer in (composite, transposed):
         layer.in_features, layer.out_features = 8, 4
-    model = nn.Sequential(composite, conv, transposed, nn.LazyLinear(3))
-    for name in "0123":
+    wrapper = type("Conv1D", (nn.Module,), {})()  # without a weight of its own
+    model = nn.Sequential(composite, conv, transposed, nn.LazyLinear(3), wrapper,
+                          nn.LazyConvTranspose1d(3, 3))
+    for name in "012345":
         refused(f"'{name}' matches no layer", inject_lora, model, LoRAConfig(targets=name))
     assert inject_lora(model[:3], LoRAConfig(targets="all-linear")) == ["0.inner"]
     refused("no linear layer", inject_lora, nn.Linear(8, 8), LoRAConfig(targets="all-linear"))

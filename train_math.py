@@ -496,7 +496,7 @@ def newest_state(folder: Path) -> tuple[Path, dict] | None:
         try:
             state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)
             load_file(path / "adapter_model.safetensors")
-            state["step"], state["optimizer"], state["identity"]
+            state["step"], state["optimizer"], state["identity"]  # KeyError for another file
             return path, state
         except Exception as error:  # cut off, half deleted, junk
             warnings.warn(f"{path} is damaged and passed over ({first_line(error)})")
@@ -647,17 +647,17 @@ def catch_signals():
     """Yield a list that notes Ctrl-C and SIGTERM: the step is finished. A second one cuts it."""
     caught, before = [], {}
 
-    def note(number, _):
-        caught.append(number)
-        signal.signal(number, before[number])
+    def note(signum, _):
+        caught.append(signum)
+        signal.signal(signum, before[signum])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, note)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        before[signum] = signal.signal(signum, note)
     try:
         yield caught
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 # --- a run, from flags to files ---

@@ -1,6 +1,6 @@
 """Tokens per second and peak memory of a training step against batch, length, rank and depth.
 
-    python bench/scaling.py                # about ten minutes on 2 cores; writes results/scaling.*
+    python bench/scaling.py                # seven minutes on 2 cores; writes results/scaling.*
 
 SmolLM2-135M's shape with random weights, LoRA on q and v. Each point is a process of its own: a
 warm-up step, two timed ones, the peak; and beside it the ideal: the step's matrix products alone,
