@@ -6,8 +6,8 @@
     W0         base.weight    (d, k)    never
     A          lora_A         (r, k)    yes, random start
     B          lora_B         (d, r)    yes, zero start: step 0 is the base model, bit for bit
-    alpha / r  scaling        scalar    no
     r          r              scalar    the rank, far below min(d, k)
+    alpha / r  scaling        scalar    no
 
 Use, in any PyTorch model that calls its linear layers:
 
@@ -21,12 +21,11 @@ Use, in any PyTorch model that calls its linear layers:
     merge_lora(model)                            # W0 + scaling B A: no latency is added
     strip_lora(model)                            # plain layers again
 
-A first reading may stop after merging. Then come the choice of layers, adapter files in PEFT's
-format, and an appendix, a base in 4 bits, which a copy of this file can do without.
+A first reading may stop after merging. A copy can do without the appendix, a base in 4 bits.
 
 Differences from the paper
-- A is initialised like the weight of nn.Linear, as in the authors' code. The paper says Gaussian.
-- Dropout on the adapter's input comes from the authors' code. The paper's equations have none.
+- A starts like the weight of nn.Linear, and its input has dropout, as in the authors' code. The
+  paper says Gaussian, and its equations have no dropout.
 - Merging is a call. The authors' code merges inside eval(), so that a checkpoint saved then holds
   W0 + B A under W0's name. Here state_dict() raises while merged.
 - A fused projection (GPT-2's c_attn) is adapted whole. The authors' code can adapt its thirds.
@@ -37,7 +36,7 @@ import json
 import math
 import os
 import warnings
-from collections import defaultdict
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -75,16 +74,16 @@ class LoRAConfig:
             names = getattr(self, field) or ()
             names = (names,) if isinstance(names, str) else tuple(names)
             object.__setattr__(self, field, names)
-        if not isinstance(self.r, Integral) or self.r < 1:
-            raise ValueError(f"r is {self.r!r}, expected a whole number, 1 or more")
-        if not isinstance(self.alpha, Real) or not 0 < self.alpha < 1e30:
-            raise ValueError(f"alpha is {self.alpha!r}, expected a number above 0")
-        if not isinstance(self.dropout, Real) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout!r}, expected a probability below 1")
-        if not self.targets:
-            raise ValueError("targets is empty, expected names of linear layers")
-        if not isinstance(self.rslora, bool):
-            raise ValueError(f"rslora is {self.rslora!r}, expected True or False")
+
+        def check(field, valid, expected):
+            if not valid:
+                raise ValueError(f"{field} is {getattr(self, field)!r}, expected {expected}")
+
+        check("r", isinstance(self.r, Integral) and self.r >= 1, "a whole number, 1 or more")
+        check("alpha", isinstance(self.alpha, Real) and 0 < self.alpha < 1e30, "a number above 0")
+        check("dropout", isinstance(self.dropout, Real) and 0 <= self.dropout < 1, "0 to below 1")
+        check("targets", self.targets, "names of linear layers")
+        check("rslora", isinstance(self.rslora, bool), "True or False")
 
     @property
     def scaling(self) -> float:
@@ -105,8 +104,7 @@ class LoRALinear(nn.Module):
     is below half a rounding step and would be lost.
     """
 
-    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float = 0.0,
-                 rslora: bool = False):
+    def __init__(self, base, r, alpha, dropout=0.0, rslora=False):
         super().__init__()
         self.scaling = LoRAConfig(r=r, alpha=alpha, dropout=dropout, rslora=rslora).scaling
         self.base = base.requires_grad_(False)
@@ -119,10 +117,7 @@ class LoRALinear(nn.Module):
         self.enabled = True
         self.unmerged_base = None  # while merged (base,): in a tuple it is no submodule
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.merged and self.training and torch.is_grad_enabled():
-            raise RuntimeError("the adapter is merged: call model.eval() to use the model, "
-                               "unmerge_lora(model) to train it")
+    def forward(self, x):
         if self.merged or not self.enabled:
             return self.base(x)
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., k) -> (..., r)
@@ -133,17 +128,17 @@ class LoRALinear(nn.Module):
                              "a tensor: leave this layer out of targets")
         return h + update
 
-    def delta(self) -> torch.Tensor:
+    def delta(self):
         """Return the update scaling * B A, (d, k) in fp32."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
             return self.scaling * (self.lora_B.detach() @ self.lora_A.detach())
 
     @property
-    def merged(self) -> bool:
+    def merged(self):
         return self.unmerged_base is not None
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self):
         """Put a dense layer of W0 + scaling * B A in the base's place: no latency (Sec. 4.1).
 
         The sum is taken in fp32 and rounded once. The base is kept on the CPU for unmerge().
@@ -151,24 +146,23 @@ class LoRALinear(nn.Module):
         if self.merged:
             return
         if not self.enabled:
-            raise RuntimeError("the adapter is switched off: merge outside of disable_lora")
+            raise RuntimeError("cannot merge inside disable_lora")
         dense = dense_copy(self.base)
         delta = self.delta().T if is_transposed(dense) else self.delta()
         dense.weight.copy_(dense.weight + delta)
         self.unmerged_base = (with_tensors(self.base, lambda tensor: tensor.to("cpu")),)
         self.base = dense
 
-    def unmerge(self) -> None:
+    def unmerge(self):
         """Put the base back. (W0 + scaling B A) - scaling B A would not give every bit of W0."""
         if self.merged:
             device = self.base.weight.device
             self.base = with_tensors(self.unmerged_base[0], lambda tensor: tensor.to(device))
             self.unmerged_base = None
 
-    def refuse_while_merged(self, action: str) -> None:
+    def refuse_while_merged(self, action):
         if self.merged:
-            raise RuntimeError(f"cannot {action} while the adapter is merged: call "
-                               "unmerge_lora(model) or strip_lora(model) first")
+            raise RuntimeError(f"cannot {action} while merged: call unmerge_lora(model) first")
 
     # For model code that reads layer.weight instead of calling the layer.
     weight = property(lambda self: self.base.weight)
@@ -197,37 +191,34 @@ class LoRALinear(nn.Module):
                 state_dict.setdefault(prefix + "lora_B", self.lora_B.detach())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def extra_repr(self) -> str:
-        return f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}, merged={self.merged}"
+    def extra_repr(self):
+        return f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}"
 
 
-def features(layer: nn.Module) -> tuple[int, int]:
-    """Return (d, k), the sizes of output and input. Conv1D has no attributes for them."""
+def features(layer):
+    """Return (d, k), the sizes of output and input."""
     if hasattr(layer, "out_features"):
         return layer.out_features, layer.in_features
-    return tuple(reversed(layer.weight.shape))
+    return tuple(reversed(layer.weight.shape))  # Conv1D
 
 
-def is_transposed(layer: nn.Module) -> bool:
+def is_transposed(layer):
     """True for transformers' Conv1D (GPT-2), whose weight is (k, d), and for its packed form."""
     return type(layer).__name__ == "Conv1D" or getattr(layer, "transposed", False)
 
 
-def dense_copy(base: nn.Module) -> nn.Module:
-    """Return a plain layer with the base's values and tensors of its own, by to_dense() if packed.
-
-    ValueError for a weight that is computed, quantised by another library, or on the meta device.
-    """
+def dense_copy(base):
+    """Return a plain layer with the base's values, in tensors of its own."""
     if hasattr(base, "to_dense"):
         return base.to_dense()
     weight = base._parameters.get("weight")
     if weight is None or weight.dtype not in FLOATS or weight.is_meta:
-        raise ValueError(f"cannot merge into this {type(base).__name__}: it has no plain weight "
-                         "in memory; load the base unquantised")
+        # it is computed (weight_norm), quantised by another library, or on the meta device
+        raise ValueError(f"cannot merge into this {type(base).__name__}, which has no dense weight")
     return with_tensors(base, torch.clone)
 
 
-def with_tensors(layer: nn.Module, change) -> nn.Module:
+def with_tensors(layer, change):
     """Return a copy of a layer with change(tensor) in place of each of its tensors."""
     layer = copy.copy(layer)
     layer._parameters = {name: p if p is None else nn.Parameter(change(p.detach()), False)
@@ -238,7 +229,7 @@ def with_tensors(layer: nn.Module, change) -> nn.Module:
 
 # --- injection ---
 
-def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
+def inject_lora(model, config) -> list[str]:
     """Freeze the model, wrap the targets, train also_train (Sec. 4.2); return the wrapped names.
 
     Create the optimizer afterwards. Raises ValueError, with the model untouched, when a target
@@ -246,16 +237,8 @@ def inject_lora(model: nn.Module, config: LoRAConfig) -> list[str]:
     """
     model = unwrap(model)
     if dict(lora_layers(model)):
-        raise ValueError("the model carries an adapter already: call strip_lora(model) first, or "
-                         "load_adapter to replace it")
-    also_train = match_modules(model, config.also_train)
-    names = match_targets(model, config.targets, also_train)
-    check_trainable(model, names, also_train)
-    wrap_layers(model, names, also_train, config)
-    return names
-
-
-def wrap_layers(model: nn.Module, names, also_train, config: LoRAConfig) -> None:
+        raise ValueError("the model carries an adapter already: call strip_lora(model) first")
+    names, also_train = select(model, config)
     wrappers = {}
     for name in names:
         base = model.get_submodule(name)
@@ -268,31 +251,31 @@ def wrap_layers(model: nn.Module, names, also_train, config: LoRAConfig) -> None
     for name in also_train:
         module = model.get_submodule(name).requires_grad_(True)
         module.before_training = copy.deepcopy(module.state_dict())  # for load_adapter to put back
+    return names
 
 
-def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
+def replace_modules(model, replacements):
     """Replace each module under every name it has: one module may stand in two places."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             parent._modules[name] = replacements.get(child, child)
 
 
-def lora_layers(model: nn.Module):
+def lora_layers(model):
     """Yield (name, LoRALinear) for every wrapped layer."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear))
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
+def count_parameters(model) -> tuple[int, int]:
     """Return (trainable, total) numbers of weights; a packed layer counts as d x k."""
-    parameters = list(model.parameters())
-    packed = [features(module) for module in model.modules() if hasattr(module, "to_dense")]
-    total = sum(p.numel() for p in parameters) + sum(d * k for d, k in packed)
-    return sum(p.numel() for p in parameters if p.requires_grad), total
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    packed = sum(math.prod(features(m)) for m in model.modules() if hasattr(m, "to_dense"))
+    return trainable, packed + sum(p.numel() for p in model.parameters())
 
 
 # --- merge, switch off, take off ---
 
-def merge_lora(model: nn.Module) -> nn.Module:
+def merge_lora(model):
     """Add every update to its base weight; return the model. A second call changes nothing.
 
     Raises ValueError if a layer cannot be merged, and then merges none, or if there is no adapter.
@@ -307,22 +290,21 @@ def merge_lora(model: nn.Module) -> nn.Module:
     return model
 
 
-def unmerge_lora(model: nn.Module) -> nn.Module:
+def unmerge_lora(model):
     """Put every base weight back, bit for bit; return the model."""
     for layer in adapted(model).values():
         layer.unmerge()
     return model
 
 
-def adapted(model: nn.Module) -> dict[str, LoRALinear]:
+def adapted(model):
     layers = dict(lora_layers(model))
     if not layers:
-        raise ValueError("the model carries no adapter: call inject_lora or load_adapter first, "
-                         "and strip_lora last")
+        raise ValueError("the model carries no adapter: call inject_lora or load_adapter first")
     return layers
 
 
-def strip_lora(model: nn.Module) -> nn.Module:
+def strip_lora(model):
     """Replace every wrapper by its base, merged or not; return the model, which stays frozen.
 
     The state_dict has its original keys again. Modules of also_train stay as trained.
@@ -334,13 +316,12 @@ def strip_lora(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def disable_lora(model: nn.Module):
+def disable_lora(model):
     """Switch the adapter off inside the with block. Modules of also_train stay as trained."""
     layers = [layer for layer in adapted(model).values() if layer.enabled]
-    for layer in layers:
-        layer.refuse_while_merged("switch off")
     try:
         for layer in layers:
+            layer.refuse_while_merged("switch off")
             layer.enabled = False
         yield model
     finally:
@@ -350,118 +331,96 @@ def disable_lora(model: nn.Module):
 
 # --- which layers can be adapted ---
 
-def match_targets(model: nn.Module, targets, also_train=()) -> list[str]:
-    """Return the names of the linear layers that targets select, outside of also_train."""
+def select(model, config):
+    """Return the names of the layers to wrap, and of the modules to train in full."""
+    modules = [name for name, module in model.named_modules()
+               if name and next(module.parameters(), None) is not None]
+    also_train = match(modules, config.also_train, "module with weights")
     layers = linear_layers(model, also_train)
-    if "all-linear" not in targets:
-        return match_names(layers, targets, "target {!r} matches no layer that can be adapted")
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    names = [name for name, layer in layers.items()
-             if layer is not head and not is_router(layer)]
-    if head is None:
-        names = [name for name in names if not ends_in(name, ["lm_head"])]
+    if "all-linear" in config.targets:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        names = [name for name, layer in layers.items() if not is_router(layer)
+                 and (layer is not head if head else not ends_in(name, ["lm_head"]))]
+    else:
+        names = match(layers, config.targets, "layer that can be adapted")
     if not names:
         raise ValueError("this model has no linear layer to adapt")
-    return names
+    check_trainable(model, names, also_train)
+    return names, also_train
 
 
-def match_modules(model: nn.Module, also_train) -> list[str]:
-    """Return the names of the modules with weights that also_train selects."""
-    names = [name for name, module in model.named_modules()
-             if name and next(module.parameters(), None) is not None]
-    return match_names(names, also_train, "also_train {!r} matches no module with weights")
-
-
-def match_names(names, endings, error: str) -> list[str]:
+def match(names, endings, kind):
     """Return the names with one of the endings; ValueError for an ending that matches nothing."""
     for ending in endings:
         if not any(ends_in(name, [ending]) for name in names):
-            raise ValueError(f"{error.format(ending)}; this model has: "
-                             f"{', '.join(short_names(names)) or 'none'}")
+            existing = ", ".join(sorted({name.split(".")[-1] for name in names}))
+            raise ValueError(f"{ending!r} matches no {kind}; there are: {existing or 'none'}")
     return [name for name in names if ends_in(name, endings)]
 
 
-def ends_in(name: str, endings) -> bool:
+def ends_in(name, endings):
     """Compare whole dotted parts: q_proj is not the end of eq_proj."""
     return any(f".{name}".endswith(f".{ending}") for ending in endings)
 
 
-def short_names(names) -> list[str]:
-    """Return the distinct last parts of dotted names; a bare index keeps its parent."""
-    parts = [name.split(".") for name in names]
-    return sorted({".".join(part[-2:] if part[-1].isdigit() else part[-1:]) for part in parts})
+# They read their children's weights without calling them: an adapter there would do nothing.
+BYPASSING = nn.MultiheadAttention, nn.TransformerEncoderLayer
 
 
-def linear_layers(model: nn.Module, outside=()) -> dict[str, nn.Module]:
-    """Return {name: layer} of what can be adapted; a wrapped layer has the name of its base."""
-    bases = {layer.base for _, layer in lora_layers(model)}
-    outside = tuple(f"{name}." for name in outside)
-    return {name: module for name, module in model.named_modules()
-            if name and module not in bases and is_linear(module)
-            and not f"{name}.".startswith(outside) and not is_bypassed(model, name)}
+def linear_layers(model, outside=()):
+    """Return {name: layer} of what can be adapted, outside of the modules named."""
+    layers = {}
+    for name, module in model.named_modules():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        inside = any(f"{name}.".startswith(f"{other}.") for other in outside)
+        if name and is_linear(module) and not isinstance(parent, BYPASSING) and not inside:
+            layers[name] = module
+    return layers
 
 
-def is_linear(module: nn.Module) -> bool:
+def is_linear(module):
     """True if an adapter fits: the module maps (..., k) to (..., d) by a (d, k) weight."""
-    if hasattr(module, "to_dense") or isinstance(module, LoRALinear):
+    if hasattr(module, "to_dense"):
         return True  # packed: reading .weight would dequantise it
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor) or nn.parameter.is_lazy(weight):
         return False
     if is_transposed(module):
         return weight.dim() == 2
-    d, k = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
     # A library that packs weights into integers has a shape of its own.
-    return None not in (d, k) and (weight.shape == (d, k) or not weight.is_floating_point())
+    return None not in sizes and (weight.shape == sizes or not weight.is_floating_point())
 
 
-def is_router(layer: nn.Module) -> bool:
-    """True for routers (PhiMoE, Llama 4): they override nn.Linear's forward, to return tuples.
+def is_router(layer):
+    """True for nn.Linear with a forward of its own: routers (PhiMoE, Llama 4) return tuples.
 
-    Layers quantised by other libraries override it too, but hold integers or 8-bit floats.
+    Layers quantised by other libraries have one too, but hold integers or 8-bit floats.
     """
     overrides = isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward
     return overrides and layer.weight.dtype in FLOATS
 
 
-def is_bypassed(model: nn.Module, name: str) -> bool:
-    """True where torch reads the weight without calling the layer: an adapter would do nothing.
-
-    For nn.TransformerEncoderLayer, torch.backends.mha.set_fastpath_enabled(False) changes that.
-    """
-    parent = model.get_submodule(name.rpartition(".")[0])
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    return (isinstance(parent, nn.MultiheadAttention)
-            or isinstance(parent, nn.TransformerEncoderLayer) and fast_path)
-
-
-def check_trainable(model: nn.Module, names, also_train) -> None:
-    """Raise ValueError for a tied weight, and for running statistics, which no file would hold."""
-    owners = defaultdict(set)
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            owners[parameter].add(name)
+def check_trainable(model, names, also_train=()):
+    """Raise ValueError for tied weights, and for buffers, which an adapter file does not hold."""
+    uses = Counter(chain.from_iterable(module._parameters.values() for module in model.modules()))
     for name in [*names, *also_train]:
-        for parameter in model.get_submodule(name).parameters():
-            if len(owners[parameter]) > 1:
-                others = ", ".join(sorted(owners[parameter] - {name}))
-                raise ValueError(f"{name} shares its weight with {others} (tied), which would "
-                                 "change too: choose other layers")
-    for name in also_train:
-        if list(model.get_submodule(name).buffers()):
-            raise ValueError(f"{name} has buffers, which an adapter file does not hold: leave it "
-                             "out of also_train")
+        module = model.get_submodule(name)
+        if any(uses[parameter] > 1 for parameter in module.parameters()):
+            raise ValueError(f"{name} shares a weight (tied embeddings?): another module would "
+                             "change with it")
+        if name in also_train and list(module.buffers()):
+            raise ValueError(f"{name} has buffers: leave it out of also_train")
 
 
 PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
 
 
-def unwrap(model: nn.Module, to_train: bool = True) -> nn.Module:
-    """Return the model inside torch.compile's or a parallel wrapper: names without a prefix."""
+def unwrap(model, to_train=True):
+    """Return the model inside wrappers, which put a prefix before its names."""
     if to_train and any(isinstance(module, PARALLEL) for module in model.modules()):
-        raise ValueError("DistributedDataParallel or DataParallel would not synchronise the "
-                         "adapter: inject or load first, then wrap")
-    while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):
+        raise ValueError("DataParallel would not synchronise the adapter: inject first, then wrap")
+    while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):  # torch.compile's
         model = getattr(model, "_orig_mod", None) or model.module
     return model
 
@@ -484,20 +443,19 @@ UNSUPPORTED = set("""
     trainable_token_indices target_parameters ensure_weight_tying""".split())
 
 
-def adapter_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return {parameter name: copy} of what trains: every A and B, and the modules of also_train.
+def adapter_state_dict(model) -> dict[str, torch.Tensor]:
+    """Return copies of what trains; model.load_state_dict(copies, strict=False) puts them back.
 
-    model.load_state_dict(copies, strict=False) puts them back. Not for the optimizer, which needs
-    the parameters themselves.
+    Not for the optimizer, which needs the parameters themselves.
     """
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
+def save_adapter(model, config, folder):
     """Write adapter_model.safetensors and adapter_config.json, which PEFT and load_adapter read.
 
-    A crash leaves no mixed adapter. Raises RuntimeError while merged, ValueError for NaN, for a
-    config other than the injected one, and for a parameter that trains outside of both.
+    Raises RuntimeError while merged, ValueError for NaN, for a config other than the injected one,
+    and for a parameter that trains outside of both.
     """
     from safetensors.torch import save
     model = unwrap(model, to_train=False)
@@ -506,29 +464,22 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
         layer.refuse_while_merged("save")
         if (layer.lora_A.shape[0], layer.scaling) != (config.r, config.scaling):
             raise ValueError(f"this is not the config that was injected: {config}")
-    also_train = match_modules(model, config.also_train)
-    parameters = file_parameters(model, also_train)
-    written = set(parameters.values())
+    parameters = file_parameters(model, config.also_train)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter not in written:
-            raise ValueError(f"{name} trains but would not be saved: name its module in also_train "
-                             "before injecting")
+        if parameter.requires_grad and parameter not in set(parameters.values()):
+            raise ValueError(f"{name} trains but would not be saved: inject with its module in "
+                             "also_train")
     for key, parameter in parameters.items():
         if not parameter.isfinite().all():
-            raise ValueError(f"{key} holds NaN or infinity: training diverged")
-    idle = [name for name, layer in layers.items() if not layer.lora_B.any()]
-    if idle:
-        warnings.warn(f"{len(idle)} adapted layers never trained, such as {idle[0]}: is the "
-                      "optimizer older than the adapter, or the layer never called?")
-    # The configured endings, if on loading they select the same layers; else whole names.
-    selected = [n for n in linear_layers(model, also_train) if ends_in(n, config.targets)]
+            raise ValueError(f"{key} holds NaN or infinity")
+    by_ending = all(ends_in(name, config.targets) for name in layers)  # not all-linear
     options = {
         "peft_type": "LORA", "inference_mode": True, "bias": "none",
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
         "r": int(config.r), "lora_alpha": float(config.alpha),  # numpy's numbers are not JSON's
         "lora_dropout": float(config.dropout), "use_rslora": config.rslora,
-        "target_modules": list(config.targets if selected == list(layers) else layers),
+        "target_modules": list(config.targets if by_ending else layers),
         "modules_to_save": list(config.also_train) or None,
         "fan_in_fan_out": any(is_transposed(layer.base) for layer in layers.values())}
     tensors = {key: p.detach().to("cpu").contiguous() for key, p in parameters.items()}
@@ -546,58 +497,51 @@ def save_adapter(model: nn.Module, config: LoRAConfig, folder) -> None:
         os.replace(folder / f"{name}.part", folder / name)
 
 
-def file_parameters(model: nn.Module, also_train) -> dict[str, nn.Parameter]:
+def file_parameters(model, also_train):
     """Return {key in the file: parameter}: every A and B, and the modules of also_train."""
     parameters = {}
-    for name, layer in lora_layers(model):
-        parameters[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        parameters[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B
-    for name in also_train:
-        for key, parameter in model.get_submodule(name).named_parameters():
-            parameters[f"{PREFIX}{name}.{key}"] = parameter
-    # torch.compile of a submodule puts a prefix into its names
-    return {key.replace("_orig_mod.", ""): parameter for key, parameter in parameters.items()}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            parameters[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A
+            parameters[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B
+        elif ends_in(name, also_train):
+            parameters.update(module.named_parameters(f"{PREFIX}{name}"))
+    return parameters
 
 
-def base_sample(model: nn.Module) -> list[float]:
-    """Return 64 weights each of the first and last adapted layer: a fingerprint of the base."""
-    layers, sample = list(adapted(model).values()), []
-    for weight in (layers[0].weight, layers[-1].weight):
-        if weight.dtype in FLOATS and not weight.is_meta:
-            sample += weight.flatten()[:64].tolist()
-    return sample
+def base_sample(model):
+    """Return 64 weights of the last adapted layer, a fingerprint of the base; [] if packed."""
+    *_, layer = adapted(model).values()
+    plain = layer.weight.dtype in FLOATS and not layer.weight.is_meta
+    return layer.weight.flatten()[:64].tolist() if plain else []
 
 
-def load_adapter(model: nn.Module, folder) -> LoRAConfig:
+def load_adapter(model, folder) -> LoRAConfig:
     """Put the adapter of a folder onto the model, in place of any other; return its config.
 
     Create the optimizer afterwards: loading replaces A and B. Nothing in the files is executed.
     Raises ValueError, with the model as it was, unless the file holds exactly what injecting its
     config into this model would make.
     """
-    from safetensors import SafetensorError
     model = unwrap(model)
-    old = [layer for _, layer in lora_layers(model)]
-    if not all(layer.enabled for layer in old):
-        raise RuntimeError("the adapter is switched off: load another outside of disable_lora")
-    bases = {layer: layer.unmerged_base[0] if layer.merged else layer.base for layer in old}
+    bases = {layer: layer.unmerged_base[0] if layer.merged else layer.base
+             for _, layer in lora_layers(model)}
     replace_modules(model, bases)  # the file is compared with the plain model
     try:
-        config, names, also_train, tensors, sample = read_adapter(model, Path(folder))
-    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
+        config, tensors, sample = read_adapter(model, Path(folder))
+    except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder} is no adapter for this model: {reason}") from None
     finally:
         replace_modules(model, {base: layer for layer, base in bases.items()})
 
-    for layer in old:
+    for layer in bases:
         layer.unmerge()
     for module in model.modules():
         if "before_training" in module.__dict__:  # a head that the old adapter trained
             module.load_state_dict(module.before_training)
-    strip_lora(model)
-    wrap_layers(model, names, also_train, config)
-    for key, parameter in file_parameters(model, also_train).items():
+    inject_lora(strip_lora(model), config)
+    for key, parameter in file_parameters(model, config.also_train).items():
         parameter.detach().copy_(tensors[key])
     here = torch.tensor(base_sample(model))
     # Rounding to 4 bits moves the sample by about 10%, another seed by about 140%.
@@ -606,56 +550,56 @@ def load_adapter(model: nn.Module, folder) -> LoRAConfig:
     return config
 
 
-def read_adapter(model: nn.Module, folder: Path):
-    """Return (config, layer names, also_train's names, tensors, sample), checked on the model."""
+def read_adapter(model, folder):
+    """Return (config, tensors by key, sample of the base), checked against the plain model."""
     from safetensors import safe_open
     options = json.loads((folder / CONFIG).read_text(encoding="utf8"))
     check_options(options)
     with safe_open(folder / WEIGHTS, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         sample = torch.tensor(json.loads((file.metadata() or {}).get("base", "[]"))).float()
-    # PEFT also lists modules that the model lacks: score beside classifier.
-    saved = [ending for ending in options.get("modules_to_save") or ()
-             if any(ends_in(name, [ending]) for name, _ in model.named_modules())]
-    also_train = match_modules(model, saved)
-    layers = linear_layers(model, also_train)
+    modules = dict(model.named_modules())
+
+    def present(endings):  # PEFT also lists names that the model lacks: score beside classifier
+        return [ending for ending in endings if any(ends_in(name, [ending]) for name in modules)]
+
     targets = options.get("target_modules")
     if not isinstance(targets, list) or any(options.get(key) not in UNSET for key in NARROWING):
         # A regular expression, say, which is not run: the keys tell the layers.
-        targets = [name for name in layers if f"{PREFIX}{name}.lora_A.weight" in tensors]
+        targets = [name for name in modules if f"{PREFIX}{name}.lora_A.weight" in tensors]
     config = LoRAConfig(
-        r=options.get("r"), alpha=options.get("lora_alpha"), targets=targets, also_train=saved,
-        dropout=options.get("lora_dropout", 0.0), rslora=options.get("use_rslora", False))
-    names = [name for name in layers if ends_in(name, targets)]
-    check_trainable(model, names, also_train)
+        r=options.get("r"), alpha=options.get("lora_alpha"),
+        dropout=options.get("lora_dropout", 0.0), targets=present(targets),
+        also_train=present(options.get("modules_to_save") or ()),
+        rslora=options.get("use_rslora", False))
 
-    expected = {key: tuple(p.shape) for key, p in file_parameters(model, also_train).items()}
+    names, _ = select(model, config)
+    expected = {key: tuple(p.shape) for key, p in file_parameters(model, config.also_train).items()}
     for name in names:
-        d, k = features(layers[name])
+        d, k = features(modules[name])
         expected[f"{PREFIX}{name}.lora_A.weight"] = (config.r, k)
         expected[f"{PREFIX}{name}.lora_B.weight"] = (d, config.r)
         # PEFT saves the base of an adapted lm_head along. It has to be this model's own.
         base = tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
-        if base is not None and not torch.equal(base.to(layers[name].weight), layers[name].weight):
+        if base is not None and not torch.equal(base, modules[name].weight.to(base)):
             raise ValueError(f"{WEIGHTS} has another base weight for {name} than this model")
-    for key in sorted(expected.keys() | tensors.keys()):
-        shape = tuple(tensors[key].shape) if key in tensors else "missing"
-        if shape != expected.get(key):
-            raise ValueError(f"{key} is {shape} in {WEIGHTS}, expected "
-                             f"{expected.get(key, 'no such entry')}")
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    for key in sorted(expected.keys() | shapes.keys()):
+        found, wanted = shapes.get(key, "missing"), expected.get(key, "no such entry")
+        if found != wanted:
+            raise ValueError(f"{key} is {found} in {WEIGHTS}, expected {wanted}")
         if tensors[key].dtype not in FLOATS or not tensors[key].float().isfinite().all():
             raise ValueError(f"{key} is {tensors[key].dtype} or holds NaN, expected finite numbers")
-    return config, names, also_train, tensors, sample
+    return config, tensors, sample
 
 
-def check_options(options) -> None:
+def check_options(options):
     """Raise ValueError for an option that makes another kind of adapter; warn of unknown ones."""
     if not isinstance(options, dict) or options.get("peft_type") != "LORA":
         raise ValueError(f"{CONFIG} does not say peft_type LORA")
     init = options.get("init_lora_weights")
     if init not in (True, False, None, "gaussian", "orthogonal", "eva"):
-        raise ValueError(f"init_lora_weights is {init!r}, which changed the base weights: let "
-                         "PEFT convert it (path_initial_model_for_weight_conversion)")
+        raise ValueError(f"init_lora_weights is {init!r}, which changes the base: not supported")
     for key, value in options.items():
         if key in SUPPORTED or value is False or value in UNSET:
             continue
@@ -667,7 +611,6 @@ def check_options(options) -> None:
 # --- appendix: a 4-bit base (NF4) ---
 #
 # QLoRA (Dettmers et al. 2023, arXiv:2305.14314). The code above runs without it.
-from functools import cache
 
 # Quantiles of a normal distribution, scaled to [-1, 1], with an exact 0 (their Appendix E).
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -682,18 +625,23 @@ class NF4Linear(nn.Module):
 
     codes   (bytes,) uint8: two codes a byte, of the flattened weight
     absmax  (blocks,) bfloat16, held as int16 so that .half() does not touch it. The paper quantises
-            it once more, to 4.13 bits a weight in all; that saves 15 MB on TinyLlama
+            it once more, to 4.13 bits a weight: 15 MB less on TinyLlama
     bias    as it was
-    Computes in x's dtype. `weight` is W, dequantised on every access.
+    Computes in x's dtype. `weight` is W, dequantised on every access. Raises ValueError unless the
+    layer is nn.Linear or Conv1D over finite floats in memory.
     """
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer):
         super().__init__()
+        weight = layer.weight.detach()
+        plain = type(layer) is nn.Linear or is_transposed(layer)
+        if not plain or weight.is_meta or weight.dtype not in FLOATS or not weight.isfinite().all():
+            raise ValueError(f"{type(layer).__name__}, {weight.dtype} on {weight.device}, expected "
+                             "a plain linear layer of finite floats")
         self.kind = type(layer)
         self.transposed = is_transposed(layer)
         self.out_features, self.in_features = features(layer)
         self.bias = layer.bias
-        weight = layer.weight.detach()
         flat = weight.flatten().float()
         blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
         absmax = blocks.abs().amax(1)
@@ -706,10 +654,11 @@ class NF4Linear(nn.Module):
         self.register_buffer("dtype_of", weight.new_empty(0), persistent=False)  # .half() casts it
         self.requires_grad_(False).train(layer.training)
 
-    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+    def dequantize(self, dtype):
         """Return W, shaped as it was: (d, k), or (k, d) over Conv1D."""
+        values = torch.tensor(NF4, dtype=dtype, device=self.codes.device)
         # Both values of a byte at once: the temporary index takes 2 bytes a weight, not 8.
-        pairs = value_pairs(dtype, self.codes.device)  # (256, 2)
+        pairs = torch.cartesian_prod(values, values)  # (256, 2)
         blocks = pairs.index_select(0, self.codes.int()).view(-1, BLOCK)
         blocks *= self.absmax.view(torch.bfloat16).to(dtype)[:, None]
         d, k = self.out_features, self.in_features
@@ -718,10 +667,10 @@ class NF4Linear(nn.Module):
 
     weight = property(lambda self: self.dequantize(self.dtype_of.dtype))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return NF4Product.apply(x, self)
 
-    def to_dense(self) -> nn.Module:
+    def to_dense(self):
         """Return a plain layer of the kind that was quantised, with the rounded values."""
         sizes = self.in_features, self.out_features
         with torch.device("meta"):
@@ -729,16 +678,6 @@ class NF4Linear(nn.Module):
         layer.weight = nn.Parameter(self.weight, requires_grad=False)
         layer.bias = copy.deepcopy(self.bias)
         return layer.train(self.training)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
-
-
-@cache
-def value_pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Return (256, 2): for every byte its two values."""
-    pairs = [(first, second) for first in NF4 for second in NF4]
-    return torch.tensor(pairs, dtype=dtype, device=device)
 
 
 class NF4Product(torch.autograd.Function):
@@ -758,46 +697,33 @@ class NF4Product(torch.autograd.Function):
 
 
 @torch.no_grad()
-def quantize_nf4(model: nn.Module, skip: tuple[str, ...] = ("lm_head",)) -> list[str]:
+def quantize_nf4(model, skip=("lm_head",)) -> list[str]:
     """Put an NF4Linear in place of the linear layers; return their names.
 
     Call it on the CPU before injecting, then move the model: the device never holds a dense layer.
-    The output head, embeddings and names that end in one of skip stay dense; so do, with a warning,
-    layers that cannot be packed. Raises ValueError, with the model untouched, when none can.
+    The output head and names that end in one of skip stay dense; so do, with a warning, layers that
+    cannot be packed. Raises ValueError when none can.
     """
     if dict(lora_layers(model)):
         raise ValueError("the model carries an adapter: quantise the base first, then inject")
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    layers = {}
-    for name, layer in linear_layers(model).items():
+    names = []
+    for name in list(linear_layers(model)):
+        layer = model.get_submodule(name)  # by name: each dense weight is freed before the next
         if layer is head or ends_in(name, skip) or isinstance(layer, NF4Linear):
             continue
         try:
-            check_packable(name, layer)
-            check_trainable(model, [name], [])  # not tied
+            check_trainable(model, [name])  # not tied
+            replace_modules(model, {layer: NF4Linear(layer)})
+            names.append(name)
         except ValueError as error:
-            warnings.warn(f"{error}; it stays dense")
-        else:
-            layers[name] = layer
-    if not layers:
+            warnings.warn(f"{name} stays dense: {error}")
+    if not names:
         raise ValueError("there is no linear layer to quantise in this model")
-    names = list(layers)
-    for name in names:  # one at a time: each dense weight is freed before the next is quantised
-        layer = layers.pop(name)
-        replace_modules(model, {layer: NF4Linear(layer)})
-        del layer
     return names
 
 
-def check_packable(name: str, layer: nn.Module) -> None:
-    weight = layer.weight
-    plain = type(layer) is nn.Linear or is_transposed(layer)
-    if not plain or weight.is_meta or weight.dtype not in FLOATS or not weight.isfinite().all():
-        raise ValueError(f"{name} is no plain linear layer of finite floats, but a "
-                         f"{type(layer).__name__} of {weight.dtype} on {weight.device}")
-
-
-def dequantize_nf4(model: nn.Module) -> None:
+def dequantize_nf4(model):
     """Put plain layers with the rounded values back in place of every NF4Linear."""
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     replace_modules(model, {module: module.to_dense() for module in packed})
