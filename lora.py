@@ -611,6 +611,7 @@ def check_options(options):
 # --- appendix: a 4-bit base (NF4) ---
 #
 # QLoRA (Dettmers et al. 2023, arXiv:2305.14314). The code above runs without it.
+from functools import cache
 
 # Quantiles of a normal distribution, scaled to [-1, 1], with an exact 0 (their Appendix E).
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -656,9 +657,8 @@ class NF4Linear(nn.Module):
 
     def dequantize(self, dtype):
         """Return W, shaped as it was: (d, k), or (k, d) over Conv1D."""
-        values = torch.tensor(NF4, dtype=dtype, device=self.codes.device)
         # Both values of a byte at once: the temporary index takes 2 bytes a weight, not 8.
-        pairs = torch.cartesian_prod(values, values)  # (256, 2)
+        pairs = value_pairs(dtype, self.codes.device)  # (256, 2)
         blocks = pairs.index_select(0, self.codes.int()).view(-1, BLOCK)
         blocks *= self.absmax.view(torch.bfloat16).to(dtype)[:, None]
         d, k = self.out_features, self.in_features
@@ -678,6 +678,12 @@ class NF4Linear(nn.Module):
         layer.weight = nn.Parameter(self.weight, requires_grad=False)
         layer.bias = copy.deepcopy(self.bias)
         return layer.train(self.training)
+
+
+@cache
+def value_pairs(dtype, device):
+    values = torch.tensor(NF4, dtype=dtype, device=device)
+    return torch.cartesian_prod(values, values)
 
 
 class NF4Product(torch.autograd.Function):
