@@ -96,10 +96,7 @@ class LoRAConfig:
 class LoRALinear(nn.Module):
     """h = W0 x + scaling * B A x (Eq. 3): a low-rank update beside a frozen linear layer.
 
-    base    (..., k) -> (..., d), frozen
-    lora_A  (r, k), random
-    lora_B  (d, r), zero: training starts at the base model, and A first moves at step 2,
-            because dL/dA is zero as long as B is
+    Maps (..., k) to (..., d). As long as B is zero, so is dL/dA: A first moves at step 2.
     A and B are fp32 whatever the base's dtype. In bf16 a late update of 3e-5 on a weight of 0.02
     is below half a rounding step and would be lost.
     """
@@ -124,8 +121,7 @@ class LoRALinear(nn.Module):
         update = F.linear(z * self.scaling, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
         h = self.base(x)  # last: backward does not need h, so recomputation can stop before it
         if not isinstance(h, torch.Tensor):
-            raise ValueError(f"{type(self.base).__name__} returns a {type(h).__name__}, expected "
-                             "a tensor: leave this layer out of targets")
+            raise ValueError(f"{type(self.base).__name__} returns no tensor: do not target it")
         return h + update
 
     def delta(self):
@@ -141,7 +137,7 @@ class LoRALinear(nn.Module):
     def merge(self):
         """Put a dense layer of W0 + scaling * B A in the base's place: no latency (Sec. 4.1).
 
-        The sum is taken in fp32 and rounded once. The base is kept on the CPU for unmerge().
+        The sum is taken in fp32 and rounded once. The base waits on the CPU for unmerge().
         """
         if self.merged:
             return
@@ -150,14 +146,13 @@ class LoRALinear(nn.Module):
         dense = dense_copy(self.base)
         delta = self.delta().T if is_transposed(dense) else self.delta()
         dense.weight.copy_(dense.weight + delta)
-        self.unmerged_base = (with_tensors(self.base, lambda tensor: tensor.to("cpu")),)
-        self.base = dense
+        self.unmerged_base, self.base = (self.base,), dense
+        self.unmerged_base[0].to("cpu")  # last: if that fails, unmerge() can still undo it
 
     def unmerge(self):
         """Put the base back. (W0 + scaling B A) - scaling B A would not give every bit of W0."""
         if self.merged:
-            device = self.base.weight.device
-            self.base = with_tensors(self.unmerged_base[0], lambda tensor: tensor.to(device))
+            self.base = self.unmerged_base[0].to(self.base.weight)  # its device; its dtype if cast
             self.unmerged_base = None
 
     def refuse_while_merged(self, action):
@@ -215,16 +210,7 @@ def dense_copy(base):
     if weight is None or weight.dtype not in FLOATS or weight.is_meta:
         # it is computed (weight_norm), quantised by another library, or on the meta device
         raise ValueError(f"cannot merge into this {type(base).__name__}, which has no dense weight")
-    return with_tensors(base, torch.clone)
-
-
-def with_tensors(layer, change):
-    """Return a copy of a layer with change(tensor) in place of each of its tensors."""
-    layer = copy.copy(layer)
-    layer._parameters = {name: p if p is None else nn.Parameter(change(p.detach()), False)
-                         for name, p in layer._parameters.items()}
-    layer._buffers = {name: b if b is None else change(b) for name, b in layer._buffers.items()}
-    return layer
+    return copy.deepcopy(base)
 
 
 # --- injection ---
@@ -235,23 +221,21 @@ def inject_lora(model, config) -> list[str]:
     Create the optimizer afterwards. Raises ValueError, with the model untouched, when a target
     matches nothing, a weight is shared with another module, or the model carries an adapter.
     """
-    model = unwrap(model)
+    model = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
     if dict(lora_layers(model)):
         raise ValueError("the model carries an adapter already: call strip_lora(model) first")
-    names, also_train = select(model, config)
+    layers, heads = select(model, config)
     wrappers = {}
-    for name in names:
-        base = model.get_submodule(name)
-        layer = LoRALinear(base, config.r, config.alpha, config.dropout, config.rslora)
-        wrappers[base] = layer.train(base.training)
-    for parameter in model.parameters():
-        parameter.requires_grad = False
-        parameter.grad = None  # left from pretraining, it would move the base at the next step
+    for base in layers.values():
+        wrapper = LoRALinear(base, config.r, config.alpha, config.dropout, config.rslora)
+        wrappers[base] = wrapper.train(base.training)
+    model.requires_grad_(False)
+    model.zero_grad()  # left from pretraining, gradients would move the base at the next step
     replace_modules(model, wrappers)
-    for name in also_train:
-        module = model.get_submodule(name).requires_grad_(True)
-        module.before_training = copy.deepcopy(module.state_dict())  # for load_adapter to put back
-    return names
+    for head in heads.values():
+        head.requires_grad_(True)
+        head.before_training = copy.deepcopy(head.state_dict())  # for load_adapter to put back
+    return list(layers)
 
 
 def replace_modules(model, replacements):
@@ -280,7 +264,7 @@ def merge_lora(model):
 
     Raises ValueError if a layer cannot be merged, and then merges none, or if there is no adapter.
     """
-    layers = adapted(model).values()
+    layers = require_lora(model).values()
     try:
         for layer in layers:
             layer.merge()
@@ -292,12 +276,12 @@ def merge_lora(model):
 
 def unmerge_lora(model):
     """Put every base weight back, bit for bit; return the model."""
-    for layer in adapted(model).values():
+    for layer in require_lora(model).values():
         layer.unmerge()
     return model
 
 
-def adapted(model):
+def require_lora(model):
     layers = dict(lora_layers(model))
     if not layers:
         raise ValueError("the model carries no adapter: call inject_lora or load_adapter first")
@@ -312,13 +296,13 @@ def strip_lora(model):
     replace_modules(model, {layer: layer.base for _, layer in lora_layers(model)})
     for module in model.modules():
         module.__dict__.pop("before_training", None)
-    return model.base if isinstance(model, LoRALinear) else model
+    return model
 
 
 @contextmanager
 def disable_lora(model):
     """Switch the adapter off inside the with block. Modules of also_train stay as trained."""
-    layers = [layer for layer in adapted(model).values() if layer.enabled]
+    layers = [layer for layer in require_lora(model).values() if layer.enabled]
     try:
         for layer in layers:
             layer.refuse_while_merged("switch off")
@@ -332,30 +316,36 @@ def disable_lora(model):
 # --- which layers can be adapted ---
 
 def select(model, config):
-    """Return the names of the layers to wrap, and of the modules to train in full."""
-    modules = [name for name, module in model.named_modules()
-               if name and next(module.parameters(), None) is not None]
-    also_train = match(modules, config.also_train, "module with weights")
-    layers = linear_layers(model, also_train)
+    """Return {name: layer} of what to wrap, and {name: module} of what to train in full."""
+    if any(isinstance(module, PARALLEL) for module in model.modules()):
+        raise ValueError("DataParallel would not synchronise the adapter: inject first, then wrap")
+    modules = {name: module for name, module in model.named_modules()
+               if name and next(module.parameters(), None) is not None}
+    heads = match(modules, config.also_train, "module with weights")
+    for name, head in heads.items():
+        if list(head.buffers()):  # running statistics, or 4-bit weights: in no adapter file
+            raise ValueError(f"{name} has buffers: leave it out of also_train")
+    in_heads = set(chain.from_iterable(head.modules() for head in heads.values()))
+    layers = {name: layer for name, layer in linear_layers(model).items() if layer not in in_heads}
     if "all-linear" in config.targets:
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        names = [name for name, layer in layers.items() if not is_router(layer)
-                 and (layer is not head if head else not ends_in(name, ["lm_head"]))]
+        output = getattr(model, "get_output_embeddings", lambda: None)()
+        layers = {name: layer for name, layer in layers.items() if not is_router(layer)
+                  and (layer is not output if output else not ends_in(name, ["lm_head"]))}
     else:
-        names = match(layers, config.targets, "layer that can be adapted")
-    if not names:
+        layers = match(layers, config.targets, "layer that can be adapted")
+    if not layers:
         raise ValueError("this model has no linear layer to adapt")
-    check_trainable(model, names, also_train)
-    return names, also_train
+    refuse_tied(model, layers | heads)
+    return layers, heads
 
 
-def match(names, endings, kind):
-    """Return the names with one of the endings; ValueError for an ending that matches nothing."""
+def match(modules, endings, kind):
+    """Return those whose names end in one of the endings. ValueError if an ending matches none."""
     for ending in endings:
-        if not any(ends_in(name, [ending]) for name in names):
-            existing = ", ".join(sorted({name.split(".")[-1] for name in names}))
+        if not any(ends_in(name, [ending]) for name in modules):
+            existing = ", ".join(sorted({name.split(".")[-1] for name in modules}))
             raise ValueError(f"{ending!r} matches no {kind}; there are: {existing or 'none'}")
-    return [name for name in names if ends_in(name, endings)]
+    return {name: module for name, module in modules.items() if ends_in(name, endings)}
 
 
 def ends_in(name, endings):
@@ -363,17 +353,17 @@ def ends_in(name, endings):
     return any(f".{name}".endswith(f".{ending}") for ending in endings)
 
 
-# They read their children's weights without calling them: an adapter there would do nothing.
+PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
+# These read their children's weights without calling them: an adapter there would do nothing.
 BYPASSING = nn.MultiheadAttention, nn.TransformerEncoderLayer
 
 
-def linear_layers(model, outside=()):
-    """Return {name: layer} of what can be adapted, outside of the modules named."""
+def linear_layers(model):
+    """Return {name: layer} of what can be adapted."""
     layers = {}
     for name, module in model.named_modules():
         parent = model.get_submodule(name.rpartition(".")[0])
-        inside = any(f"{name}.".startswith(f"{other}.") for other in outside)
-        if name and is_linear(module) and not isinstance(parent, BYPASSING) and not inside:
+        if name and is_linear(module) and not isinstance(parent, BYPASSING):
             layers[name] = module
     return layers
 
@@ -383,7 +373,7 @@ def is_linear(module):
     if hasattr(module, "to_dense"):
         return True  # packed: reading .weight would dequantise it
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or nn.parameter.is_lazy(weight):
+    if not isinstance(weight, torch.Tensor):
         return False
     if is_transposed(module):
         return weight.dim() == 2
@@ -401,43 +391,26 @@ def is_router(layer):
     return overrides and layer.weight.dtype in FLOATS
 
 
-def check_trainable(model, names, also_train=()):
-    """Raise ValueError for tied weights, and for buffers, which an adapter file does not hold."""
+def refuse_tied(model, modules):
+    """Raise ValueError if one of the modules, {name: module}, shares a weight with another."""
     uses = Counter(chain.from_iterable(module._parameters.values() for module in model.modules()))
-    for name in [*names, *also_train]:
-        module = model.get_submodule(name)
+    for name, module in modules.items():
         if any(uses[parameter] > 1 for parameter in module.parameters()):
             raise ValueError(f"{name} shares a weight (tied embeddings?): another module would "
                              "change with it")
-        if name in also_train and list(module.buffers()):
-            raise ValueError(f"{name} has buffers: leave it out of also_train")
-
-
-PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
-
-
-def unwrap(model, to_train=True):
-    """Return the model inside wrappers, which put a prefix before its names."""
-    if to_train and any(isinstance(module, PARALLEL) for module in model.modules()):
-        raise ValueError("DataParallel would not synchronise the adapter: inject first, then wrap")
-    while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):  # torch.compile's
-        model = getattr(model, "_orig_mod", None) or model.module
-    return model
 
 
 # --- adapter files, in PEFT's format ---
 
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 
-# The options of PEFT 0.21. An unknown one that is set gives a warning.
-UNSET = (None, "", "none", [], {})  # no False: 0 == False, and 0 is the index of a layer
-NARROWING = {"layers_to_transform", "layers_pattern", "exclude_modules"}
-SUPPORTED = NARROWING | set("""
+# The options of PEFT 0.21: honoured or harmless, and refused where they are set.
+ACCEPTED = set("""
     peft_type r lora_alpha lora_dropout use_rslora init_lora_weights target_modules modules_to_save
-    base_model_name_or_path task_type auto_mapping peft_version revision inference_mode
-    fan_in_fan_out megatron_core qalora_group_size runtime_config eva_config loftq_config
-    corda_config lora_ga_config""".split())
-UNSUPPORTED = set("""
+    exclude_modules layers_to_transform layers_pattern fan_in_fan_out base_model_name_or_path
+    task_type auto_mapping peft_version revision inference_mode megatron_core qalora_group_size
+    runtime_config eva_config loftq_config corda_config lora_ga_config""".split())
+REFUSED = set("""
     bias lora_bias use_dora use_qalora use_bdlora alora_invocation_tokens arrow_config kasa_config
     monteclora_config velora_config rank_pattern alpha_pattern layer_replication megatron_config
     trainable_token_indices target_parameters ensure_weight_tying""".split())
@@ -458,20 +431,24 @@ def save_adapter(model, config, folder):
     and for a parameter that trains outside of both.
     """
     from safetensors.torch import save
-    model = unwrap(model, to_train=False)
-    layers = adapted(model)
+    while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):  # they prefix the names
+        model = getattr(model, "_orig_mod", None) or model.module
+    layers = require_lora(model)
     for layer in layers.values():
         layer.refuse_while_merged("save")
         if (layer.lora_A.shape[0], layer.scaling) != (config.r, config.scaling):
             raise ValueError(f"this is not the config that was injected: {config}")
     parameters = file_parameters(model, config.also_train)
+    saved = set(parameters.values())
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter not in set(parameters.values()):
+        if parameter.requires_grad and parameter not in saved:
             raise ValueError(f"{name} trains but would not be saved: inject with its module in "
                              "also_train")
     for key, parameter in parameters.items():
         if not parameter.isfinite().all():
             raise ValueError(f"{key} holds NaN or infinity")
+    if not any(layer.lora_B.any() for layer in layers.values()):
+        warnings.warn("nothing was trained: is the optimizer older than the adapter?")
     by_ending = all(ends_in(name, config.targets) for name in layers)  # not all-linear
     options = {
         "peft_type": "LORA", "inference_mode": True, "bias": "none",
@@ -510,8 +487,8 @@ def file_parameters(model, also_train):
 
 
 def base_sample(model):
-    """Return 64 weights of the last adapted layer, a fingerprint of the base; [] if packed."""
-    *_, layer = adapted(model).values()
+    """Return 64 weights of the last adapted layer, a fingerprint of the base; [] if not floats."""
+    layer = list(require_lora(model).values())[-1]
     plain = layer.weight.dtype in FLOATS and not layer.weight.is_meta
     return layer.weight.flatten()[:64].tolist() if plain else []
 
@@ -523,7 +500,7 @@ def load_adapter(model, folder) -> LoRAConfig:
     Raises ValueError, with the model as it was, unless the file holds exactly what injecting its
     config into this model would make.
     """
-    model = unwrap(model)
+    model = getattr(model, "_orig_mod", model)
     bases = {layer: layer.unmerged_base[0] if layer.merged else layer.base
              for _, layer in lora_layers(model)}
     replace_modules(model, bases)  # the file is compared with the plain model
@@ -564,7 +541,8 @@ def read_adapter(model, folder):
         return [ending for ending in endings if any(ends_in(name, [ending]) for name in modules)]
 
     targets = options.get("target_modules")
-    if not isinstance(targets, list) or any(options.get(key) not in UNSET for key in NARROWING):
+    narrowed = options.get("exclude_modules") or options.get("layers_to_transform") is not None
+    if narrowed or not isinstance(targets, list):
         # A regular expression, say, which is not run: the keys tell the layers.
         targets = [name for name in modules if f"{PREFIX}{name}.lora_A.weight" in tensors]
     config = LoRAConfig(
@@ -573,19 +551,20 @@ def read_adapter(model, folder):
         also_train=present(options.get("modules_to_save") or ()),
         rslora=options.get("use_rslora", False))
 
-    names, _ = select(model, config)
+    layers, _ = select(model, config)
     expected = {key: tuple(p.shape) for key, p in file_parameters(model, config.also_train).items()}
-    for name in names:
-        d, k = features(modules[name])
+    for name, layer in layers.items():
+        d, k = features(layer)
         expected[f"{PREFIX}{name}.lora_A.weight"] = (config.r, k)
         expected[f"{PREFIX}{name}.lora_B.weight"] = (d, config.r)
         # PEFT saves the base of an adapted lm_head along. It has to be this model's own.
         base = tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
-        if base is not None and not torch.equal(base, modules[name].weight.to(base)):
+        own = getattr(layer, "before_training", {}).get("weight", layer.weight)
+        if base is not None and not torch.equal(base, own.to(base)):
             raise ValueError(f"{WEIGHTS} has another base weight for {name} than this model")
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    for key in sorted(expected.keys() | shapes.keys()):
-        found, wanted = shapes.get(key, "missing"), expected.get(key, "no such entry")
+    for key in sorted(expected.keys() | tensors.keys()):
+        found = tuple(tensors[key].shape) if key in tensors else "missing"
+        wanted = expected.get(key, "no such entry")
         if found != wanted:
             raise ValueError(f"{key} is {found} in {WEIGHTS}, expected {wanted}")
         if tensors[key].dtype not in FLOATS or not tensors[key].float().isfinite().all():
@@ -601,9 +580,9 @@ def check_options(options):
     if init not in (True, False, None, "gaussian", "orthogonal", "eva"):
         raise ValueError(f"init_lora_weights is {init!r}, which changes the base: not supported")
     for key, value in options.items():
-        if key in SUPPORTED or value is False or value in UNSET:
+        if key in ACCEPTED or value in (None, False, "", "none", [], {}):
             continue
-        if key in UNSUPPORTED:
+        if key in REFUSED:
             raise ValueError(f"{key} = {value!r:.60} is not supported: use this adapter with PEFT")
         warnings.warn(f"{CONFIG} has the option {key} = {value!r:.60}, which is unknown here")
 
@@ -719,7 +698,7 @@ def quantize_nf4(model, skip=("lm_head",)) -> list[str]:
         if layer is head or ends_in(name, skip) or isinstance(layer, NF4Linear):
             continue
         try:
-            check_trainable(model, [name])  # not tied
+            refuse_tied(model, {name: layer})
             replace_modules(model, {layer: NF4Linear(layer)})
             names.append(name)
         except ValueError as error:
