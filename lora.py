@@ -146,13 +146,15 @@ class LoRALinear(nn.Module):
         dense = dense_copy(self.base)
         delta = self.delta().T if is_transposed(dense) else self.delta()
         dense.weight.copy_(dense.weight + delta)
-        self.unmerged_base, self.base = (self.base,), dense
-        self.unmerged_base[0].to("cpu")  # last: if that fails, unmerge() can still undo it
+        self.unmerged_base = (copied(self.base, lambda tensor: tensor.to("cpu")),)
+        self.base = dense
 
     def unmerge(self):
         """Put the base back. (W0 + scaling B A) - scaling B A would not give every bit of W0."""
         if self.merged:
-            self.base = self.unmerged_base[0].to(self.base.weight)  # its device; its dtype if cast
+            weight = self.base.weight
+            base = copied(self.unmerged_base[0], lambda tensor: tensor.to(weight.device))
+            self.base = base if base.weight.dtype == weight.dtype else base.to(weight.dtype)
             self.unmerged_base = None
 
     def refuse_while_merged(self, action):
@@ -210,7 +212,14 @@ def dense_copy(base):
     if weight is None or weight.dtype not in FLOATS or weight.is_meta:
         # it is computed (weight_norm), quantised by another library, or on the meta device
         raise ValueError(f"cannot merge into this {type(base).__name__}, which has no dense weight")
-    return copy.deepcopy(base)
+    return copied(base, torch.clone)
+
+
+def copied(layer, change):
+    """Return a copy of a layer with change(tensor) in place of each of its tensors."""
+    tensors = {id(p): nn.Parameter(change(p.detach()), False) for p in layer.parameters()}
+    tensors |= {id(buffer): change(buffer) for buffer in layer.buffers()}
+    return copy.deepcopy(layer, tensors)
 
 
 # --- injection ---

@@ -2088,7 +2088,7 @@ def test_interrupting_saves_and_says_how_to_go_on(name, code, tiny, workdir, mon
     (["--run-name", "../up"], "--run-name"), (["--targets", "q_porj"], "'q_porj' matches no"),
     (["--device", "cuda:9"], "--device cuda:9"), (["--vram", "4"], "--vram 4 caps the CUDA"),
     (["--data", "none.jsonl"], "no such file"), (["--max-length", "4"], "4 leaves no row"),
-    (["--model", "TIED", "--targets", "lm_head"], "shares its weight")])
+    (["--model", "TIED", "--targets", "lm_head"], "shares a weight")])
 def test_wrong_input_is_one_line(flags, message, tiny, workdir, capsys):
     """What a flag or a file can cause must be named, before anything is written."""
     with pytest.raises((ValueError, SystemExit)) as error:
