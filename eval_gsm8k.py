@@ -116,23 +116,23 @@ def extract_answer(completion, flexible=False):
     return numbers[-1] if flexible and numbers else None
 
 
-LATEX_FRACTION = re.compile(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}")
-COMMA = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")  # 1,234 is one number, 1,2 are two
+DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"  # 1,234 is one number, 1,2 are two
+UNSIGNED = rf"({DIGITS}(?:\.[0-9]+)?|\.[0-9]+)"
 SIGN = r"((?<![\w)])-)?"  # in 10-5 the minus is an operator, and the number is 5
-UNSIGNED = r"([0-9]*\.?[0-9]+)"
 NUMBER = re.compile(rf"{SIGN}[$\u20ac\u00a3]? ?{UNSIGNED}(?: ?/ ?{UNSIGNED})?")
+LATEX_FRACTION = re.compile(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}")
 
 
 def find_numbers(text):
     """Every number in a text, exact: a Decimal as it is written, a Fraction for a quotient."""
     text = LATEX_FRACTION.sub(r" \1/\2", text).replace("\u2212", "-")
     numbers = []
-    for sign, top, bottom in NUMBER.findall(COMMA.sub("", text)):
-        value = Decimal(sign + top)
+    for sign, top, bottom in NUMBER.findall(text):
+        value = Decimal(sign + top.replace(",", ""))
         if not bottom:
             numbers.append(value)
-        elif divisor := Decimal(bottom):
-            numbers.append(Fraction(value) / Fraction(divisor))  # of Decimals: 28 digits
+        elif divisor := Fraction(Decimal(bottom.replace(",", ""))):
+            numbers.append(Fraction(value) / divisor)  # Decimals would round
     return numbers
 
 
@@ -191,8 +191,8 @@ def read_file(path):
 def read_hub(data, split, local):
     import datasets  # here, because importing it takes seconds
     datasets.config.HF_HUB_OFFLINE = local
-    name = "main" if data.endswith("gsm8k") else None  # GSM8K has two
-    return datasets.load_dataset(data, name, split=split)
+    subset = "main" if data.endswith("gsm8k") else None  # GSM8K has two
+    return datasets.load_dataset(data, subset, split=split)
 
 
 # --- the Hub ---

@@ -1149,7 +1149,7 @@ def test_scores_equal_lm_evaluation_harness():
     endings = ["18", "-5", "1,080", "0.5", "12,345,678.25", "7", "18."]
     for steps in ("", "He pays $1,250.50 for 3-4 of 12. ", "48/2 = 24 clips, 50%. ",
                   "x = -3; y = .5 ", "First #### 7\nno, ", "#### none so far, -8 ",
-                  "It is 10-5=5... ", "We know that 1/2 of 18 is 9.\n", "\u00bd and 3\u00b2, $5 each; "):
+                  "It is 10-5=5... ", "Now 1/2 of 18 is 9.\n", "\u00bd and 3\u00b2, $5 each; "):
         for ending, other, mode in itertools.product(endings, endings, (False, True)):
             text, reference = f"{steps}so\n#### {ending}", f"#### {other}"
             same = extract_answer(text, mode) == extract_answer(reference)
@@ -1170,7 +1170,8 @@ def test_prompt_has_bos_once_and_never_eos():
 def test_rows_of_all_schemas_and_kinds_of_file(workdir):
     """MetaMathQA, GSM8K and Alpaca rows must come out as question and answer, text as text."""
     for row, wanted in (({"query": "q", "response": "r", "type": "t"}, ("q", "r")),
-                        ({"question": "2024-01-01", "answer": "\u2028."}, ("2024-01-01", "\u2028.")),
+                        ({"question": "2024-01-01", "answer": "a"}, ("2024-01-01", "a")),
+                        ({"question": "q", "answer": "r\u2028s"}, ("q", "r\u2028s")),
                         ({"instruction": "do", "input": "it", "output": "so"}, ("do\nit", "so")),
                         ({"instruction": "do", "input": "", "output": "so"}, ("do", "so"))):
         Path("x.jsonl").write_text((json.dumps(row, ensure_ascii=False) + "\r\n") * 3)
@@ -1205,30 +1206,33 @@ def test_bad_data_is_one_clear_error(name, text, message, workdir):
 
 # --- eval_gsm8k.py: the Hub ---
 
-def answering(failure):
+def failing(error):
     def repo_info(*_, **__):
-        raise failure.__new__(failure)
+        raise error.__new__(error)
     return repo_info
 
 
-@cases("repo_info, offline", [
-    (HfApi(endpoint="http://127.0.0.1:9").repo_info, True), (lambda *_, **__: time.sleep(60), True),
-    (answering(RepositoryNotFoundError), False), (answering(GatedRepoError), False)])
-def test_a_hub_that_says_no_is_told_from_one_that_is_silent(repo_info, offline, tiny, monkeypatch):
+@cases("repo_info, words", [
+    (HfApi(endpoint="http://127.0.0.1:9").repo_info, "reached.*local: True.*DIR and.*FILE.*--demo"),
+    (lambda *_, **__: time.sleep(60), "cannot be reached"),
+    (failing(RepositoryNotFoundError), "local: False"), (failing(GatedRepoError), "local: False")])
+def test_a_hub_that_says_no_is_told_from_one_that_is_silent(repo_info, words, tiny, monkeypatch):
     """Silent, also where a name look-up hangs: the cache, then one line with the ways out."""
-    def from_pretrained(name, local_files_only):
+    def load_somewhere(name, local_files_only):
         raise OSError(f"local: {local_files_only}")
     monkeypatch.setattr(eval_gsm8k, "HfApi", lambda: pytest.fail("asked for what is here"))
     assert load(tiny) and read_rows(str(tiny / "test.jsonl"), "test")
     monkeypatch.setattr(eval_gsm8k, "HfApi", lambda: SimpleNamespace(repo_info=repo_info))
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load_somewhere)
     join = threading.Thread.join
     monkeypatch.setattr(threading.Thread, "join", lambda thread, wait: join(thread, wait / 20))
-    words = "cannot be reached.*local: True.*--model DIR and --data FILE.*--demo"
-    refused(f"--model a/b: no such file or folder; .*{words if offline else 'local: False'}",
-            load_model, "a/b", torch.float32, CPU)
-    if offline:
-        refused("--data a/b.json: no such file.*cannot be reached", read_rows, "a/b.json", "test")
+    refused(f"--model a/b: no such file or folder; .*{words}", load_model, "a/b", None, CPU)
+
+
+def test_a_data_set_out_of_reach_is_one_line(monkeypatch):
+    """datasets must not retry for a minute."""
+    monkeypatch.setattr(eval_gsm8k, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9"))
+    refused("--data a/b: no such file or folder; .*cannot be reached", read_rows, "a/b", "test")
 
 
 # --- eval_gsm8k.py: device, dtype, model ---
@@ -1240,19 +1244,17 @@ def test_a_process_of_torchrun_touches_its_own_gpu_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch, "empty", lambda *_, device: touched.append(str(device)))
-    for name in ("auto", "cuda"):
-        assert eval_gsm8k.pick_device(name) == torch.device("cuda", 1)
-    assert touched == ["cuda:1"] * 2
+    devices = [eval_gsm8k.pick_device(name) for name in ("auto", "cuda")]
+    assert devices == [torch.device("cuda", 1)] * 2 and touched == ["cuda:1"] * 2
 
 
 def test_half_precision_without_units_is_the_user_s_choice(monkeypatch):
     """On a CPU without half-precision units auto must be float32; by name it warns, and obeys."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    assert eval_gsm8k.pick_dtype("auto", CPU)[0] == torch.float32
+    for unit, dtype in (("avx512_bf16", torch.bfloat16), ("avx2", torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True})
+        assert eval_gsm8k.pick_dtype("auto", CPU)[0] == dtype
     with pytest.warns(UserWarning, match="--dtype bfloat16"):
         assert eval_gsm8k.pick_dtype("bfloat16", CPU)[0] == torch.bfloat16
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert eval_gsm8k.pick_dtype("auto", CPU)[0] == torch.bfloat16
 
 
 def test_models_are_loaded_as_asked_or_refused(tiny, workdir):
@@ -1357,9 +1359,8 @@ def test_rows_beyond_the_model_s_positions_are_refused(tiny):
 
 def test_intervals_and_exact_test_give_published_values():
     """Wilson's interval and McNemar's exact p must equal values worked out elsewhere."""
-    for (correct, n), wanted in {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605),
-                                 (0, 20): (0.0, 0.1611)}.items():  # Newcombe 1998, Table I
-        assert wilson_interval(correct, n) == pytest.approx(wanted, abs=1e-4)
+    for counts, wanted in (((81, 263), (0.2553, 0.3662)), ((0, 20), (0.0, 0.1611))):
+        assert wilson_interval(*counts) == pytest.approx(wanted, abs=1e-4)  # Newcombe 1998
     first, second = [True] + [False] * 9 + [True] * 90, [False] + [True] * 99
     assert mcnemar_p(first, second) == pytest.approx(2 * (1 + 10) / 2**10)
     assert mcnemar_p(second, first) == mcnemar_p(first, second) and mcnemar_p(first, first) == 1
@@ -1405,20 +1406,19 @@ def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny, workdi
 
 
 @cases("flags, message", [
-    (["--nb-samples", "4"], "base-test.json holds another.*give another --out"),
-    (["--nb-samples", "3", "--shots", "1"], "holds another"), (["--adapter", "a", "a"], "one name"),
-    (["--save-merged", "merged"], "exactly one adapter"), (["--data", "x.json"], "has no number"),
-    (["--adapter", "a", "--save-merged", "eval_results"], "empty"),
-    (["--adapter", "nowhere", "--out", "b"], "nowhere is no adapter"),
-    (["--shots", "16", "--out", "b"], "no problem is left")])
-def test_bad_runs_and_another_evaluation_of_the_same_name_are_refused(flags, message, tiny, workdir,
-                                                                      monkeypatch):
-    """Before an hour of generation. The same evaluation may be done again."""
+    ("--nb-samples 4", "base-test.json holds another.*give another --out"),
+    ("--nb-samples 3 --shots 1", "holds another"), ("--adapter a a", "one name"),
+    ("--save-merged merged", "exactly one adapter"), ("--data x.json", "has no number"),
+    ("--adapter a --save-merged eval_results", "empty"), ("--shots 16 --out b", "no problem"),
+    ("--adapter nowhere --out b", "nowhere is no adapter")])
+def test_bad_runs_and_another_evaluation_in_place_of_one_are_refused(flags, message, tiny, workdir,
+                                                                     monkeypatch):
+    """It must come before an hour of generation. The same evaluation may be done again."""
     for _ in range(2):
         evaluate(tiny, "--nb-samples", "3")
     Path("x.json").write_text('{"question": "q", "answer": "none"}')
     monkeypatch.setattr(eval_gsm8k, "complete", lambda *_: pytest.fail("generated"))
-    refused(message, evaluate, tiny, *flags)
+    refused(message, evaluate, tiny, *flags.split())
 
 
 def test_two_processes_score_like_one(tiny, workdir):
@@ -1439,8 +1439,7 @@ def test_two_processes_score_like_one(tiny, workdir):
 # --- eval_gsm8k.py: the edge ---
 
 @cases("flags, culprit", [
-    (["--batch-size", "0"], "--batch-size"), (["--batch-size", "two"], "--batch-size"),
-    (["--seed", "1e400"], "--seed"), (["--dtype", "float8"], "--dtype"), (["--r", "4"], "--r")])
+    (["--batch-size", "0"], "--batch-size"), (["--seed", "two"], "--seed"), (["--r", "4"], "--r")])
 def test_bad_flags_are_one_line_and_exit_code_2(flags, culprit, capsys):
     """argparse must name the flag, without a usage block. NaN and infinity are never in range."""
     with pytest.raises(SystemExit) as stopped:
