@@ -144,10 +144,7 @@ CALCULATOR_MARK = re.compile(r"<<[-+*/().,%\d]+=[-+*/().,%\d]+>>")
 
 
 def read_rows(data, split, nb_samples=None):
-    """[(question, answer)]: the first nb_samples rows of a file, or of a Hub data set's split.
-
-    Rows without an answer are dropped and counted. Raises ValueError.
-    """
+    """The first nb_samples [(question, answer)] of a file, or of a Hub data set's split."""
     with loading("--data", data, "dataset") as local:
         table = read_file(Path(data)) if Path(data).exists() else read_hub(data, split, local)
     rows, dropped = [], 0
@@ -155,8 +152,8 @@ def read_rows(data, split, nb_samples=None):
         columns = [pair for pair in SCHEMAS if set(pair) <= set(row)] or [(None, None)]
         question, answer = map(row.get, columns[0])
         if not isinstance(question, str) or not isinstance(answer, str | None):
-            raise ValueError(f"--data {data}, row {place}: expected texts in the columns of one of "
-                             f"{SCHEMAS}, got {row!r:.200}")
+            raise ValueError(f"--data {data}, row {place}: expected texts as in one of {SCHEMAS}, "
+                             f"got {row!r:.200}")
         if not (answer or "").strip():
             dropped += 1
             continue
@@ -342,8 +339,8 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
     own = model.generation_config
     eos = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     eos = sorted({tokenizer.eos_token_id, *eos} - {None})
-    # Not the checkpoint's own settings, which may ask for sampling or penalties; nor the
-    # tokenizer's pad id, which may have no embedding. EOS serves, hidden by the mask.
+    # Not the checkpoint's own settings: they may ask for sampling. Nor its pad id, which may have
+    # no embedding: EOS serves, hidden by the mask.
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, eos_token_id=eos, pad_token_id=eos[0], return_dict_in_generate=True)
     # Like lengths share a batch, to save padding. The longest first: out-of-memory comes soon.
@@ -363,24 +360,23 @@ def complete_batch(model, tokenizer, prompts, eos, max_new_tokens):
     """Complete {i: token ids} as {i: (text, cut off)}.
 
     Every 16 tokens, rows that have ended leave the batch: kept, they would cost as much as the
-    longest. They stay where a state has no rows to take out (Mamba).
+    longest. A model with a state (Mamba) keeps them: it has no rows to take out.
     """
     piece = max_new_tokens if model._is_stateful else 16
-    # Padded on the left, every row ends where its completion begins. The mask comes from lengths:
-    # with pad == eos the ids cannot tell.
+    # Padded on the left, by length: the ids cannot tell padding from an EOS.
     width = max(map(len, prompts.values()))
     ids = [[eos[0]] * (width - len(prompt)) + prompt for prompt in prompts.values()]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts.values()]
     ids, mask = torch.tensor([ids, mask], device=model.device)
 
     def asks_next(so_far, scores, **_):
-        recent = tokenizer.batch_decode(so_far[:, max(width, so_far.shape[1] - 9):])
+        recent = tokenizer.batch_decode(so_far[:, width:][:, -9:])
         return torch.tensor(["Question:" in text for text in recent], device=model.device)
 
     rows, cache, completions = list(prompts), {}, {}
     while rows:
-        left = width + max_new_tokens - ids.shape[1]
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=min(piece, left),
+        length = min(ids.shape[1] + piece, width + max_new_tokens)
+        out = model.generate(ids, attention_mask=mask, max_length=length,
                              stopping_criteria=[asks_next], **cache)
         keep = []
         for place, new in enumerate(out.sequences[:, width:].tolist()):
@@ -534,18 +530,14 @@ def main(args):
         scores.append((name, result))
         print(describe(name, result), flush=True)
         if RANK == 0:
-            write_scores(paths[name], result, records)
+            with open(paths[name].with_suffix(".jsonl"), "w", encoding="utf8") as file:
+                for record in records:  # numbers as text: a float would round them
+                    print(json.dumps(record, default=str, ensure_ascii=False), file=file)
+            paths[name].write_text(json.dumps(result, indent=2) + "\n")
     if RANK == 0:
         plot(paths[name].with_suffix(".png"), scores)
     print(f"scores and completions are in {args.out}/")
     return scores
-
-
-def write_scores(path, result, records):
-    with open(path.with_suffix(".jsonl"), "w", encoding="utf8") as file:
-        for record in records:  # numbers as text: a float would round them
-            file.write(json.dumps(record, default=str, ensure_ascii=False) + "\n")
-    path.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def plot(path, scores):
