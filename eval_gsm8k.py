@@ -69,7 +69,8 @@ def parse_args(argv=None):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default=BASE_MODEL, help="Hub id or folder of the base model")
-    add("--adapter", nargs="+", default=[], metavar="DIR", help="or a run: all its checkpoints")
+    add("--adapter", nargs="+", default=[], metavar="DIR",
+        help="adapter folders; a run folder means all its checkpoints")
     add("--data", default="openai/gsm8k",
         help="Hub id (its test split), or a .jsonl/.json/.parquet/.csv file")
     add("--nb-samples", type=number(int, 1), help="the first N problems (default: all)")
