@@ -1308,6 +1308,7 @@ def test_a_batch_says_what_each_row_says_alone_and_rows_that_have_ended_leave_it
     for said in alone:
         ends = [place for place, token in enumerate(said, 1) if token in eos + asks]
         wanted.append((say(said[:ends[0]] if ends else said), not ends))
+    assert [complete(model, tokenizer, [prompt], 1, 40)[0] for prompt in prompts] == wanted
     widths = []
     model.register_forward_pre_hook(
         lambda _, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True)
