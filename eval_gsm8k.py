@@ -571,7 +571,8 @@ def run_script(name, main, parse_args):
     except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk, on saving
         message = " ".join(str(error).split()) or first_line(error)
     except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error)):
+        words = re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error))
+        if not words and not isinstance(error, torch.OutOfMemoryError):
             raise
         message = (f"out of memory ({first_line(error)}): try a smaller --batch-size, --nf4, a "
                    "half-precision --dtype; in training also --checkpoint-activations, a smaller "

@@ -1406,6 +1406,17 @@ def test_bad_runs_and_another_evaluation_in_place_of_one_are_refused(flags, mess
     refused(message, evaluate, tiny, *flags.split())
 
 
+def test_processes_share_the_batches(tiny, monkeypatch):
+    """Each must complete some of the prompts, and all together every prompt once."""
+    (model, tokenizer), shares = load(tiny), []
+    monkeypatch.setattr(eval_gsm8k, "WORLD", 2)
+    monkeypatch.setattr(eval_gsm8k, "gather", lambda mine: shares.append([*mine]) or [{0: 0, 1: 0}])
+    for rank in (0, 1):
+        monkeypatch.setattr(eval_gsm8k, "RANK", rank)
+        complete(model, tokenizer, test_prompts(tiny, 2), 1, 2)
+    assert sorted(shares) == [[0], [1]]
+
+
 def test_two_processes_score_like_one(tiny, workdir):
     """JSON and completions must be those of one process, but for the seconds."""
     save_random_adapter(tiny, "adapter")
@@ -1436,7 +1447,7 @@ def test_bad_flags_are_one_line_and_exit_code_2(flags, culprit, capsys):
 
 @cases("error, code, line", [
     (ValueError("two\nlines"), 2, "x.py: two lines\n"), (ValueError(), 2, "x.py: ValueError: no"),
-    (torch.OutOfMemoryError("CUDA out of memory"), 2, "--batch-size, --nf4"),
+    (RuntimeError("MPS: out of memory"), 2, "--nf4"), (torch.OutOfMemoryError(), 2, "--nf4"),
     (KeyboardInterrupt(), 130, "")])
 def test_errors_end_in_one_line(error, code, line, capsys):
     """Also an error without a message, which must not break its own handler."""
