@@ -1,9 +1,9 @@
-"""GSM8K: the prompt, answer extraction, batched greedy generation, scores with their intervals.
+"""GSM8K: prompt, data, answer extraction, batched greedy generation, scores with intervals.
 
-    python eval_gsm8k.py --adapter checkpoints/lora-r8-MetaMathQA          # all its checkpoints
-    python eval_gsm8k.py --model DIR --data test.jsonl --nb-samples 400    # the base, from files
-    python eval_gsm8k.py --adapter DIR --save-merged merged                # export W0 + s B A
-    torchrun --nproc-per-node 2 -- eval_gsm8k.py --adapter DIR             # on two GPUs
+    python eval_gsm8k.py --adapter checkpoints/lora-r8-MetaMathQA    # all its checkpoints
+    python eval_gsm8k.py --model DIR --data test.jsonl               # the base alone, from files
+    python eval_gsm8k.py --adapter DIR --save-merged merged          # export W0 + s B A
+    torchrun --nproc-per-node 2 -- eval_gsm8k.py --adapter DIR       # on two GPUs
 
 The base is always scored, and each adapter compared with it. Written to --out: NAME-DATA.json
 (scores), NAME-DATA.jsonl (every completion) and, with matplotlib, a chart.
@@ -14,7 +14,6 @@ prefers such a number to the last one; numbers compare by value, so $29.00 is 29
 """
 import argparse
 import csv
-import inspect
 import json
 import math
 import os
@@ -31,17 +30,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
+from huggingface_hub import HfApi, errors
 from safetensors import SafetensorError
 from tqdm import tqdm
 
 from lora import dequantize_nf4, load_adapter, merge_lora, quantize_nf4, strip_lora
 
-# Large tensors in huge pages (torch on a Linux CPU). In the C library's heap, tensors of changing
-# length leave gaps: training took up to twice the memory.
+# Large tensors in huge pages (Linux): in the C library's heap training took up to twice the memory.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-RANK = int(os.environ.get("RANK") or 0)  # rank and world size, from torchrun
-WORLD = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = int(os.environ.get("RANK", 0))  # rank and world size, from torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 BASE_MODEL = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 
 
@@ -56,11 +56,11 @@ def number(kind, low, high=math.inf):
     """An argparse type: a finite int or float in [low, high]."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not in the range {low:g} to {high:g}")
-        return value
+        if low <= value <= high and value < math.inf:
+            return value
+        raise ValueError
 
-    parse.__name__ = kind.__name__  # argparse prints it: "invalid int value"
+    parse.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse: "invalid ... value"
     return parse
 
 
@@ -73,17 +73,15 @@ def parse_args(argv=None):
         help="adapter folders; a run folder means all its checkpoints")
     add("--data", default="openai/gsm8k",
         help="Hub id (its test split), or a .jsonl/.json/.parquet/.csv file")
-    add("--nb-samples", type=number(int, 1), help="score the first N problems (default: all)")
+    add("--nb-samples", type=number(int, 1), help="the first N problems (default: all)")
     add("--batch-size", type=number(int, 1), default=16, help="problems generated at once")
     add("--max-new-tokens", type=number(int, 1), default=256, help="longest completion")
-    add("--shots", type=number(int, 0), default=0,
-        help="worked examples in the prompt: the first rows, which are then not scored")
+    add("--shots", type=number(int, 0), default=0, help="first rows, as examples in the prompt")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--nf4", action="store_true", help="hold the base's linear layers in 4 bits (QLoRA)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--seed", type=number(int, 0, 2**31), default=0, help="seeds torch; greedy draws nothing")
-    add("--save-merged", metavar="DIR",
-        help="write the model with its one adapter merged, and score that too")
+    add("--save-merged", metavar="DIR", help="write the model with the adapter merged; score it")
     add("--out", default="eval_results", help="folder for the scores")
     return parser.parse_args(argv)
 
@@ -98,7 +96,7 @@ def format_prompt(question):
 def encode_prompt(tokenizer, text):
     """Token ids with what the tokenizer puts in front (BOS), without an EOS that it appends."""
     ids = tokenizer(text).input_ids
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
 
 def extract_answer(completion, flexible=False):
@@ -108,13 +106,11 @@ def extract_answer(completion, flexible=False):
     Flexible: the last "#### n" instead, else the last number.
     """
     text = completion.split("Question:")[0]  # from there on the model asks itself the next one
-    said = re.split("the answer is[: \n]*", text, flags=re.IGNORECASE)[1:]
-    hashed = text.split("####")[1:]
+    said = re.findall(r"the answer is[: \n]*(?=(.*))", text, re.IGNORECASE)
+    hashed = re.findall(r"####\s*([^\s#]+)", text)  # one word
     if flexible:
         hashed.reverse()
-    places = [after.split("\n")[0] for after in said[-1:]]  # the rest of its line
-    places += [" ".join(after.split()[:1]) for after in hashed]  # one word
-    for place in places:
+    for place in said[-1:] + hashed:
         if numbers := find_numbers(place):
             return numbers[0]
     numbers = find_numbers(text)
@@ -123,24 +119,21 @@ def extract_answer(completion, flexible=False):
 
 DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"  # 1,234 is one number, 1,2 are two
 UNSIGNED = rf"({DIGITS}(?:\.[0-9]+)?|\.[0-9]+)"
-SIGN = r"((?<![\w)])[-\u2212])?"  # in 10-5 the minus is an operator, and the number is 5
+SIGN = r"((?<![\w)])-)?"  # in 10-5 the minus is an operator, and the number is 5
 NUMBER = re.compile(rf"{SIGN}[$\u20ac\u00a3]? ?{UNSIGNED}(?: ?/ ?{UNSIGNED})?")
 LATEX_FRACTION = re.compile(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}")
 
 
 def find_numbers(text):
-    """Every number in a text: a Decimal as it is written, a Fraction for a quotient.
-
-    The two compare exactly. Arithmetic on Decimals would round to 28 digits: there is none here.
-    """
+    """Every number in a text, exact: a Decimal as it is written, a Fraction for a quotient."""
+    text = LATEX_FRACTION.sub(r" \1/\2", text).replace("\u2212", "-")
     numbers = []
-    for sign, top, bottom in NUMBER.findall(LATEX_FRACTION.sub(r" \1/\2", text)):
-        value = Decimal(sign.replace("\u2212", "-") + top.replace(",", ""))
-        divisor = Fraction(Decimal((bottom or "1").replace(",", "")))
-        if bottom and divisor:
-            value = Fraction(value) / divisor
-        if divisor:
+    for sign, top, bottom in NUMBER.findall(text):
+        value = Decimal(sign + top.replace(",", ""))
+        if not bottom:
             numbers.append(value)
+        elif divisor := Fraction(Decimal(bottom.replace(",", ""))):
+            numbers.append(Fraction(value) / divisor)  # Decimals would round
     return numbers
 
 
@@ -152,26 +145,20 @@ CALCULATOR_MARK = re.compile(r"<<[-+*/().,%\d]+=[-+*/().,%\d]+>>")
 
 
 def read_rows(data, split, nb_samples=None):
-    """[(question, answer)]: the first nb_samples rows of a file, or of a Hub data set's split.
-
-    Rows without an answer are dropped, and their number is printed. Raises ValueError.
-    """
-    if Path(data).suffix in (".jsonl", ".json", ".parquet", ".csv") and not Path(data).exists():
-        raise ValueError(f"--data {data}: no such file")
+    """The first nb_samples [(question, answer)] of a file, or of a Hub data set's split."""
     with loading("--data", data, "dataset") as local:
         table = read_file(Path(data)) if Path(data).exists() else read_hub(data, split, local)
     rows, dropped = [], 0
     for place, row in enumerate(table, 1):
-        columns = next((pair for pair in SCHEMAS if set(pair) <= set(row)), (None, None))
-        question, answer = row.get(columns[0]), row.get(columns[1])
+        columns = [pair for pair in SCHEMAS if set(pair) <= set(row)] or [(None, None)]
+        question, answer = map(row.get, columns[0])
         if not isinstance(question, str) or not isinstance(answer, str | None):
-            raise ValueError(f"--data {data}, row {place}: expected texts as query and response, "
-                             "question and answer, or instruction, input and output, got "
-                             f"{row!r:.200}")
-        if not answer or not answer.strip():
+            raise ValueError(f"--data {data}, row {place}: expected texts as in one of {SCHEMAS}, "
+                             f"got {row!r:.200}")
+        if not (answer or "").strip():
             dropped += 1
             continue
-        if row.get("input") and "instruction" in columns:
+        if row.get("input") and "instruction" in columns[0]:
             question += f"\n{row['input']}"
         rows.append((question, CALCULATOR_MARK.sub("", answer)))
         if len(rows) == nb_samples:
@@ -184,13 +171,13 @@ def read_rows(data, split, nb_samples=None):
 
 
 def read_file(path):
-    """The rows of a data file. A CSV's text stays text: "2" is no 2.0, "NA" is not missing."""
+    """The rows of a data file, text as text: datasets would turn "2024-01-01" into a date."""
     if path.suffix == ".parquet":
         from pyarrow import parquet
         return parquet.read_table(path).to_pylist()
     with open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".csv":
-            return list(csv.DictReader(file, restkey="more"))
+            return list(csv.DictReader(file))
         text = file.read()
     if text.lstrip().startswith("["):
         rows = json.loads(text)
@@ -201,50 +188,46 @@ def read_file(path):
 
 def read_hub(data, split, local):
     import datasets  # here, because importing it takes seconds
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it also raises
     datasets.config.HF_HUB_OFFLINE = local
-    name = "main" if data.endswith("gsm8k") else None  # GSM8K has two
-    return datasets.load_dataset(data, name, split=split)
+    subset = "main" if data.endswith("gsm8k") else None  # GSM8K has two
+    return datasets.load_dataset(data, subset, split=split)
 
 
 # --- the Hub ---
 
-@contextmanager
-def loading(flag, name, repo_type):
-    """Yield whether only local files can be read. What fails inside becomes one line.
-
-    A name that is no path is asked of the Hub, once: transformers and datasets retry for a minute.
-    The download's own client asks, with its proxies, certificates, mirror and HF_HUB_OFFLINE.
-    """
-    from huggingface_hub import HfApi, errors
-    exists, answer = Path(name).exists(), TimeoutError()
+def hub_answers(name, kind):
+    """Ask the Hub for a repository, once: transformers and datasets would retry for a minute."""
+    answers = []
 
     def ask():
-        nonlocal answer
         try:
-            answer = HfApi().repo_info(name, repo_type=repo_type, timeout=5)
-        except Exception as error:
-            answer = error
+            HfApi().repo_info(name, repo_type=kind, timeout=5)
+        except (errors.RepositoryNotFoundError, errors.HFValidationError):
+            pass  # an answer too, which the download will put into words
+        except Exception:  # time-out, proxy, certificate, HF_HUB_OFFLINE
+            return
+        answers.append(True)
 
-    if not exists:
-        thread = threading.Thread(target=ask, daemon=True)  # DNS ignores the timeout
-        thread.start()
-        thread.join(8)
-    if type(answer) in (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise ValueError(f"{flag} {name}: no such file, no such folder, and no such repository on "
-                         "the Hub (a private one needs: hf auth login)")
-    # A gated repository was reached: the download says how to get access.
-    reached = not isinstance(answer, Exception) or isinstance(answer, errors.GatedRepoError)
-    offline = not exists and not reached
+    thread = threading.Thread(target=ask, daemon=True)  # a name look-up ignores the timeout
+    thread.start()
+    thread.join(8)
+    return bool(answers)
+
+
+@contextmanager
+def loading(flag, name, kind):
+    """Yield whether only local files can be read. What fails inside becomes one line."""
+    exists = Path(name).exists()
+    offline = not exists and not hub_answers(name, kind)
     try:
         yield exists or offline
     except Exception as error:  # OSError, ValueError, the libraries' own
-        reason = f"cannot be read: {first_line(error)}"
+        reason = first_line(error)
         if offline:
-            reason = ("no such file or folder, the Hugging Face Hub cannot be reached, and it is "
-                      f"not in the local cache ({first_line(error)}); use --model DIR and --data "
-                      "FILE, or python train_math.py --demo, which downloads nothing")
+            reason = (f"the Hugging Face Hub cannot be reached ({reason}): use --model DIR and "
+                      "--data FILE, or train_math.py --demo")
+        if not exists:
+            reason = f"no such file or folder; {reason}"
         raise ValueError(f"{flag} {name}: {reason}") from None
 
 
@@ -257,35 +240,27 @@ def first_line(error):
 # --- device, dtype, model ---
 
 def pick_device(name):
-    """The device of --device. Under torchrun, "cuda" is this process's own GPU.
-
-    Its number is known before CUDA is touched: "cuda" alone opens a context on GPU 0.
-    """
-    if name == "auto" and torch.cuda.is_available():
-        name = "cuda"
-    elif name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-    if WORLD > 1 and name.startswith("cuda"):
-        name = f"cuda:{os.environ.get('LOCAL_RANK') or RANK}"
+    """The device of --device. Under torchrun, "cuda" is this process's own GPU."""
+    if name == "auto":
+        kinds = ("cuda", "mps", "cpu")
+        name = next(kind for kind in kinds if getattr(torch, kind).is_available())
+    if WORLD > 1 and name.startswith("cuda"):  # "cuda" alone opens a context on GPU 0
+        name = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):  # torch's ways to say no
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {name} is not here: this machine has a cpu and "
-                         f"{torch.cuda.device_count()} cuda devices")
-    return device
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say no
+        raise ValueError(f"--device {name}: {first_line(error)}") from None
+    return torch.device(name)
 
 
 def join_processes(device):
-    """Meet the other processes, if torchrun started any. Return the device. Rank 0 alone prints."""
+    """Meet the other processes of torchrun. Return the device. Rank 0 alone prints."""
     if WORLD > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if RANK > 0:
-            sys.stdout = open(os.devnull, "w")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
     return device
 
 
@@ -299,37 +274,32 @@ def gather(value):
 
 def pick_dtype(name, device):
     """(dtype, the reason for it)."""
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    unit = {"bfloat16": "avx512_bf16", "float16": "avx512_fp16"}.get(name)
+    if unit and device.type == "cpu" and not units.get(unit):
+        warnings.warn(f"--dtype {name} is slower than float32 on a CPU without {unit}")
     if name != "auto":
-        unit = {"bfloat16": "avx512_bf16", "float16": "avx512_fp16"}.get(name)
-        if unit and has and not has.get(unit):
-            warnings.warn(f"--dtype {name} is slow on a CPU without {unit}; float32 is faster")
         return getattr(torch, name), "as asked"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
         return torch.float16, "this GPU has no bfloat16"
-    if device.type == "cuda" or has.get("avx512_bf16"):
+    if device.type == "cuda" or units.get("avx512_bf16"):
         return torch.bfloat16, "native here, and needs no loss scaling"
     return torch.float32, "half precision is slow or untested here"
 
 
 def peak_memory(device):
-    """Bytes at the peak so far: CUDA's allocator, elsewhere the process; 0 if unknown."""
+    """Peak bytes of CUDA's allocator, elsewhere of the process; 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
+    if sys.platform == "win32":
         return 0
+    import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def load_model(name, dtype, device, nf4=False):
-    """(causal language model in eval mode, tokenizer). Raises ValueError.
-
-    With nf4 the layers are quantised on the CPU: the device never holds them dense.
-    """
-    import transformers
+    """(causal language model in eval mode, tokenizer). Raises ValueError."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with loading("--model", name, "model") as local:
@@ -337,12 +307,10 @@ def load_model(name, dtype, device, nf4=False):
         # dtype= always: transformers 5 otherwise takes what the checkpoint was stored in
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, local_files_only=local, output_loading_info=True)
-    if info["missing_keys"]:  # they would be random, and training would start from them
-        missing = ", ".join(sorted(info["missing_keys"])[:3])
-        raise ValueError(f"--model {name} lacks {missing}: expected a causal language model")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"--model {name}: its tokenizer has no EOS, so answers would not end")
-    if nf4:
+    if info["missing_keys"]:  # they would be random
+        raise ValueError(f"--model {name} is no causal language model: it lacks "
+                         f"{sorted(info['missing_keys'])[:3]}")
+    if nf4:  # on the CPU: the device never holds the layers dense
         quantize_nf4(model)
         for parameter in model.parameters():  # views of the mapped file, which keep all of it
             parameter.data = parameter.data.clone()
@@ -350,19 +318,16 @@ def load_model(name, dtype, device, nf4=False):
 
 
 def check_ids(model, encoded, more=0):
-    """ValueError for ids without an embedding, and for rows that with `more` tokens to come are
-    beyond the model's positions."""
-    longest = max(map(len, encoded)) + more
-    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-    if longest > positions:
-        flags = "--max-new-tokens or --shots" if more else "--max-length"
-        raise ValueError(f"rows of up to {longest} tokens, but the model has {positions} "
-                         f"positions: lower {flags}")
-    largest = max(max(ids, default=0) for ids in encoded)
+    """Refuse ids without an embedding, and rows that outgrow the positions by `more` tokens."""
+    longest, largest = max(map(len, encoded)) + more, max(map(max, encoded))
+    positions = getattr(model.config, "max_position_embeddings", None) or longest
     embeddings = len(model.get_input_embeddings().weight)
+    if longest > positions:
+        raise ValueError(f"rows of {longest} tokens, but the model has {positions} positions: "
+                         "lower --max-length, --max-new-tokens or --shots")
     if largest >= embeddings:
-        raise ValueError(f"the tokenizer gives id {largest}, the model has {embeddings} "
-                         "embeddings: they do not belong together")
+        raise ValueError(f"token id {largest}, but the model has {embeddings} embeddings: the "
+                         "tokenizer is not its own")
 
 
 # --- generation ---
@@ -370,98 +335,82 @@ def check_ids(model, encoded, more=0):
 @torch.no_grad()
 def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
     """Greedy completions in the order of the prompts: [(text, cut off by max_new_tokens)]."""
-    from transformers import GenerationConfig
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     check_ids(model, encoded, max_new_tokens)
     own = model.generation_config
     eos = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     eos = sorted({tokenizer.eos_token_id, *eos} - {None})
+    # Not the checkpoint's own settings: they may ask for sampling. Nor its pad id, which may have
+    # no embedding: EOS serves, hidden by the mask.
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=False, eos_token_id=eos, pad_token_id=eos[0], return_dict_in_generate=True)
     # Like lengths share a batch, to save padding. The longest first: out-of-memory comes soon.
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    completions = [None] * len(prompts)
-    # Not the checkpoint's own settings, which may ask for sampling, penalties, another cache; nor
-    # the tokenizer's pad id, which may have no embedding. EOS serves, hidden by the mask.
-    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=eos,
-                                               pad_token_id=eos[0], return_dict_in_generate=True)
-    try:
-        with tqdm(total=len(prompts), unit="problem", disable=RANK > 0 or None) as bar:
-            for start in range(0, len(order), batch_size)[RANK::WORLD]:
-                batch = order[start:start + batch_size]
-                inputs = [encoded[i] for i in batch]
-                for row, completion in complete_batch(model, tokenizer, inputs, max_new_tokens):
-                    completions[batch[row]] = completion
-                    bar.update(WORLD)
-    finally:
-        model.generation_config = own
+    starts = range(0, len(order), batch_size)[RANK::WORLD]
+    completions = {}
+    for start in tqdm(starts, unit="batch", disable=RANK > 0 or None):
+        batch = {i: encoded[i] for i in order[start:start + batch_size]}
+        completions |= complete_batch(model, tokenizer, batch, eos, max_new_tokens)
+    model.generation_config = own
     for others in gather(completions):
-        completions = [ours or theirs for ours, theirs in zip(completions, others)]
-    return completions
+        completions |= others
+    return [completions[i] for i in range(len(prompts))]
 
 
-def complete_batch(model, tokenizer, prompts, max_new_tokens):
-    """Yield (row, (text, cut off)) as the rows of token ids end.
+def complete_batch(model, tokenizer, prompts, eos, max_new_tokens):
+    """Complete {i: token ids} as {i: (text, cut off)}.
 
     Every 16 tokens, rows that have ended leave the batch: kept, they would cost as much as the
-    longest. Not without a cache to take them out of (GPT-1), or with a state beside it
-    (RecurrentGemma).
+    longest. A model with a state (Mamba) keeps them: it has no rows to take out.
     """
-    from transformers import StoppingCriteriaList
-    eos, pad = model.generation_config.eos_token_id, model.generation_config.pad_token_id
-    has_cache = "past_key_values" in inspect.signature(model.forward).parameters
-    piece = 16 if has_cache and not model._is_stateful else max_new_tokens
-    # Padded on the left, every row ends where its completion begins. The mask comes from lengths:
-    # with pad == eos the ids cannot tell.
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad, device=model.device)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, -len(prompt):] = torch.tensor(prompt)
-        mask[row, -len(prompt):] = 1
+    piece = max_new_tokens if model._is_stateful else 16
+    # Padded on the left, by length: the ids cannot tell padding from an EOS.
+    width = max(map(len, prompts.values()))
+    ids = [[eos[0]] * (width - len(prompt)) + prompt for prompt in prompts.values()]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts.values()]
+    ids, mask = torch.tensor([ids, mask], device=model.device)
 
     def asks_next(so_far, scores, **_):
-        recent = tokenizer.batch_decode(so_far[:, max(width, so_far.shape[1] - 9):])
-        return torch.tensor(["Question:" in text for text in recent], device=so_far.device)
+        recent = tokenizer.batch_decode(so_far[:, width:][:, -9:])
+        return torch.tensor(["Question:" in text for text in recent], device=model.device)
 
-    rows, cache = list(range(len(prompts))), {}  # the rows still in the batch
+    rows, cache, completions = list(prompts), {}, {}
     while rows:
-        left = width + max_new_tokens - ids.shape[1]
-        out = model.generate(ids, attention_mask=mask, max_new_tokens=min(piece, left),
-                             stopping_criteria=StoppingCriteriaList([asks_next]), **cache)
-        mask = F.pad(mask, (0, out.sequences.shape[1] - ids.shape[1]), value=1)
-        ids = out.sequences
+        length = min(ids.shape[1] + piece, width + max_new_tokens)
+        out = model.generate(ids, attention_mask=mask, max_length=length,
+                             stopping_criteria=[asks_next], **cache)
         keep = []
-        for place, new in enumerate(ids[:, width:].tolist()):
+        for place, new in enumerate(out.sequences[:, width:].tolist()):
             text = tokenizer.decode(new, skip_special_tokens=True)
-            ended = not set(eos).isdisjoint(new) or "Question:" in text
+            ended = "Question:" in text or any(token in eos for token in new)
             if ended or len(new) == max_new_tokens:
-                yield rows[place], (text, not ended)
+                completions[rows[place]] = text, not ended
             else:
                 keep.append(place)
-        rows = [rows[place] for place in keep]
-        if rows:
-            ids, mask = ids[keep], mask[keep]
-            out.past_key_values.reorder_cache(torch.tensor(keep, device=ids.device))
+        mask = F.pad(mask, (0, out.sequences.shape[1] - ids.shape[1]), value=1)[keep]
+        ids, rows = out.sequences[keep], [rows[place] for place in keep]
+        if rows and out.past_key_values.get_seq_length():  # GPT-1 caches nothing
             cache = {"past_key_values": out.past_key_values}
+            out.past_key_values.reorder_cache(torch.tensor(keep, device=model.device))
+    return completions
 
 
 # --- scores ---
 
 def wilson_interval(correct, n, z=1.959964):
     """95% interval of a proportion (Wilson 1927). Unlike p +- z sd it holds near 0 and 1."""
-    p = correct / n
-    centre = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    centre = (correct + z * z / 2) / (n + z * z)
+    half = z * math.sqrt(correct * (n - correct) / n + z * z / 4) / (n + z * z)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def mcnemar_p(first, second):
     """Exact two-sided p that two models are equally good (McNemar 1947).
 
-    Only problems that one of them alone solves count. Each falls either way with probability 1/2.
+    Of the problems that one alone solves, each falls either way with probability 1/2.
     """
-    gained = sum(b and not a for a, b in zip(first, second, strict=True))
-    lost = sum(a and not b for a, b in zip(first, second, strict=True))
+    pairs = list(zip(first, second, strict=True))
+    gained, lost = pairs.count((False, True)), pairs.count((True, False))
     n = gained + lost
     tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**n)
@@ -473,18 +422,18 @@ def answer(model, tokenizer, rows, shots=0, batch_size=16, max_new_tokens=256):
     rows = rows[shots:]
     if not rows:
         raise ValueError(f"no problem is left after --shots {shots}")
+    prompts = [examples + format_prompt(question) for question, _ in rows]
     references = [extract_answer(solution, flexible=True) for _, solution in rows]
     if None in references:
         raise ValueError(f"problem {references.index(None) + 1} has no number in its answer")
-    prompts = [examples + format_prompt(question) for question, _ in rows]
     completions = complete(model, tokenizer, prompts, batch_size, max_new_tokens)
     records = []
-    for (question, _), reference, (text, truncated) in zip(rows, references, completions):
+    for (question, _), reference, (text, cut_off) in zip(rows, references, completions):
         strict, flexible = extract_answer(text), extract_answer(text, flexible=True)
-        records.append({
-            "question": question, "completion": text, "reference": reference,
-            "answer": strict, "answer_flexible": flexible, "correct": strict == reference,
-            "correct_flexible": flexible == reference, "truncated": truncated})
+        records.append(dict(
+            question=question, completion=text, reference=reference,
+            answer=strict, answer_flexible=flexible, correct=strict == reference,
+            correct_flexible=flexible == reference, truncated=cut_off))
     return records
 
 
@@ -493,12 +442,12 @@ def summarise(records, base=None):
     n = len(records)
     correct = [record["correct"] for record in records]
     flexible = sum(record["correct_flexible"] for record in records)
-    result = {
-        "n": n, "correct": sum(correct), "accuracy": sum(correct) / n,
-        "ci95": list(wilson_interval(sum(correct), n)),
-        "correct_flexible": flexible, "accuracy_flexible": flexible / n,
-        "no_answer": sum(record["answer"] is None for record in records),
-        "truncated": sum(record["truncated"] for record in records)}
+    result = dict(
+        n=n, correct=sum(correct), accuracy=sum(correct) / n,
+        ci95=list(wilson_interval(sum(correct), n)),
+        correct_flexible=flexible, accuracy_flexible=flexible / n,
+        no_answer=sum(record["answer"] is None for record in records),
+        truncated=sum(record["truncated"] for record in records))
     if base:
         result["p_value"] = mcnemar_p([record["correct"] for record in base], correct)
     return result
@@ -523,55 +472,52 @@ def checkpoints(run):
     return sorted(steps, key=lambda path: int(path.name[5:]))
 
 
-def find_adapters(folders):
-    """[(name, folder)]. A run folder becomes its checkpoints."""
-    adapters = []
-    for folder in map(Path, folders):
-        single = (folder / "adapter_config.json").exists()
-        for path in [folder] if single else checkpoints(folder) or [folder]:
-            run, name = path.resolve().parts[-2:]
-            adapters.append((f"{run}-{name}" if name.startswith("step_") else name, path))
-    return adapters
-
-
-def main(args):
-    """Score the base, each adapter, and the merged model. Return [(name, result)]."""
-    # What can be refused is refused here, not after an hour of generation.
+def plan(args):
+    """[(name, adapter folder)]: the base, then each adapter, a run folder as its checkpoints."""
     evaluations = [("base", None)]
-    evaluations += [(name, str(folder)) for name, folder in find_adapters(args.adapter)]
+    for folder in args.adapter:
+        for path in checkpoints(folder) or [Path(folder)]:
+            run, name = path.resolve().parts[-2:]
+            evaluations.append((f"{run}-{name}" if name.startswith("step_") else name, str(path)))
     if args.save_merged:
         if len(evaluations) != 2 or list(Path(args.save_merged).glob("*")):
             raise ValueError("--save-merged takes exactly one adapter, and an empty or new folder")
         name, folder = evaluations[1]
         evaluations.append((f"{name}-merged", folder))
-        Path(args.save_merged).mkdir(parents=True, exist_ok=True)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    if len(dict(evaluations)) < len(evaluations):
+        raise ValueError("--adapter: two results would have one name; rename a folder")
+    return evaluations
+
+
+def main(args):
+    """Score the base, each adapter, and the merged model. Return [(name, result)]."""
+    # What can be refused is refused here, not after an hour of generation.
+    evaluations, paths = plan(args), {}
     torch.manual_seed(args.seed)
     device = join_processes(pick_device(args.device))
     dtype, reason = pick_dtype(args.dtype, device)
-    nb_rows = args.nb_samples and args.nb_samples + args.shots
-    rows = read_rows(args.data, "test", nb_rows)
-    settings = {
-        "model": args.model, "data": args.data, "dtype": str(dtype)[6:], "nf4": args.nf4,
-        "shots": args.shots, "max_new_tokens": args.max_new_tokens, "n": len(rows) - args.shots}
-    paths = {}
+    rows = read_rows(args.data, "test", args.nb_samples and args.nb_samples + args.shots)
+    settings = dict(
+        model=args.model, data=args.data, dtype=str(dtype)[6:], nf4=args.nf4, shots=args.shots,
+        max_new_tokens=args.max_new_tokens, n=len(rows) - args.shots)
     for name, folder in evaluations:
-        if name in paths:
-            raise ValueError(f"--adapter: two results would be called {name}; rename a folder")
-        paths[name] = Path(args.out, f"{name}-{Path(args.data).stem}.json")
-        refuse_another(paths[name], {**settings, "adapter": folder})
+        settings["adapter"] = folder
+        paths[name] = path = Path(args.out, f"{name}-{Path(args.data).stem}.json")
+        if path.exists() and not settings.items() <= json.loads(path.read_text()).items():
+            raise ValueError(f"{path} holds another evaluation: give another --out")
+    for folder in (args.out, args.save_merged or args.out):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
     for _, folder in evaluations[1:]:
         load_adapter(model, folder)
-    model = strip_lora(model)
+    strip_lora(model)
 
-    print(f"{args.model} on {device} in {dtype} ({reason}){', base in NF4' * args.nf4}, "
-          f"{len(rows) - args.shots} problems of {args.data}", flush=True)
+    print(f"{args.model} on {device} in {dtype} ({reason}), {settings['n']} problems", flush=True)
     scores, base = [], None
     for name, folder in evaluations:
         if folder:
             load_adapter(model, folder)
-        if args.save_merged and name == evaluations[-1][0]:
+        if args.save_merged and len(scores) == 2:
             model = strip_lora(merge_lora(model))
             dequantize_nf4(model)  # with --nf4, the layers without an adapter
             if RANK == 0:
@@ -581,62 +527,36 @@ def main(args):
         records = answer(model, tokenizer, rows, args.shots, args.batch_size, args.max_new_tokens)
         result = {**settings, "adapter": folder, **summarise(records, base),
                   "seconds": round(time.perf_counter() - start, 1)}
-        scores.append((name, result))
         base = base or records
+        scores.append((name, result))
+        print(describe(name, result), flush=True)
         if RANK == 0:
-            write_scores(paths[name], result, records)
-        print(f"{describe(name, result)}  {result['seconds']:.0f} s", flush=True)
-    if len(scores) > 1 and RANK == 0:
-        plot(Path(args.out), scores)
+            with open(paths[name].with_suffix(".jsonl"), "w", encoding="utf8") as file:
+                for record in records:  # numbers as text: a float would round them
+                    print(json.dumps(record, default=str, ensure_ascii=False), file=file)
+            paths[name].write_text(json.dumps(result, indent=2) + "\n")
+    if RANK == 0:
+        plot(paths[name].with_suffix(".png"), scores)
     print(f"scores and completions are in {args.out}/")
     return scores
 
 
-def refuse_another(path, settings):
-    """ValueError if a score file holds another evaluation. The same one may be done again."""
-    try:
-        existing = json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError):  # absent, or damaged
-        return
-    for key, value in settings.items():
-        if existing.get(key, value) != value:
-            raise ValueError(f"{path} holds another evaluation ({key} {existing[key]!r}, now "
-                             f"{value!r}): give another --out")
-
-
-def write_scores(path, result, records):
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf8")
-    with open(path.with_suffix(".jsonl"), "w", encoding="utf8") as file:
-        for record in records:  # numbers as text: a float would round them
-            file.write(json.dumps(record, default=str, ensure_ascii=False) + "\n")
-
-
-def plot(out, scores):
+def plot(path, scores):
     """Draw the accuracies with their intervals, the base first."""
     try:
-        from matplotlib import pyplot as plt
+        from matplotlib.figure import Figure
     except ImportError:
         return
-    plt.switch_backend("Agg")
-    figure, axes = plt.subplots(figsize=(len(scores) + 4, 4), layout="constrained")
+    axes = Figure(figsize=(len(scores) + 4, 4), layout="constrained").subplots()
     for name, result in scores:
-        low, high = result["ci95"]
-        axes.plot([name.replace("-step_", "\n")] * 3,
-                  [100 * low, 100 * result["accuracy"], 100 * high], "_-", color="C0")
-    data = Path(result["data"]).stem
+        points = [100 * share for share in (*result["ci95"], result["accuracy"])]
+        axes.plot([name.replace("-step_", "\n")] * 3, points, "_-", color="C0")
     axes.set(ylabel="accuracy, strict (%)", ylim=(0, None),
-             title=f"{data}, n = {result['n']}, 95% intervals")
-    figure.savefig(out / f"{scores[1][0].split('-step_')[0]}-{data}.png", dpi=120)
-    plt.close(figure)
+             title=f"{path.stem}, n = {result['n']}, 95% intervals")
+    axes.figure.savefig(path, dpi=120)
 
 
 # --- the edge of a script ---
-
-def out_of_memory(error):
-    """Whether a GPU, an MPS device or the CPU had no memory left."""
-    words = re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error))
-    return isinstance(error, torch.OutOfMemoryError) or words is not None
-
 
 def run_script(name, main, parse_args):
     """End in one line on stderr and exit code 2 for what a flag or a file can cause."""
@@ -651,11 +571,12 @@ def run_script(name, main, parse_args):
     except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk, on saving
         message = " ".join(str(error).split()) or first_line(error)
     except RuntimeError as error:
-        if not out_of_memory(error):
+        words = re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error))
+        if not words and not isinstance(error, torch.OutOfMemoryError):
             raise
-        message = (f"out of memory ({first_line(error)}). What helps: a smaller --batch-size, "
-                   "--nf4, a half-precision --dtype; in training also --checkpoint-activations, a "
-                   "smaller --max-length, fewer --targets")
+        message = (f"out of memory ({first_line(error)}): try a smaller --batch-size, --nf4, a "
+                   "half-precision --dtype; in training also --checkpoint-activations, a smaller "
+                   "--max-length, fewer --targets")
     print(f"{name}{f' (rank {RANK})' * (WORLD > 1)}: {message}", file=sys.stderr)
     sys.exit(2)
 
