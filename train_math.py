@@ -6,9 +6,8 @@
     python eval_gsm8k.py --adapter checkpoints/lora-r8-MetaMathQA  # score every checkpoint
     torchrun --nproc-per-node 2 -- train_math.py                   # the same run on two GPUs
 
-Files written
-    checkpoints/RUN/step_000500/    the adapter in PEFT's format, and the trainer's state
-    runs/RUN/metrics.jsonl          a line per step; TensorBoard events and loss.png beside it
+Written are checkpoints/RUN/step_000500/ (the adapter in PEFT's format, and the trainer's state)
+and runs/RUN/ (metrics.jsonl with a line per step, TensorBoard events, loss.png).
 
 Start reading at train(): the loop is one screen, and what it calls is written by hand.
 """
@@ -32,7 +31,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
@@ -150,9 +148,9 @@ def collate(examples, device):
 class LossScaler:
     """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740, Sec. 3.2).
 
-    Gradients below 6e-8 vanish in fp16, so the loss is multiplied by `scale` before backward, and
-    the adapter's fp32 gradients are divided by it. If one is not finite, the step is skipped and
-    the scale halves; after `interval` good steps in a row it doubles. In bf16 and fp32 it is 1.
+    Gradients below 6e-8 vanish in fp16: the loss is multiplied by `scale` before backward, and the
+    adapter's fp32 gradients are divided by it. If one is not finite, the step is skipped and the
+    scale halves; after `interval` good steps in a row it doubles. In bf16 and fp32 it is 1.
     """
 
     def __init__(self, enabled, scale=2.0**16, interval=2000):
@@ -198,8 +196,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     b, h, n, c = query.shape
     g = key.shape[1]
     if query.device.type != "cpu":
-        # Below compute capability 8 torch's fused kernels take no grouped heads: it would fall
-        # back to scores of (b, h, n, n) in memory. Expanded, K and V take h / g as much.
+        # Below compute capability 8 torch's fused kernels take no grouped heads: without this,
+        # scores of (b, h, n, n) would be in memory.
         if h > g:
             key, value = (x.repeat_interleave(h // g, dim=1) for x in (key, value))
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout,
@@ -233,7 +231,7 @@ CHUNK = 2**22  # logits at once: 131 positions of a 32,000-word vocabulary, what
 
 
 def backward_loss(model, batch, weight=1.0):
-    """Add the gradients of weight * loss; return the loss, summed over the batch's targets (fp32).
+    """Add the gradients of weight * loss; return the loss: a sum over the targets, in fp32.
 
     Logits exist only at targets, a chunk at a time: each chunk goes forward and backward through
     the output head, down to its hidden states. Their gradient then goes through the blocks at once.
@@ -290,7 +288,7 @@ def check_head(model, ids):
 
 def blocks(model):
     """Return the transformer blocks: of the model's module lists the one with most weights."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     return max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))
 
 
@@ -357,10 +355,10 @@ def plan_memory(model, args, longest, batch_size):
     need, free = sum(plan.values()) - weights, free_memory(device, args.vram)
     # torch does not restore the random state of MPS: backward would see another dropout mask.
     other_masks = device.type == "mps" and args.dropout > 0
-    if recompute and other_masks:
-        raise ValueError("--checkpoint-activations on mps needs --dropout 0")
     if recompute is None:
         recompute = 1.25 * need > free and not other_masks
+    elif recompute and other_masks:
+        raise ValueError("--checkpoint-activations on mps needs --dropout 0")
     if recompute:
         checkpoint_blocks(model)
         plan = memory_plan(model, batch_size, block_input, whole)
@@ -368,9 +366,8 @@ def plan_memory(model, args, longest, batch_size):
         plan["Python and libraries"] = max(0, process_memory() - weights)
     total = sum(plan.values()) / GiB
     print("memory plan, GiB:", ", ".join(f"{what} {size / GiB:.3f}" for what, size in plan.items()))
-    print(f"in all {total:.2f}, activations {'recomputed' if recompute else 'kept'}: to keep them "
-          f"takes {need / GiB:.2f} beside the weights, free are {free / GiB:.2f} (0: unknown)",
-          flush=True)
+    print(f"in all {total:.2f}, activations {'recomputed' if recompute else 'kept'}: keeping takes "
+          f"{need / GiB:.2f} beside the weights, {free / GiB:.2f} is free (0: unknown)", flush=True)
     return total
 
 
@@ -382,20 +379,21 @@ def free_memory(device, vram):
         if vram:
             free = min(free, int((vram - 0.5) * GiB) - reserved)
         return free + reserved - torch.cuda.memory_allocated(device)
-    available = 1024 * kernel_number("/proc/meminfo", r"MemAvailable: +(\d+)")
-    limits = [kernel_number("/sys/fs/cgroup/memory.max"),
-              kernel_number("/sys/fs/cgroup/memory/memory.limit_in_bytes")]
-    return min([available, *(limit - process_memory() for limit in limits if limit)])
+    free = 1024 * read_number("/proc/meminfo", r"MemAvailable: +(\d+)")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if limit := read_number(path):  # of a container
+            free = min(free, limit - process_memory())
+    return free
 
 
 def process_memory():
     """Return the bytes that the process holds (Linux; elsewhere its peak so far)."""
-    pages = kernel_number("/proc/self/statm", r" (\d+)")
+    pages = read_number("/proc/self/statm", r" (\d+)")
     return pages * os.sysconf("SC_PAGE_SIZE") if pages else peak_memory(torch.device("cpu"))
 
 
-def kernel_number(path, pattern=r"(\d+)"):
-    """Return a number that Linux tells, 0 elsewhere."""
+def read_number(path, pattern=r"(\d+)"):
+    """Return a number that Linux tells in a file, 0 if there is none."""
     match = re.search(pattern, Path(path).read_text()) if Path(path).exists() else None
     return int(match[1]) if match else 0
 
@@ -416,7 +414,7 @@ MAY_CHANGE_ON_RESUME = {"device", "vram", "save_every", "resume", "demo", "check
 def save_checkpoint(folder, model, config, state):
     """Write adapter and trainer_state.pt beside their place and rename: never a partial checkpoint.
 
-    Every adapter stays, the state, twice as large, for the newest two.
+    Every adapter stays; the state, twice as large, for the newest two.
     """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -450,8 +448,7 @@ def newest_state(folder):
 def train(model, examples, args, config=None, state=None):
     """Train what requires grad; with a config, save checkpoints. Return the last one's folder.
 
-    A state resumes step, moments and loss scale. A and B are loaded before; the order of the data
-    and dropout follow from the seed.
+    state: step, moments and loss scale to resume from. A and B are loaded before.
     """
     state = state or {"step": 0}
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -485,8 +482,7 @@ def train(model, examples, args, config=None, state=None):
             targets = sum(len(ids) - prompt for batch in window for ids, prompt in batch)
             loss = 0.0
             for n in range(RANK, len(window), WORLD):
-                # Dropout follows from seed and micro-batch, on any number of processes, also on
-                # resume. The generator of a CPU takes 32 bits of a seed.
+                # Dropout follows from seed and micro-batch. A CPU's generator takes 32 bits.
                 torch.manual_seed(random.Random(f"{args.seed} {first + n}").getrandbits(32))
                 batch = collate(window[n], model.device)
                 loss += backward_loss(model, batch, scaler.scale / targets)
@@ -494,7 +490,7 @@ def train(model, examples, args, config=None, state=None):
 
             # 3. Unscale and clip, in fp32.
             scaler.unscale(parameters)
-            norm = float(nn.utils.clip_grad_norm_(parameters, args.clip))
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
 
             # 4. Step, or skip after an overflow, leaving weights and moments untouched.
             finite = math.isfinite(loss) and math.isfinite(norm)
@@ -630,7 +626,7 @@ def main(args):
     check_ids(model, ids)
     check_head(model, longest)
 
-    # A resumed run, and each process of it, must be the run that it was, and that rank 0 has.
+    # On resuming and in every process, the run must be the one that was begun, by rank 0.
     identity = run_identity(model, examples, args)
     state.setdefault("identity", identity)
     wanted = gather({**state["identity"], "step": state["step"]})[0]
@@ -646,17 +642,15 @@ def main(args):
         load_adapter(model, begun)
 
     trainable, total = count_parameters(model)
-    tokens = sum(map(len, ids))
-    per_step = min(args.batch_size, len(ids)) * args.grad_accum
+    tokens, batch_size = sum(map(len, ids)), min(args.batch_size, len(ids))
     print(f"{args.model} in {args.dtype}{' over NF4' * args.nf4} on {device} ({reason}), "
           f"attention {model.config._attn_implementation}\n"
           f"{len(names)} layers adapted ({names[0]} ...): {trainable:,} of {total:,} parameters "
           f"train ({trainable / total:.2%}), in float32\n"
-          f"{len(ids):,} rows of {args.data}, {len(rows) - len(ids):,} dropped over "
-          f"{args.max_length} tokens; {tokens:,} tokens an epoch, about "
-          f"{tokens * per_step // len(ids):,} a step")
+          f"{len(ids):,} rows, {len(rows) - len(ids):,} dropped over {args.max_length} tokens; "
+          f"{tokens:,} tokens, about {tokens * batch_size * args.grad_accum // len(ids):,} a step")
     model.train()
-    planned = plan_memory(model, args, len(longest), min(args.batch_size, len(ids)))
+    planned = plan_memory(model, args, len(longest), batch_size)
     last = train(model, examples, args, config, state) or begun  # a finished run has no step left
     print(f"peak memory {peak_memory(device) / GiB:.2f} GiB, planned {planned:.2f}. Written: "
           f"{last}/, runs/{args.run_name}/metrics.jsonl\nscore it:  python eval_gsm8k.py "
@@ -735,7 +729,7 @@ def demo(seed):
     cpu = "--dtype float32 --device cpu"
     common = f"{cpu} --grad-accum 1 --dropout 0 --lr 3e-3 --seed {seed}"
 
-    print("1. A base model is pretrained from scratch on one-step problems, by the same loop")
+    print("1. A base is pretrained on one-step problems, by the same loop")
     args = parse_args("--data demo/one-step-train.jsonl --run-name demo-base --epochs 6 "
                       f"--batch-size 64 {common}".split())
     model, tokenizer = demo_base(texts, seed)
@@ -750,11 +744,10 @@ def demo(seed):
 
     flags = (f"--model demo/base --adapter {last} --data demo/two-step-test.jsonl "
              f"--save-merged demo/merged --batch-size 200 --max-new-tokens 40 {cpu}")
-    print("\n3. Base, adapter and merged model on held-out two-step problems\n"
-          f"python eval_gsm8k.py {flags}", flush=True)
+    print(f"\n3. All are scored on held-out ones\npython eval_gsm8k.py {flags}", flush=True)
     eval_gsm8k.main(eval_gsm8k.parse_args(flags.split()))
 
-    print("\n4. The base's own task, with the adapter on and switched off", flush=True)
+    print("\n4. The base's own task, with the adapter on and off", flush=True)
     model, tokenizer = load_model("demo/base", torch.float32, torch.device("cpu"))
     load_adapter(model, last)
     rows = read_rows("demo/one-step-test.jsonl", "test")
