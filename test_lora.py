@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import gc
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -41,6 +42,7 @@ import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
@@ -1422,36 +1424,31 @@ def test_errors_end_in_one_line(error, code, line, capsys):
 ROW = list(range(10, 26))  # 16 token ids
 
 
-def causal(name, dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0)
-    config = getattr(transformers, f"{name}Config")(**{**sizes, **options})
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
-def rows_of(tiny):
-    return read_rows(str(tiny / "train.jsonl"), "train")
-
-
-def adapted(tiny, **options):
-    """Return a model with an adapter that is not zero, training, and its rows."""
-    model, tokenizer = load(tiny)
-    torch.manual_seed(0)
-    inject_lora(model, LoRAConfig(r=4, **options))
-    for parameter in trained(model):
-        parameter.data += 0.1 * torch.randn(parameter.shape)
-    return model.train(), encode(rows_of(tiny), tokenizer, 512)
+def causal(kind, **options):
+    return make(kind, **SMALL | {"head_dim": 8} | options)
 
 
 def trained(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def gradients(model):
+    return {i: parameter.grad.clone() for i, parameter in enumerate(trained(model))}
+
+
+def adapted(tiny, **options):
+    """Return a model with an adapter that is not zero, in training mode, and its rows."""
+    model, tokenizer = load(tiny)
+    torch.manual_seed(0)
+    inject_lora(model, LoRAConfig(r=4, **options))
+    shake(model)
+    return model.train(), encode(read_rows(str(tiny / "train.jsonl"), "train"), tokenizer, 512)
+
+
 def command(tiny, *flags, name="run"):
-    return ["--model", str(tiny / "base"), "--data", str(tiny / "train.jsonl"), "--device", "cpu",
-            "--run-name", name, "--dtype", "float32", "--lr", "1e-2", "--r", "4",
-            "--batch-size", "4", "--grad-accum", "2", *flags]
+    common = "--device cpu --dtype float32 --lr 1e-2 --r 4 --batch-size 4 --grad-accum 2"
+    return ["--model", str(tiny / "base"), "--data", str(tiny / "train.jsonl"), "--run-name", name,
+            *common.split(), *" ".join(flags).split()]
 
 
 def run(tiny, *flags, name="run"):
@@ -1464,15 +1461,10 @@ def metrics(name="run"):
 
 
 def saved_state(folder):
-    """Return (the adapter's tensors, AdamW's moments)."""
-    adapter = (Path(folder) / "adapter_model.safetensors").read_bytes()
-    state = torch.load(Path(folder) / "trainer_state.pt")["optimizer"]["state"]
+    """Return the adapter's tensors and AdamW's moments."""
+    state = torch.load(folder / "trainer_state.pt")["optimizer"]["state"]
     moments = {(i, key): value for i, group in state.items() for key, value in group.items()}
-    return safetensors.torch.load(adapter), moments
-
-
-def gradients(model):
-    return {i: parameter.grad.clone() for i, parameter in enumerate(trained(model))}
+    return safetensors.torch.load((folder / WEIGHTS).read_bytes()) | moments
 
 
 # --- train_math.py: data ---
@@ -1481,16 +1473,15 @@ def test_training_masks_exactly_what_generation_is_given(tiny):
     """A row must be the prompt's ids, the answer's and EOS; all but the prompt is a target."""
     _, tokenizer = load(tiny)
     tokenizer.pad_token = tokenizer.eos_token  # pad == eos must not lose the final EOS
-    texts = rows_of(tiny)[:5]
+    texts = read_rows(str(tiny / "train.jsonl"), "train", 5)
     ids, rows, columns = collate(encode(texts, tokenizer, 512), "cpu")
     for i, (question, answer) in enumerate(texts):
-        prompt = encode_prompt(tokenizer, format_prompt(question))
         targets = columns[rows == i].tolist()
-        assert ids[i, :targets[0]].tolist() == prompt
+        assert ids[i, :targets[0]].tolist() == encode_prompt(tokenizer, format_prompt(question))
         assert tokenizer.decode(ids[i, targets]) == f"{answer} <eos>"
 
 
-@pytest.mark.parametrize("merges, answer", [([], "▁2"), ([(":", "▁")], "▁▁2")])
+@cases("merges, answer", [([], "▁2"), ([(":", "▁")], "▁▁2")])
 def test_prompt_and_answer_are_tokenised_as_one_text(merges, answer):
     """No second space token may start an answer, unless a token would span the seam."""
     words = ["<s>", "</s>", *sorted(set("Question:▁1+1?\nAnswer:▁2")), ":▁"]
@@ -1509,128 +1500,97 @@ def test_prompt_and_answer_are_tokenised_as_one_text(merges, answer):
 def test_batches_follow_from_seed_and_epoch_and_start_with_the_largest():
     """An epoch must hold each row once, pad little, and mix short and long batches."""
     lengths = random.Random(0).choices(range(10, 500), k=1003)
-    batches = epoch_batches(lengths, 8, 0, 0)
-    padded = [len(batch) * max(lengths[row] for row in batch) for batch in batches]
-    assert sorted(sum(batches, [])) == list(range(1003))
-    assert batches == epoch_batches(lengths, 8, 0, 0)
-    assert batches not in (epoch_batches(lengths, 8, 0, 1), epoch_batches(lengths, 8, 1, 0))
-    assert padded[0] == max(padded)
-    assert sum(padded) < 1.1 * sum(lengths)
+    keys = (0, 0), (0, 0), (0, 1), (1, 0)
+    first, again, *others = (epoch_batches(lengths, 8, *key) for key in keys)
+    padded = [len(batch) * max(lengths[row] for row in batch) for batch in first]
+    assert first == again and first not in others and sorted(sum(first, [])) == list(range(1003))
+    assert padded[0] == max(padded) and sum(padded) < 1.1 * sum(lengths)
     assert padded[1:] != sorted(padded[1:])
 
 
 # --- train_math.py: loss, attention ---
 
-@pytest.mark.parametrize("chunk", [2**22, 300])
+@cases("chunk", [2**22, 300])
 def test_loss_and_gradients_equal_the_full_computation(tiny, chunk, monkeypatch):
     """Logits in chunks, at targets alone, must give what labels of -100 and a mask give."""
     monkeypatch.setattr(train_math, "CHUNK", chunk)
     model, examples = adapted(tiny)
-    batch = collate(examples[:6], "cpu")
-    total = backward_loss(model, batch, 0.5)
-    ours = gradients(model)
+    ids, rows, columns = batch = collate(examples[:6], "cpu")
+    ours = [backward_loss(model, batch, 0.5), *gradients(model).values()]
     model.zero_grad()
-    ids, rows, columns = batch
     labels = torch.full_like(ids, -100)
     labels[rows, columns] = ids[rows, columns]
     loss = model(input_ids=ids, attention_mask=(ids > 0).long(), labels=labels).loss * len(rows)
     (0.5 * loss).backward()
-    torch.testing.assert_close(total, loss.detach())
-    torch.testing.assert_close(ours, gradients(model), atol=1e-5, rtol=1e-4)
+    for one, two in zip(ours, [loss.detach(), *gradients(model).values()], strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
 
 
 def test_accumulation_equals_one_big_batch(tiny, workdir):
-    """8 x 1, 4 x 2 and 1 x 8 rows of unequal length must give one gradient."""
-    for batch, accumulate in (("8", "1"), ("4", "2"), ("1", "8")):
-        last = run(tiny, "--nb-samples", "8", "--epochs", "1", "--dropout", "0", "--batch-size",
-                   batch, "--grad-accum", accumulate, name=batch)
-        wanted = saved_state(Path("checkpoints/8/step_000001"))[1]  # the gradient's moments
-        torch.testing.assert_close(saved_state(last)[1], wanted, atol=1e-8, rtol=1e-4)
-        assert metrics(batch)[0]["loss"] == pytest.approx(metrics("8")[0]["loss"], rel=1e-6)
-    assert len({len(ids) for ids, _ in adapted(tiny)[1][:8]}) > 1
+    """8 x 1, 4 x 2 and 1 x 8 rows of unequal length must give one gradient, clipped for AdamW."""
+    for size in (8, 4, 1):
+        last = run(tiny, "--nb-samples 8 --epochs 1 --dropout 0 --clip 0.01",
+                   f"--batch-size {size} --grad-accum {8 // size}", name=str(size))
+        means = [value for key, value in saved_state(last).items() if key[1] == "exp_avg"]
+        assert float(sum(mean.square().sum() for mean in means)) == pytest.approx(1e-6, rel=1e-3)
+        for key in ("loss", "grad_norm"):
+            assert metrics(str(size))[0][key] == pytest.approx(metrics("8")[0][key], rel=1e-5)
 
 
-@pytest.mark.parametrize("name, options", [
-    ("Gemma2", {}), ("Granite", {"logits_scaling": 2.0}), ("Llama4Text", {"num_local_experts": 2})])
-def test_heads_that_do_more_than_multiply_are_refused(name, options):
-    """A cap, a scale, or no hidden states beside the logits: one line must say so."""
-    with pytest.raises(ValueError, match=f"^{name[:6]}.*ForCausalLM .* not supported here$"):
-        train_math.check_head(causal(name, **options), ROW)
+@cases("kind, options", [
+    ("gemma2", {}), ("granite", {"logits_scaling": 2.0}), ("llama4_text", {"num_local_experts": 2}),
+    ("llama", {"rms_norm_eps": math.nan})])
+def test_heads_that_do_more_than_multiply_are_refused(kind, options):
+    """A cap, a scale, no hidden states beside the logits, or an overflow: one line must say so."""
+    refused("ForCausalLM .*not supported here.*overflows in torch.float32",
+            train_math.check_head, causal(kind, **options), ROW)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("name", ["Mamba", "Mamba2", "FalconMamba", "NemotronH"])
-def test_state_space_models_train_in_half_precision(name, dtype):
+@quiet
+@cases("dtype", DTYPES[1:])
+@cases("kind", ["mamba", "mamba2", "falcon_mamba", "nemotron_h"])
+def test_state_space_models_train_in_half_precision(kind, dtype):
     """fp32 logits or hidden states must neither crash the check nor the loss."""
-    options = {"state_size": 4, "ssm_state_size": 8, "num_heads": 4, "head_dim": 16,
-               "n_groups": 1, "chunk_size": 8}
-    if name == "NemotronH":
-        options.update(layers_block_type=["mamba", "attention"], mamba_num_heads=4,
-                       mamba_head_dim=16, head_dim=8)
-    model = causal(name, dtype, **options)
+    model = causal(kind, dtype=dtype, state_size=4, ssm_state_size=8, n_groups=1, chunk_size=8,
+                   num_heads=4, head_dim=16, mamba_num_heads=4, mamba_head_dim=16,
+                   layers_block_type=["mamba", "attention"])
     train_math.check_head(model, ROW)
     inject_lora(model, LoRAConfig(targets=["in_proj"]))
     assert 40 < backward_loss(model.train(), collate([(ROW, 4)], "cpu"), 1 / 12) < 60
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
-def attend(model, dropout):
-    """Return the logits of two rows, and their gradients in the projections."""
-    model.train(dropout > 0).zero_grad()
-    torch.manual_seed(3)
-    logits = model(torch.tensor([ROW, ROW[::-1]])).logits.float()
-    logits.square().sum().backward()
-    grown = {name: p.grad.float() for name, p in model.named_parameters() if "_proj" in name}
-    return {"logits": logits.detach(), **grown}
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name, window", [("Llama", None), ("Mistral", 4)])
-def test_attention_is_transformers_own(name, window, dtype, dropout):
+@cases("dropout", [0.0, 0.3])
+@cases("dtype", DTYPES)
+@cases("kind, window", [("llama", None), ("mistral", 4)])
+def test_attention_is_transformers_own(kind, window, dtype, dropout):
     """Logits and gradients must be eager attention's: grouped heads, window, dropout."""
-    model = causal(name, dtype, attn_implementation="eager", sliding_window=window,
-                   attention_dropout=dropout, initializer_range=0.1)
-    wanted = attend(model, dropout)
-    train_math.check_head(model.eval(), ROW)
-    assert model.config._attn_implementation == "lora_training"
-    for key, value in attend(model, dropout).items():
-        error = (value - wanted[key]).norm() / wanted[key].norm()
-        assert error < (1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps), key
+    model = causal(kind, attn_implementation="eager", sliding_window=window,
+                   attention_dropout=dropout, initializer_range=0.1).to(dtype)
+    results = []
+    for _ in range(2):
+        model.train(dropout > 0).zero_grad()
+        torch.manual_seed(3)
+        output = model(torch.tensor([ROW, ROW[::-1]])).logits.float()
+        output.square().sum().backward()
+        grown = [p.grad.float() for name, p in model.named_parameters() if "_proj" in name]
+        results.append([output.detach(), *grown])
+        train_math.check_head(model.eval(), ROW)
+        assert model.config._attn_implementation == "lora_training"
+    for wanted, value in zip(*results):
+        tolerance = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+        assert (value - wanted).norm() < tolerance * wanted.norm()
 
 
-@pytest.mark.parametrize("name, options", [
-    ("Gemma2", {"final_logit_softcapping": None}),  # a cap of 50: hardly seen here
-    ("GptOss", {"num_local_experts": 2, "num_experts_per_tok": 1}), ("GPTJ", {"rotary_dim": 8})])
-def test_an_architecture_with_an_attention_of_its_own_keeps_it(name, options):
+@cases("kind, options", [
+    ("gemma2", {"final_logit_softcapping": None}),  # a cap of 50: hardly seen here
+    ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}), ("gptj", {"rotary_dim": 8})])
+def test_an_architecture_with_an_attention_of_its_own_keeps_it(kind, options):
     """With a cap, sinks, or no way to switch, the model must stay as it was."""
-    model = causal(name, **options)
-    before, logits = bits(model), model(torch.tensor([ROW])).logits
+    model = causal(kind, attn_implementation="eager", **options)
+    before = logits(model)
     train_math.check_head(model, ROW)
-    assert model.config._attn_implementation == "eager"
-    assert same_bits(bits(model), before)
-    assert torch.equal(model(torch.tensor([ROW])).logits, logits)
-
-
-def kept_for_backward(function, *inputs, **options):
-    """Return the bytes that function() keeps, each tensor counted once."""
-    kept = {}
-
-    def keep(tensor):
-        kept[tensor.data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        function(*inputs, **options)
-    return sum(tensor.nbytes for tensor in kept.values())
-
-
-def test_key_and_value_are_not_repeated_on_a_cpu():
-    """8 heads over 1 must keep Q, K, V and the weights, and nothing else."""
-    query = torch.randn(1, 8, 16, 32, requires_grad=True)
-    key, value = torch.randn(2, 1, 1, 16, 32).requires_grad_()
-    kept = kept_for_backward(train_math.attention, None, query, key, value, None)
-    assert kept == query.nbytes + key.nbytes + value.nbytes + 4 * 8 * 16 * 16
+    assert model.config._attn_implementation == "eager" and torch.equal(logits(model), before)
 
 
 # --- train_math.py: recomputation, the memory plan ---
@@ -1640,83 +1600,65 @@ def test_recomputing_gives_the_same_gradients_and_keeps_block_inputs(tiny):
     grown, kept = [], []
     for recompute in (False, True):
         model, examples = adapted(tiny, dropout=0.1)
-        batch = collate(examples[:8], "cpu")
         if recompute:
             train_math.checkpoint_blocks(model)
-        kept.append(kept_for_backward(model.base_model, batch[0], use_cache=False))
+        sizes = []
         torch.manual_seed(0)
-        backward_loss(model, batch)
+        with saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
+            model.base_model(collate(examples[:8], "cpu")[0])
+        kept.append(sum(sizes))
+        torch.manual_seed(0)
+        backward_loss(model, collate(examples[:8], "cpu"))
         grown.append(gradients(model))
-    assert same_bits(*grown)
+    assert same_bits(*grown) and kept[1] < 0.15 * kept[0]
     assert all(gradient.isfinite().all() and gradient.any() for gradient in grown[1].values())
-    assert kept[1] < min(6 * 4 * 32 * batch[0].numel(), 0.2 * kept[0])
 
 
-@pytest.mark.parametrize("more, flags, recompute", [
-    (1, [], False), (-1, [], True), (None, [], True), (-1, ["--no-checkpoint-activations"], False),
-    (2**60, ["--checkpoint-activations"], True)])
-def test_the_plan_chooses_and_flags_force_it(more, flags, recompute, tiny, monkeypatch, capsys):
-    """Recompute where 1.25 times the need exceeds what is free, or where that is unknown."""
+KEEP, RECOMPUTE = "--no-checkpoint-activations", "--checkpoint-activations"
+
+
+@cases("device, more, flags, recompute", [
+    ("cpu", 1, "", True), ("cpu", -1, "", False), ("cpu", 1, KEEP, False),
+    ("cpu", -1, RECOMPUTE, True), ("mps", 1, "", False), ("mps", 1, "--dropout 0", True)])
+def test_the_plan_chooses_and_flags_force_it(device, more, flags, recompute, tiny, monkeypatch):
+    """Recompute where 1.25 times the need exceeds what is free; with dropout on MPS, refuse."""
     model, _ = adapted(tiny)
-    _, whole = kept_by_block(model, 40)
-    plan = train_math.memory_plan(model, 4, whole, whole)
-    need = sum(plan.values()) - plan["base weights"] - plan["trained weights"]
-    free = None if more is None else int(1.25 * need) + more
-    monkeypatch.setattr(train_math, "free_memory", lambda *_: free)
-    train_math.plan_memory(model, parse_args(command(tiny, *flags)), 40, 4)
-    assert f"{need / 2**30:.2f} GiB beside the weights" in capsys.readouterr().out
-    calls = []
+    measured = kept_by_block(model, 40)
+    plan = train_math.memory_plan(model, 4, measured[1], measured[1])
+    need = 1.25 * (sum(plan.values()) - plan["base weights"] - plan["trained weights"])
+    monkeypatch.setattr(train_math, "free_memory", lambda *_: int(need - more))
+    monkeypatch.setattr(train_math, "kept_by_block", lambda *_: measured)
+    monkeypatch.setattr(LlamaForCausalLM, "device", torch.device(device))
+    calls, choose = [], train_math.plan_memory
+    if device == "mps":
+        args = parse_args(command(tiny, RECOMPUTE))
+        refused("mps needs --dropout 0", choose, model, args, 40, 4)
+    choose(model, parse_args(command(tiny, flags)), 40, 4)
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     backward_loss(model, collate([(ROW, 4)], "cpu"))
     assert len(calls) == 1 + recompute
 
 
 def test_vram_limits_the_allocator_and_the_plan(monkeypatch):
-    """With --vram 4 the allocator must get 3.5 GiB, also of "cuda", and the plan what is left."""
-    GB, capped = 2**30, []
-    card = SimpleNamespace(total_memory=16 * GB)
-    for name, result in (("current_device", 0), ("get_device_properties", card),
+    """With --vram 4 the allocator must get 3.5 GiB, and the plan what is left of them."""
+    GB, capped, cuda = 2**30, [], torch.device("cuda:0")
+    for name, result in (("get_device_properties", SimpleNamespace(total_memory=16 * GB)),
                          ("mem_get_info", (10 * GB, 16 * GB)), ("memory_reserved", 2 * GB),
                          ("memory_allocated", GB)):
         monkeypatch.setattr(torch.cuda, name, lambda *_, result=result: result)
-    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
-    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *args: capped.append(args),
-                        raising=False)
-    for name in ("cuda", "cuda:0"):
-        train_math.limit_vram(4.0, torch.device(name))
-    assert capped == 2 * [(3.5 / 16, 0)]
-    with pytest.raises(ValueError, match="--vram 24 is above this card's own 16.0 GiB"):
-        train_math.limit_vram(24.0, torch.device("cuda"))
-    assert train_math.free_memory(torch.device("cuda"), None) == 11 * GB
-    assert train_math.free_memory(torch.device("cuda"), 4.0) == 2.5 * GB
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *a: capped.append(a))
+    train_math.limit_vram(4.0, cuda)
+    assert capped == [(3.5 / 16, 0)]
+    refused("--vram 24: cuda:0 has 16.0 GiB", train_math.limit_vram, 24.0, cuda)
+    assert [train_math.free_memory(cuda, gb) for gb in (None, 4.0)] == [11 * GB, 2.5 * GB]
 
 
-def test_mps_with_dropout_is_not_recomputed(tiny, monkeypatch):
-    """Its random state is not restored: kept by default, refused when asked for."""
-    parameter = SimpleNamespace(device=torch.device("mps"))
-    model, done = SimpleNamespace(parameters=lambda: iter([parameter])), []
-    for name, fake in (("kept_by_block", lambda *_: (1, 1)), ("checkpoint_blocks", done.append),
-                       ("free_memory", lambda *_: None),  # as on a Mac, which has no /proc
-                       ("memory_plan", lambda *_: {"base weights": 0, "trained weights": 0})):
-        monkeypatch.setattr(train_math, name, fake)
-
-    def plan(*flags):
-        train_math.plan_memory(model, parse_args(command(tiny, *flags)), 40, 4)
-
-    plan()
-    with pytest.raises(ValueError, match="mps.*--dropout 0"):
-        plan("--checkpoint-activations")
-    assert not done
-    plan("--dropout", "0")
-    assert done
-
-
-@pytest.mark.parametrize("recompute, nf4", [(False, False), (True, False), (True, True)])
+@cases("recompute, nf4", [(False, False), (True, False), (True, True)])
 def test_the_memory_plan_is_what_a_step_holds(recompute, nf4, monkeypatch):
     """All tensors alive at once, as torch's profiler counts them: within 25% of the plan."""
     monkeypatch.setattr(train_math, "CHUNK", 2**18)
-    model = causal("Llama", vocab_size=2048, hidden_size=256, intermediate_size=704, head_dim=64,
-                   num_hidden_layers=6).train()
+    model = causal("llama", vocab_size=2048, hidden_size=256, intermediate_size=704, head_dim=64,
+                   num_hidden_layers=6, max_position_embeddings=128).train()
     if nf4:
         quantize_nf4(model)
     train_math.use_attention(model)
@@ -1725,24 +1667,22 @@ def test_the_memory_plan_is_what_a_step_holds(recompute, nf4, monkeypatch):
     plan = train_math.memory_plan(model, 4, block_input if recompute else whole, whole)
     if recompute:
         train_math.checkpoint_blocks(model)
-    optimizer = torch.optim.AdamW(trained(model))
-    for _ in range(2):  # AdamW's moments are there after the first
-        with torch.profiler.profile(profile_memory=True) as profiler:
-            backward_loss(model, collate([(list(range(128)), 1)] * 4, "cpu"), 1 / 508)
-            optimizer.step()
-            optimizer.zero_grad()
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        backward_loss(model, collate([(list(range(128)), 1)] * 4, "cpu"))
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     peak = max(itertools.accumulate(event.nbytes() for event in events))
-    peak += sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    peak += plan["AdamW's moments"]
+    peak += plan["base weights"] + plan["trained weights"] + plan["AdamW's moments"]
     assert 0.75 < peak / sum(plan.values()) < 1.25
+    weights = sum(tensor.nbytes for tensor in bits(model).values())
+    assert weights == plan["base weights"] + plan["trained weights"]
+    assert plan["AdamW's moments"] == 8 * count_parameters(model)[0]  # two numbers in fp32
 
 
 # --- train_math.py: loss scaling, schedule, numbers that go wrong ---
 
 def test_loss_scaler_agrees_with_torch_s_grad_scaler():
-    """On a recorded sequence of good and overflowing steps, scale and skips must be the same."""
+    """Over good and overflowing steps scale and skips must agree; no gradient is no error."""
     ours, scales = LossScaler(True, scale=2.0**16, interval=3), set()
     theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
     mine, weight, unreached = [nn.Parameter(torch.ones(2)) for _ in range(3)]
@@ -1754,12 +1694,10 @@ def test_loss_scaler_agrees_with_torch_s_grad_scaler():
         theirs.update()
         mine.grad = torch.full((2,), gradient * ours.scale)
         ours.unscale([mine, unreached])
-        finite = bool(mine.grad.isfinite().all())
-        if finite:
+        if math.isfinite(gradient):
             sgd.step()
-        ours.update(finite)
-        assert ours.scale == theirs.get_scale()
-        assert torch.equal(mine, weight)
+        ours.update(math.isfinite(gradient))
+        assert ours.scale == theirs.get_scale() and torch.equal(mine, weight)
         scales.add(ours.scale)
     assert scales == {2.0**14, 2.0**15, 2.0**16}
 
@@ -1769,95 +1707,80 @@ def test_schedule_warms_up_then_falls_to_zero():
     rates = [learning_rate_at(step, 100, 1000, 1.0) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert [rates[10], rates[55], rates[99]] == pytest.approx([1, 0.5, 0], abs=1e-3)
-    assert rates[10:] == sorted(rates[10:], reverse=True)
     assert learning_rate_at(0, 1, 100, 1.0) == learning_rate_at(0, 5, 0, 1.0) == 1.0
 
 
-def test_a_skipped_step_changes_nothing_but_the_scale(tiny, workdir, monkeypatch, recwarn):
-    """In fp16, also where a layer gets no gradient, which must be named once."""
+@quiet
+def test_a_skipped_step_changes_nothing_but_the_scale(tiny, workdir, monkeypatch):
+    """In fp16 an overflow must leave weights, moments and schedule, also seen by a resumed run."""
     weights = []
 
-    def overflow(model, batch, weight):
-        loss = backward_loss(model, batch, weight)
+    def overflow(model, *rest):
+        loss = backward_loss(model, *rest)
         weights.append(bits(model))
         if len(weights) == 2:
             trained(model)[0].grad.fill_(math.inf)
         return loss
 
-    def with_tower(*args):
-        model, tokenizer = eval_gsm8k.load_model(*args)
-        torch.manual_seed(0)
-        model.tower = nn.ModuleDict({"q_proj": nn.Linear(4, 4)})
-        return model, tokenizer
-
-    warnings.simplefilter("always")
     monkeypatch.setattr(train_math, "backward_loss", overflow)
-    monkeypatch.setattr(train_math, "load_model", with_tower)
-    flags = ["--dtype", "float16", "--max-steps", "3", "--grad-accum", "1", "--warmup-steps", "0",
-             "--save-every", "1"]
-    last = run(tiny, *flags)
+    flags = "--dtype float16 --max-steps 3 --grad-accum 1 --warmup-steps 0 --save-every 1"
+    last = run(tiny, flags)
     lines = metrics()
     assert [line["skipped"] for line in lines] == [False, True, False]
     assert [line["loss_scale"] for line in lines] == [2**16, 2**15, 2**15]
     assert lines[1]["grad_norm"] is None  # NaN is not JSON
     assert same_bits(weights[1], weights[2]) and not same_bits(weights[0], weights[1])
     assert lines[0]["lr"] != lines[1]["lr"] == lines[2]["lr"]
-    assert {float(m) for key, m in saved_state(last)[1].items() if key[1] == "step"} == {2.0}
-    [named] = [str(said.message) for said in recwarn if "gradient" in str(said.message)]
-    assert named.startswith("2 weights") and "tower.q_proj" in named
+    assert saved_state(last)[0, "step"] == 2
     os.truncate(last / "trainer_state.pt", 100)
-    run(tiny, *flags, "--resume")
+    run(tiny, flags, "--resume")
     assert all(metrics()[2][key] == lines[2][key] for key in ("lr", "loss_scale", "loss"))
 
 
-@pytest.mark.parametrize("dtype, loss, message", [
-    ("float32", lambda *_: torch.tensor(math.nan), "^step 1: loss nan.*--lr, or --dtype.*/run"),
-    ("bfloat16", lambda *_: torch.tensor(math.inf), "^step 1: loss inf"),
-    ("float16", lambda *_: torch.tensor(math.nan), "^step 20: loss nan")])
+@quiet
+@cases("dtype, loss, message", [
+    ("float32", math.nan, "^step 1: loss nan.*--lr, or --dtype"),
+    ("bfloat16", math.inf, "^step 1: loss inf"), ("float16", math.nan, "^step 20: loss nan")])
 def test_a_run_that_diverges_says_what_may_help(dtype, loss, message, tiny, workdir, monkeypatch):
     """NaN must stop fp32 and bf16 at once, fp16 after 20 skips."""
-    monkeypatch.setattr(train_math, "backward_loss", loss)
-    with pytest.raises(ValueError, match=message):
-        run(tiny, "--dtype", dtype)
+    monkeypatch.setattr(train_math, "backward_loss", lambda *_: torch.tensor(loss))
+    refused(message, run, tiny, "--dtype", dtype)
 
 
 # --- train_math.py: the run, its files, resuming ---
 
 def test_training_learns_and_writes_what_it_says(tiny, workdir, capsys):
     """The loss must fall, every step leave a line, the checkpoint load; facts come first."""
-    last = run(tiny, "--epochs", "6", "--save-every", "10", "--max-length", "38")
+    last = run(tiny, "--epochs 6 --save-every 10 --max-length 38 --weight-decay 0.125")
     lines, out = metrics(), capsys.readouterr().out
-    losses = [line["loss"] for line in lines]
     dropped = sum(len(ids) > 38 for ids, _ in adapted(tiny)[1])
     facts = ("4 layers adapted", f", {dropped} dropped over 38", "memory plan", "tok/s",
              "peak memory", "score it")
-    assert sorted(facts, key=out.index) == list(facts)
+    assert sorted(facts, key=out.index) == list(facts) and 0 < dropped < 64
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     assert " ".join(lines[0]) == ("step loss lr grad_norm loss_scale tokens tokens_per_s "
                                   "peak_memory_gb skipped")
-    assert sum(losses[-8:]) < sum(losses[:8]) - 0.4
+    assert sum(line["loss"] for line in lines[-8:]) < sum(line["loss"] for line in lines[:8]) - 0.4
+    assert {path.suffix for path in Path("runs/run").iterdir()} >= {".jsonl", ".png"}
     states = [(folder / "trainer_state.pt").exists() for folder in checkpoints(last.parent)]
     assert states == (len(states) - 2) * [False] + [True, True]  # every adapter stays
-    assert 0 < dropped < 64 and len(states) > 2
+    [group] = torch.load(last / "trainer_state.pt")["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 0.125
     assert load_adapter(load(tiny)[0], last).targets == ("q_proj", "v_proj")
 
 
-@pytest.mark.parametrize("file, more", [
-    ("trainer_state.pt", []), ("adapter_model.safetensors", ["--nf4", "--targets", "all-linear"])])
+@cases("file, more", [("trainer_state.pt", ""), (WEIGHTS, "--nf4 --targets all-linear")])
 def test_resume_continues_bitwise(file, more, tiny, workdir, recwarn):
     """Where the newest checkpoint is damaged, the one before must lead to the same bits."""
-    flags = ["--nb-samples", "7", "--batch-size", "1", "--grad-accum", "4", "--dropout", "0.1",
-             "--save-every", "3", *more]
+    flags = ("--nb-samples 7 --batch-size 1 --grad-accum 4 --dropout 0.1 --save-every 3", more)
     last = run(tiny, *flags)
     whole, lines = saved_state(last), metrics()
     os.truncate(last / file, 100)
-    assert run(tiny, *flags, "--resume", "--checkpoint-activations") == last
+    assert run(tiny, *flags, "--resume", RECOMPUTE) == last
     assert any("step_000006 is damaged" in str(warning.message) for warning in recwarn)
-    for one, two in zip(whole, saved_state(last)):
-        assert same_bits(one, two)
+    assert same_bits(whole, saved_state(last))
     for one, two in zip(lines, metrics(), strict=True):
-        varying = {"tokens_per_s", "peak_memory_gb"}
-        assert all(one[key] == two[key] for key in one.keys() - varying)
+        assert [*one.items()][:6] == [*two.items()][:6]  # speed and memory vary
     assert run(tiny, *flags, "--resume") == last  # finished already
 
 
@@ -1865,103 +1788,88 @@ def test_the_seed_reaches_dropout(tiny, workdir, monkeypatch):
     """With A and the order of rows held, seeds must differ, also by 2**31; one repeats."""
     monkeypatch.setattr(train_math, "epoch_batches", lambda *_: [[0], [1]])
     losses = []
-    for seed in ("0", "0", "1", str(2**31)):
+    for seed in (0, 0, 1, 2**31):
         model, examples = adapted(tiny, dropout=0.5)
-        train_math.train(model, examples, parse_args(command(tiny, "--seed", seed)))
+        train_math.train(model, examples, parse_args(command(tiny, f"--seed {seed}")))
         losses.append(metrics()[0]["loss"])
-    assert losses[0] == losses[1]
-    assert len(set(losses)) == 3
+    assert losses[0] == losses[1] and len(set(losses)) == 3
 
 
-def test_resume_refuses_what_it_cannot_continue(tiny, workdir):
-    """A run that never was, a taken name, another flag, data or base: refused by name."""
-    copy = Path(shutil.copytree(tiny, "copy"))
-
-    def refuse(message, *flags):
-        with pytest.raises(ValueError, match=message):
-            run(copy, "--max-steps", "1", *flags)
-
-    refuse("no whole checkpoint to continue from", "--resume")
-    run(copy, "--max-steps", "1")
-    refuse("has checkpoints up to step_000001: add --resume")
-    refuse("--resume: --lr was 0.01, is 0.02", "--resume", "--lr", "0.02")
+def test_resume_refuses_what_it_cannot_continue(tiny, workdir, monkeypatch):
+    """No run, a taken name, another flag, data, base or process: refused by name."""
+    copy, call = Path(shutil.copytree(tiny, "copy")), [run, Path("copy"), "--max-steps 1"]
+    refused("no whole checkpoint to continue from", *call, "--resume")
+    run(copy, "--max-steps 1")
+    refused("has checkpoints: add --resume", *call)
+    refused("--lr .*was 0.01, is 0.02", *call, "--resume --lr 0.02")
     model, _ = load(copy)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] += 1
     model.save_pretrained(copy / "base")
-    refuse("--resume: base was ", "--resume")
+    refused("base of this run was ", *call, "--resume")
     shutil.copytree(tiny / "base", copy / "base", dirs_exist_ok=True)
     (copy / "train.jsonl").write_text((tiny / "train.jsonl").read_text().replace("Ann", "Ben"))
-    refuse("--resume: data was ", "--resume")
+    refused("data of this run was ", *call, "--resume")
+    for key in ("--seed", "step"):  # rank 0 has another seed, or checkpoint
+        monkeypatch.setattr(train_math, "gather", lambda value: [value | {key: 7}])
+        refused(f"{key} of this run was 7, is 0", run, tiny, "--run-name other")
 
 
 def test_checkpoints_sort_as_numbers(tiny, workdir):
     """step_1000000 must come after step_999000 and keep its state, whatever lies damaged later."""
     model, folder = adapted(tiny)[0], Path("checkpoints/run")
-    for later in ("step_1002000", "step_1003000"):
-        (folder / later).mkdir(parents=True)
+    (folder / "step_1002000").mkdir(parents=True)
+    (folder / "step_1003000").mkdir()
     for step in (998000, 999000, 1000000):
-        state = {"step": step, "optimizer": {}, "identity": {}}
-        train_math.save_checkpoint(folder / f"step_{step}", model, LoRAConfig(r=4), state)
+        train_math.save_checkpoint(folder / f"step_{step}", model, LoRAConfig(r=4), {"step": step})
     kept = {path.parent.name for path in folder.glob("*/trainer_state.pt")}
     assert kept == {"step_999000", "step_1000000"}
-    assert newest_state(folder)[1]["step"] == 1000000
+    with pytest.warns(UserWarning, match="step_1003000 is damaged"):
+        assert newest_state(folder)[1]["step"] == 1000000
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tiny, workdir, monkeypatch):
-    """The one before must stay whole, and --resume go on from it."""
-    save = torch.save
+    """It must be an OSError, the checkpoint before stay whole, and --resume go on from it."""
+    class Disk(io.FileIO):
+        def write(self, data):
+            if "step_000003" in self.name and self.tell() + len(data) > 2000:
+                raise OSError(28, "No space left on device")
+            return super().write(data)
 
-    def full(state, file):
-        if state["step"] == 3:
-            raise OSError(28, "No space left on device")
-        save(state, file)
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(torch, "save", full)
-        run(tiny, "--save-every", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_math, "open", lambda path, mode="r": Disk(str(path), mode)
+                      if mode == "wb" else open(path, mode), raising=False)
+        refused("No space left", run, tiny, "--save-every 1", error=OSError)
     assert newest_state(Path("checkpoints/run"))[1]["step"] == 2
-    run(tiny, "--save-every", "1", "--resume")
+    run(tiny, "--save-every 1 --resume")
 
 
-@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
+@cases("name, code", [("SIGTERM", 143), ("SIGINT", 130)])
 def test_interrupting_saves_and_says_how_to_go_on(name, code, tiny, workdir, monkeypatch, capsys):
     """The step must be finished and saved, and the exit code be the signal's."""
     def interrupt(step, *rest):
         if step == 1:
-            os.kill(os.getpid(), getattr(signal, name))
+            signal.raise_signal(getattr(signal, name))
         return learning_rate_at(step, *rest)
 
     monkeypatch.setattr(train_math, "learning_rate_at", interrupt)
-    with pytest.raises(SystemExit) as stopped:
-        run(tiny, "--max-steps", "4")
-    assert stopped.value.code == code
-    assert "run/step_000002; with --resume" in capsys.readouterr().out
+    refused(f"^{code}$", run, tiny, "--max-steps 4", error=SystemExit)
+    assert "--resume goes on from checkpoints/run/step_000002" in capsys.readouterr().out
     assert newest_state(Path("checkpoints/run"))[1]["step"] == len(metrics()) == 2
 
 
 # --- train_math.py: command lines ---
 
-@pytest.mark.parametrize("flags, message", [
-    (["--r", "0"], "--r"), (["--lr", "nan"], "--lr"), (["--dropout", "1"], "--dropout"),
-    (["--run-name", "../up"], "--run-name"), (["--targets", "q_porj"], "'q_porj' matches no"),
-    (["--device", "cuda:9"], "--device cuda:9"), (["--vram", "4"], "--vram 4 caps the CUDA"),
-    (["--data", "none.jsonl"], "no such file"), (["--max-length", "4"], "4 leaves no row"),
-    (["--model", "TIED", "--targets", "lm_head"], "shares a weight")])
+@cases("flags, message", [
+    ("--lr nan", "--lr"), ("--targets q_porj", "'q_porj' matches no"), ("--vram 4", "cpu has 0.0"),
+    ("--device cuda:9", "--device cuda:9"), ("--data none.jsonl", "no such file"),
+    ("--max-length 4", "4 leaves none of 64 rows"), ("--targets lm_head", "shares a weight")])
 def test_wrong_input_is_one_line(flags, message, tiny, workdir, capsys):
     """What a flag or a file can cause must be named, before anything is written."""
     with pytest.raises((ValueError, SystemExit)) as error:
-        run(tiny, *[str(tiny / "tied") if flag == "TIED" else flag for flag in flags])
+        run(tiny, f"--model {tiny / 'tied'}", flags)
     said = capsys.readouterr().err or f"{error.value}\n"
     assert message in said and said.count("\n") == 1
     assert not list(workdir.iterdir())
-
-
-def test_processes_that_differ_are_refused(tiny, workdir, monkeypatch):
-    """Another rank with other flags or rows would train something else in silence."""
-    monkeypatch.setattr(train_math, "RANK", 1)
-    monkeypatch.setattr(train_math, "gather", lambda value: [[*value[:-1], "other"], value])
-    with pytest.raises(ValueError, match="the processes differ in flags, data"):
-        run(tiny)
 
 
 # --- train_sst2.py ---
@@ -2390,92 +2298,64 @@ def test_the_table_from_paper_to_code_names_what_exists():
 
 SCRIPT = [sys.executable, str(HERE / "train_math.py")]
 
-def test_the_script_ends_in_one_line_without_traceback(workdir):
-    """From the shell: exit code 2, one line on stderr."""
-    wrong = [["--data", "none.jsonl"], ["--alpha", "inf"]]
-    started = [subprocess.Popen([*SCRIPT, *flags], stderr=subprocess.PIPE) for flags in wrong]
-    for process, flags in zip(started, wrong):
-        said = process.communicate(timeout=100)[1].decode()
-        assert process.returncode == 2
-        assert flags[-1] in said and said.count("\n") == 1
-
 
 def test_sigkill_at_random_moments(tiny, workdir):
-    """Killed at any moment, every other time while it saves, a run must end in the same bits.
-
-    KILLS=20 python -m pytest -q -k sigkill is the stress run.
-    """
+    """Killed at any moment, a run must end in the same bits. KILLS=20 is the stress run."""
     rng, kills = random.Random(0), int(os.environ.get("KILLS", 2))
-    flags = ["--dropout", "0.1", "--epochs", str(3 + kills), "--save-every", "1"]
-    alone, folder = saved_state(run(tiny, *flags, name="alone"))[0], Path("checkpoints/run")
+    flags = f"--dropout 0.1 --epochs {3 + kills} --save-every 1"
+    alone, folder = saved_state(run(tiny, flags, name="alone")), Path("checkpoints/run")
     for kill in range(kills):
         goal = len(checkpoints(folder)) + rng.randint(1, 5)
-        for part in folder.glob("*.part"):  # left by the last kill
-            shutil.rmtree(part)
-        flag = ["--resume"] if kill else []
-        process = subprocess.Popen([*SCRIPT, *command(tiny, *flags, *flag)])
+        process = subprocess.Popen([*SCRIPT, *command(tiny, flags, "--resume" * (kill > 0))])
         while process.poll() is None and len(checkpoints(folder)) < goal:
             time.sleep(0.001)
-        while process.poll() is None and kill % 2 and not list(folder.glob("*.part")):
-            time.sleep(0.0005)
-        time.sleep(rng.uniform(0, 0 if kill % 2 else 0.02))
+        time.sleep(rng.uniform(0, 0.02))
         process.kill()
         assert process.wait() == -signal.SIGKILL  # it did not end by itself
-    assert same_bits(saved_state(run(tiny, *flags, "--resume"))[0], alone)
+    assert same_bits(saved_state(run(tiny, flags, "--resume")), alone)
     assert [line["loss"] for line in metrics()] == [line["loss"] for line in metrics("alone")]
 
 
 def torchrun(script, flags):
     """Run two processes on gloo; each rank's stderr is in the result."""
     call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run([*call, "--", str(script), *flags], capture_output=True, text=True,
-                          timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run([*call, "--", str(script), *flags], capture_output=True, text=True)
 
 
-TWO = ["--nb-samples", "8", "--epochs", "2", "--batch-size", "1", "--grad-accum", "3",
-       "--dropout", "0.1"]
+TWO = "--nb-samples 8 --epochs 2 --batch-size 1 --grad-accum 3 --dropout 0.1 --save-every 3"
 
 
 def test_two_processes_resume_and_train_like_one(tiny, workdir):
     """Windows of 3 over 2 processes, the last of 1, dropout on: the weights of one process."""
-    whole = saved_state(run(tiny, *TWO, "--save-every", "3"))
-    lines = metrics()
+    whole, lines = saved_state(run(tiny, TWO)), metrics()
     shutil.rmtree("checkpoints/run/step_000006")
-    flags = command(tiny, *TWO, "--save-every", "3", "--resume")
-    done = torchrun(SCRIPT[1], flags)
+    done = torchrun(SCRIPT[1], command(tiny, TWO, "--resume"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("layers adapted") == 1  # rank 0 alone speaks
-    again = saved_state("checkpoints/run/step_000006")[0]
-    torch.testing.assert_close(again, whole[0], atol=1e-6, rtol=0)
+    again = saved_state(Path("checkpoints/run/step_000006"))
+    torch.testing.assert_close(again, whole, atol=1e-6, rtol=0)
     for one, two in zip(lines, metrics(), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
-    counts = [line["tokens"] for line in metrics()]
-    assert sum(counts) == 2 * sum(len(ids) for ids, _ in adapted(tiny)[1][:8])
-    assert counts[-1] < min(counts[:-1])
+        assert one["tokens"] == two["tokens"]
 
 
 DIES = """
 import sys
-sys.path.insert(0, {folder!r})
+sys.path.insert(0, {!r})
 import train_math
-real, calls = train_math.backward_loss, []
-def dies(*args):
-    calls.append(1)
-    if train_math.RANK == 1 and len(calls) == 2:
+real = train_math.learning_rate_at
+def dies(step, *rest):
+    if train_math.RANK == 1 and step == 1:
         raise train_math.torch.OutOfMemoryError("rank 1's card is full")
-    return real(*args)
-train_math.backward_loss = dies
+    return real(step, *rest)
+train_math.learning_rate_at = dies
 train_math.run_script("train_math.py", train_math.main, train_math.parse_args)
 """
 
 
 def test_a_process_that_dies_ends_the_run_with_its_reason(tiny, workdir):
-    """Rank 1 alone fails in step 2: its line must be there, and step 1 as one process has it."""
-    (workdir / "dies.py").write_text(DIES.format(folder=str(HERE)))
-    done = torchrun(workdir / "dies.py", command(tiny, *TWO, "--save-every", "1"))
-    assert done.returncode != 0
+    """Rank 1 alone fails in step 2: its line must be there, and nothing but step 1 be written."""
+    Path("dies.py").write_text(DIES.format(str(HERE)))
+    done = torchrun("dies.py", command(tiny, TWO))
+    assert done.returncode != 0 and len(metrics()) == 1
     assert "train_math.py (rank 1): out of memory (OutOfMemoryError: rank 1's card" in done.stderr
-    assert newest_state(Path("checkpoints/run"))[1]["step"] == 1
-    run(tiny, *TWO, name="alone")
-    for key in ("loss", "grad_norm"):
-        assert metrics()[0][key] == pytest.approx(metrics("alone")[0][key], rel=1e-5)
