@@ -2200,13 +2200,17 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, work
     refused("--out runs/sst2: ", train_sst2.main, args)
 
 
-def test_a_folder_takes_one_experiment_alone(encoder, workdir):
-    """Published lines must be read; other flags be refused by name, more ranks and seeds taken."""
-    Path("sst2.jsonl").write_text((HERE / "results/sst2-section7.jsonl").read_text().split("\n")[0])
+def test_a_folder_takes_one_experiment_alone(workdir):
+    """Published runs must be read, for other ranks and seeds too; other flags refused by name."""
+    runs = (HERE / "results/sst2-section7.jsonl").read_text().split("\n")
+    Path("sst2.jsonl").write_text(runs[0])
     flags = ("--model minilm-l6 --data sst2 --nb-samples 10000 --epochs 1 --dtype bfloat16 "
              "--full-lr 1 --ranks 64 --seeds 3 --lr").split()
-    read = lambda *more: train_sst2.read_runs(train_sst2.parse_args([*flags, *more]), Path("sst2.jsonl"))
-    assert read("2e-3")[0]["history"]
+
+    def read(*more):
+        return train_sst2.read_runs(train_sst2.parse_args([*flags, *more]), Path("sst2.jsonl"))
+
+    assert read("2e-3") == [json.loads(runs[0])]
     refused("--lr was 0.002, is 0.01; .*--grad-accum was 1, is 2; give another --out", read, "1e-2",
             "--grad-accum", "2")
 
@@ -2357,7 +2361,7 @@ def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder, workdir):
 @cases("failure, message", [
     (RepositoryNotFoundError, "no such folder, and no public model"),
     (OSError, "cannot be reached"), ("hangs", "cannot be reached")])
-def test_a_missing_repository_is_told_from_a_silent_hub(failure, message, workdir, monkeypatch):
+def test_a_missing_repository_is_told_from_a_silent_hub(failure, message, monkeypatch):
     """The Hub must be asked once; what it does not answer must say so in seconds."""
     asked = []
 
@@ -2370,11 +2374,10 @@ def test_a_missing_repository_is_told_from_a_silent_hub(failure, message, workdi
     get = ApplyResult.get
     monkeypatch.setattr(ApplyResult, "get", lambda self, timeout: get(self, timeout / 40))
     train_sst2.hub_problem.cache_clear()
-    start = time.perf_counter()
+    args, start = train_sst2.parse_args(["--model", "someone/some"]), time.perf_counter()
     for _ in range(2):
-        refused(f"--model someone/something: .*{message}", train_sst2.main,
-                train_sst2.parse_args(["--model", "someone/something"]))
-    assert asked == ["someone/something"] and time.perf_counter() - start < 4
+        refused(f"--model someone/some: .*{message}", train_sst2.main, args)
+    assert asked == ["someone/some"] and time.perf_counter() - start < 4
 
 
 def test_half_precision_without_units_is_warned_of(monkeypatch):
@@ -2387,33 +2390,29 @@ def test_half_precision_without_units_is_warned_of(monkeypatch):
     assert train_sst2.pick_dtype("auto", CPU)[0] == "bfloat16"
 
 
-@cases("flags", [["--ranks", "4", "0"], ["--ranks"], ["--lr", "nan"], ["--lr", "inf"],
-                 ["--seeds", "-1"], ["--dtype", "float8"]])
+@cases("flags", [["--ranks", "0"], ["--ranks"], ["--lr", "nan"], ["--lr", "inf"], ["--seeds", "x"]])
 def test_sst2_flags_out_of_range_are_one_line(flags, capsys):
     """argparse must answer with one line that names the flag, and exit code 2."""
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit, match="2"):
         train_sst2.parse_args(flags)
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and flags[0] in error
+    assert error.count("\n") == 1 and flags[0] in error
 
 
-@cases("error, code", [
-    (ValueError(), 2), (OSError("a\nb"), 2), (torch.OutOfMemoryError("CUDA out of memory."), 2),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2), (KeyboardInterrupt(), 130)])
-def test_the_edge_prints_one_line_whatever_the_error(error, code, monkeypatch, capsys):
+@cases("error, code, text", [
+    (ValueError(), 2, "ValueError"), (OSError("a\nb"), 2, "a"), (KeyboardInterrupt(), 130, ""),
+    (RuntimeError("can't allocate memory"), 2, "--checkpoint-activations")])
+def test_the_edge_prints_one_line_whatever_the_error(error, code, text, monkeypatch, capsys):
     """An error, also one with no message, must end in at most one line and its exit code."""
     def fail(args):
         raise error
     monkeypatch.setattr(train_sst2, "main", fail)
     monkeypatch.setattr(sys, "argv", ["train_sst2.py"])
-    monkeypatch.setattr(train_sst2.warnings, "formatwarning", None)
-    with pytest.raises(SystemExit) as stopped:
+    monkeypatch.setattr(warnings, "formatwarning", None)
+    with pytest.raises(SystemExit, match=str(code)):
         train_sst2.run_script()
-    assert stopped.value.code == code
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == (code == 2)
-    if "memory" in str(error):
-        assert "--checkpoint-activations" in lines[0]
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == (code == 2) and text in printed
 
 
 def test_what_would_train_wrongly_is_refused(encoder, monkeypatch):

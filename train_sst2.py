@@ -9,10 +9,10 @@
 One experiment is one folder, --out: sst2.jsonl has a line per finished run, which is not repeated;
 sst2.png the curves; r8-s0/ adapter and head of r=8 and seed 0, as PEFT saves them.
 
-Weights are fp32 under torch.autocast, because full fine-tuning, the baseline, trains them all: a
-bf16 weight of 1.0 does not grow by less than 0.004. SST-2 validation has 872 rows: at 93% one run's
-95% interval is +/- 1.7 points. All ranks and targets share one alpha and lr, and the update is
-scaled by alpha / r: neither rank (Sec. 7.2) nor weights (Sec. 7.1) are ever compared alone.
+Weights are fp32 under torch.autocast: a bf16 weight of 1.0 would not grow by less than 0.004, and
+full fine-tuning, the baseline, trains them all. SST-2 validation has 872 rows: at 93% one run's 95%
+interval is +/- 1.7 points. All ranks and targets share one alpha and lr, and the update is scaled
+by alpha / r: neither the rank (Sec. 7.2) nor the weights (Sec. 7.1) are compared alone.
 """
 import argparse
 import csv
@@ -30,8 +30,8 @@ from functools import cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-# Huge pages for tensors on a Linux CPU: the gaps that tensors of changing length leave among the C
-# library's small blocks take up to twice the memory. torch reads this once.
+# Huge pages for tensors on a Linux CPU: without them training takes up to twice the memory, in gaps
+# that tensors of changing length leave. torch reads this once.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
@@ -121,9 +121,9 @@ def hub_problem(name, kind):
 
 @contextmanager
 def loading(flag, name, kind=None):
-    """Yield whether the Hub cannot give name. What fails inside becomes one line: flag, name, why.
+    """Yield whether the Hub is out of reach. Any failure inside becomes one line: flag, name, why.
 
-    Without a kind, or for a folder, the Hub is not asked.
+    The Hub is asked for repositories of a kind, model or dataset, where no such folder is here.
     """
     problem = None if kind is None or Path(name).is_dir() else hub_problem(name, kind)
     try:
@@ -147,8 +147,7 @@ def read_folder(folder, split):
         ".parquet": pandas.read_parquet,
         ".csv": partial(pandas.read_csv, **text),
         # GLUE's own files quote nothing: a row may begin with a lone quotation mark.
-        ".tsv": partial(pandas.read_csv, **text, sep="\t", quoting=csv.QUOTE_NONE),
-    }
+        ".tsv": partial(pandas.read_csv, **text, sep="\t", quoting=csv.QUOTE_NONE)}
     paths = [path for path in Path(folder).glob(f"{split}.*") if path.suffix in readers]
     if len(paths) != 1:
         raise ValueError(f"expected one {split} file ({', '.join(readers)}), got {len(paths)}")
@@ -168,11 +167,9 @@ def read_sentences(data, split):
         local = Path(data).is_dir()
         table = read_folder(data, split) if local else read_hub(data, split, offline)
         rows = table[["sentence", "label"]].values.tolist()
-        for sentence, label in rows:
-            if not isinstance(sentence, str) or label not in (0, 1, "0", "1"):
-                raise ValueError(f"{split}: expected text and 0 or 1, got {sentence!r}, {label!r}")
-        if not rows:
-            raise ValueError(f"the {split} file has no rows")
+        bad = [row for row in rows if not isinstance(row[0], str) or row[1] not in (0, 1, "0", "1")]
+        if bad or not rows:
+            raise ValueError(f"{split}: expected sentences and labels 0 or 1, got {bad[:1]}")
     return [(sentence, int(label)) for sentence, label in rows]
 
 
@@ -327,15 +324,14 @@ def backward_loss(model, batch, weight, dtype):
 def evaluate(model, examples, dtype):
     """Return (predicted labels in the order of the examples, share correct, mean cross-entropy)."""
     model.eval()
-    predictions = torch.empty(len(examples), dtype=torch.long)
-    correct, loss = 0, 0.0
+    predictions, loss = torch.empty(len(examples), dtype=torch.long), 0.0
     order = sorted(range(len(examples)), key=lambda i: length(examples[i]))  # saves padding
     for rows in cut(order, 64):
         logits, labels = classify(model, [examples[i] for i in rows], dtype)
         predictions[rows] = logits.argmax(-1).cpu()
-        correct += int((logits.argmax(-1) == labels).sum())
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    return predictions, correct / len(examples), loss / len(examples)
+    correct = predictions == torch.tensor([label for _, label in examples])
+    return predictions, int(correct.sum()) / len(examples), loss / len(examples)
 
 
 def wilson_interval(p, n, z=1.96):
@@ -706,10 +702,10 @@ def demo(seed):
         path = folder / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = demo_sentences(rng, count, path.parent.name)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("\n".join(map(json.dumps, rows)))
     for part in demo_encoder(seed):
         part.save_pretrained(folder / "base")
-    Path(folder, "story/sst2.jsonl").unlink(missing_ok=True)  # so that its runs are made again
+    (folder / "story/sst2.jsonl").unlink(missing_ok=True)  # so that its runs are made again
     flags = f"--model {folder}/base --dtype float32 --device cpu --full-finetune --full-lr 1e-3"
 
     print("1. Pretraining: is anything good?", flush=True)
@@ -717,7 +713,7 @@ def demo(seed):
     _, model = train(args, read_data(args), None, seed)
     model.base_model.save_pretrained(folder / "base")
 
-    flags += (f" --data {folder}/story --out {folder}/story --ranks 1 4 --lr 5e-3 --epochs 3 "
+    flags += (f" --data {folder}/story --out {folder}/story --ranks 1 4 --lr 5e-3 "
               f"--seeds {seed} {seed + 1}")
     print(f"2. Is the story good?  python train_sst2.py {flags}", flush=True)
     runs = main(parse_args(flags.split()))
