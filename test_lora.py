@@ -2153,7 +2153,7 @@ def test_processes_that_differ_are_refused(tiny, workdir, monkeypatch):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """A folder of a tiny random BERT (bert/), one without dropout (dry/), and sentences (data/)."""
+    """A folder: a tiny random BERT (bert/), one without dropout (dry/), sentences (data/)."""
     folder, rng = tmp_path_factory.mktemp("sst2"), random.Random(0)
     for name, dropout in [("bert", 0.1), ("dry", 0.0)]:
         model, tokenizer = train_sst2.demo_encoder()
@@ -2163,7 +2163,7 @@ def encoder(tmp_path_factory):
     (folder / "data").mkdir()
     for split, count in [("train", 96), ("validation", 40)]:
         rows = map(json.dumps, train_sst2.demo_sentences(rng, count, "story"))
-        (folder / "data" / f"{split}.jsonl").write_text("\n".join(rows))
+        (folder / f"data/{split}.jsonl").write_text("\n".join(rows))
     return folder
 
 
@@ -2220,12 +2220,10 @@ def test_an_adapter_with_its_head_predicts_the_same_elsewhere(encoder, workdir, 
     args, data = prepared(encoder)
     _, model = train_sst2.train(args, data, 2, 5)
     wanted, accuracy, _ = train_sst2.evaluate(model, data["validation"], "float32")
-    flags = ["--adapter", "runs/sst2/r2-s5", "--data", args.data, "--device", "cpu", "--dtype",
-             "float32"]  # the model's name comes from the adapter
-    assert torch.equal(train_sst2.main(train_sst2.parse_args(flags)), wanted)
+    flags = ["--adapter", "runs/sst2/r2-s5", "--data", args.data, "--dtype", "float32", "--device"]
+    assert torch.equal(train_sst2.main(train_sst2.parse_args([*flags, "cpu"])), wanted)
     low, high = wilson_interval(round(accuracy * 40), 40)
-    out = capsys.readouterr().out
-    assert f"{accuracy:.2%} [{low:.2%}, {high:.2%}] of 40" in out
+    assert f"{accuracy:.2%} [{low:.2%}, {high:.2%}] of 40" in (out := capsys.readouterr().out)
     assert "0 labels change when merged" in out
 
 
@@ -2245,22 +2243,20 @@ def test_four_batches_of_eight_are_one_of_thirty_two(r, encoder, workdir):
 @cases("r", [4, None])
 def test_recomputed_blocks_give_equal_gradients_and_save_less(r, encoder):
     """With dropout on, gradients must be equal to the bit, and tensors saved for backward fewer."""
-    results = []
+    gradients, saved = [], []
     for flags in [[], ["--checkpoint-activations"]]:
         args, data = prepared(encoder, *flags)
         model, _, _ = train_sst2.start_run(args, r, 0)
         for _, layer in lora_layers(model):
             nn.init.ones_(layer.lora_B)  # B = 0 would hide A's gradient
-        saved = []
-        pack = lambda tensor: saved.append(tensor.nbytes) or tensor
-        torch.manual_seed(0)
+        sizes = []
+        pack = lambda tensor: sizes.append(tensor.nbytes) or tensor
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             train_sst2.backward_loss(model.train(), data["train"][:16], 1.0, "float32")
-        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        results.append((grads, sum(saved)))
-    (kept, all_bytes), (recomputed, few_bytes) = results
-    assert len(kept) >= 10 and same_bits(kept, recomputed)
-    assert few_bytes < all_bytes / 4
+        parameters = model.named_parameters()
+        gradients.append({name: p.grad for name, p in parameters if p.grad is not None})
+        saved.append(sum(sizes))
+    assert len(gradients[0]) >= 10 and same_bits(*gradients) and saved[1] < saved[0] / 4
 
 
 def test_both_scripts_scale_the_loss_alike():
@@ -2304,13 +2300,12 @@ def test_padding_does_not_change_an_encoder_s_loss(encoder):
     model, _, _ = train_sst2.load_encoder(args, 0)
     model.classifier.weight.data.normal_()
     with torch.no_grad():
-        logits, _ = train_sst2.classify(model.eval(), examples, "float32")
-    model.classifier.bias.data -= logits.mean(0)  # so that both labels are predicted
+        model.classifier.bias -= train_sst2.classify(model.eval(), examples, "float32")[0].mean(0)
     labels, _, loss = train_sst2.evaluate(model, examples, "float32")
     assert 0 < labels.sum() < len(examples)
-    alone = [train_sst2.evaluate(model, [example], "float32") for example in examples]
-    assert labels.tolist() == [int(one) for one, _, _ in alone]
-    assert loss == pytest.approx(sum(one for _, _, one in alone) / len(examples), abs=1e-5)
+    alone, _, losses = zip(*[train_sst2.evaluate(model, [one], "float32") for one in examples])
+    assert labels.tolist() == [int(label) for label in alone]
+    assert loss == pytest.approx(sum(losses) / len(examples), abs=1e-5)
 
 
 def test_the_seed_reaches_head_adapter_data_and_dropout(encoder):
@@ -2350,11 +2345,11 @@ def test_sentences_are_read_as_they_stand(name, text, wanted, workdir):
     (["--device", "tpu9"], "--device tpu9: ")])
 def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder, workdir):
     """Folders, columns, labels, targets, devices: each must be one line that names it."""
-    for name, text in [("columns", '{"text": "a", "label": 1}'), ("hollow", ""), ("empty", None),
+    Path("empty").mkdir()
+    for name, text in [("columns", '{"text": "a", "label": 1}'), ("hollow", ""),
                        ("unlabelled", '{"sentence": "a", "label": -1}')]:
         Path(name).mkdir()
-        if text is not None:
-            Path(name, "train.jsonl").write_text(text)
+        Path(name, "train.jsonl").write_text(text)
     refused(message, train_sst2.main, sst2(encoder, *flags))
 
 
@@ -2380,14 +2375,13 @@ def test_a_missing_repository_is_told_from_a_silent_hub(failure, message, monkey
     assert asked == ["someone/some"] and time.perf_counter() - start < 4
 
 
-def test_half_precision_without_units_is_warned_of(monkeypatch):
-    """A CPU that cannot multiply in bf16 must get fp32 by default and a warning by name."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
-    assert train_sst2.pick_dtype("auto", CPU)[0] == "float32"
+def test_half_precision_is_chosen_where_the_cpu_has_units(monkeypatch):
+    """Elsewhere fp32 must be the default, and bf16 by name a warning."""
+    for units, dtype in [(True, "bfloat16"), (False, "float32")]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units})
+        assert train_sst2.pick_dtype("auto", CPU)[0] == dtype
     with pytest.warns(match="--dtype bfloat16: this CPU has no units"):
         train_sst2.pick_dtype("bfloat16", CPU)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert train_sst2.pick_dtype("auto", CPU)[0] == "bfloat16"
 
 
 @cases("flags", [["--ranks", "0"], ["--ranks"], ["--lr", "nan"], ["--lr", "inf"], ["--seeds", "x"]])
@@ -2417,22 +2411,22 @@ def test_the_edge_prints_one_line_whatever_the_error(error, code, text, monkeypa
 
 def test_what_would_train_wrongly_is_refused(encoder, monkeypatch):
     """On MPS recomputed blocks draw other dropout masks; several processes write one file."""
-    fake = SimpleNamespace(device=torch.device("mps"))
+    args = sst2(encoder, "--checkpoint-activations")
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "zeros", lambda *_, device: fake)
-        refused("--checkpoint-activations: on MPS", train_sst2.prepare,
-                sst2(encoder, "--checkpoint-activations"))
+        mps = SimpleNamespace(device=torch.device("mps"))
+        patch.setattr(torch, "zeros", lambda *_, device: mps)
+        refused("--checkpoint-activations: on MPS", train_sst2.prepare, args)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    refused("python, not torchrun", train_sst2.main, sst2(encoder))
+    refused("python, not torchrun", train_sst2.main, args)
 
 
 def test_the_demo_repeats_and_deletes_nothing_of_others(workdir, monkeypatch):
     """Twice in one folder, with fewer sentences: six new runs each, another's file is kept."""
-    sentences = train_sst2.demo_sentences
-    monkeypatch.setattr(train_sst2, "demo_sentences",
-                        lambda rng, count, about: sentences(rng, count // 50, about))
+    make = train_sst2.demo_sentences
+    fewer = lambda rng, count, about: make(rng, count // 50, about)
+    monkeypatch.setattr(train_sst2, "demo_sentences", fewer)
     Path("demo-sst2").mkdir()
-    Path("demo-sst2/mine").write_text("x")
+    Path("demo-sst2/mine").touch()
     for seed in (0, 1):
         runs = train_sst2.main(train_sst2.parse_args(["--demo", "--seeds", str(seed)]))
         assert [run["seed"] for run in runs] == 3 * [seed, seed + 1]
@@ -2486,24 +2480,22 @@ def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, workdi
         save_adapter(model, config, folder)
         return dict(lora_layers(model))
 
-    layers = [adapter("a", 2, "query", "value"), adapter("b", 4, "query", "dense")]
+    a, b = adapter("a", 2, "query", "value"), adapter("b", 4, "query", "dense")
     adapter("c", 2, "value")
-    [maps] = train_sst2.main(train_sst2.parse_args(["--compare", "a", "b", "--device", "cpu"]))
-    out, name = capsys.readouterr().out, "bert.encoder.layer.1.attention.self.query"
-    phi, amplified = ([line.split() for line in out.splitlines() if line.startswith(name)][n]
-                      for n in (0, 2))
-    wanted = (torch.linalg.svd(layers[0][name].lora_A, full_matrices=False).Vh
-              @ torch.linalg.qr(layers[1][name].lora_A.T).Q).square().sum() / 2
-    close(maps[name][1, 3], wanted)
-    assert phi[-1] == f"{wanted:.2f}"
-    W, dW = layers[1][name].weight, layers[1][name].delta()
-    assert amplified[1:4] == ["4", f"{W.norm():.2f}", f"{dW.norm():.2f}"]
-    mean = torch.stack([maps[f"bert.encoder.layer.{n}.attention.self.query"] for n in (0, 1)])
-    close(maps["mean of 2 attention.self.query"], mean.mean(0))
+    compare = lambda *folders: train_sst2.main(train_sst2.parse_args(["--compare", *folders]))
+    [maps] = compare("a", "b")
+    first, last = (f"bert.encoder.layer.{n}.attention.self.query" for n in (0, 1))
+    V1, V2 = (torch.linalg.qr(layers[last].lora_A.T).Q for layers in (a, b))
+    phi = (V1.T @ V2).square().sum() / 2
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(last)]
+    W, dW = b[last].weight, b[last].delta()
+    assert rows[0][-1] == f"{phi:.2f}"
+    assert rows[2][1:4] == ["4", f"{W.norm():.2f}", f"{dW.norm():.2f}"]
+    close(maps["mean of 2 attention.self.query"], (maps[first] + maps[last]) / 2)
     close(maps["chance, max(i, j) / k"][1], torch.tensor([2, 2, 3, 4]) / 64)
     assert maps["random"].shape == (2, 4) and Path("runs/sst2/compare-a-b.png").exists()
-    for other, message in (("none", "none"), ("c", "share no layer")):
-        refused(message, train_sst2.main, train_sst2.parse_args(["--compare", "b", other]))
+    refused("none", compare, "b", "none")
+    refused("share no layer", compare, "b", "c")
 
 
 # --- the CUDA path, on fake tensors ---
