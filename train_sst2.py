@@ -186,8 +186,7 @@ def read_examples(args, tokenizer, split):
 
 def load_encoder(args, seed):
     """Return (pretrained encoder in fp32 under a fresh head, its targets, its head)."""
-    # One random stream: the head's start, A's, every dropout mask. torch's CPU generator uses 32
-    # bits of a seed, so 32 bits are drawn.
+    # For the head's start, A's, every dropout mask. torch's CPU generator uses 32 bits of a seed.
     torch.manual_seed(random.Random(seed).getrandbits(32))
     model, info = pretrained(transformers.AutoModelForSequenceClassification, args.model,
                              num_labels=2, dtype=torch.float32, output_loading_info=True)
@@ -214,8 +213,8 @@ def cut(items, size):
 def epoch_windows(examples, batch_size, grad_accum, rng):
     """Shuffle an epoch into windows, one per optimizer step: lists of micro-batches.
 
-    Sentences of like length share a window, which saves most padding: shuffle, sort within pools of
-    50 windows, shuffle the windows. 4 x 8 gives the windows of 1 x 32.
+    Sentences are sorted by length within pools of 50 windows, which saves most padding. 4 x 8 gives
+    the windows of 1 x 32.
     """
     size = batch_size * grad_accum
     windows = []
@@ -255,18 +254,11 @@ def pick_dtype(name, device):
     return "float32", "half precision is slow or untested here"
 
 
-def read_data(args):
-    """Return {split: examples}."""
-    tokenizer = prepare(args)
-    return {split: read_examples(args, tokenizer, split) for split in ("train", "validation")}
-
-
 class LossScaler:
     """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740, Sec. 3.2).
 
-    Gradients below 6e-8 vanish in fp16: the loss is multiplied by `scale` before backward, the fp32
-    gradients are divided by it after. An overflow skips the step and halves the scale; `interval`
-    good steps in a row double it. Not enabled, the scale is 1.
+    Gradients below 6e-8 vanish in fp16: the loss is multiplied by `scale`, the fp32 gradients are
+    divided by it. An overflow halves the scale, `interval` good steps in a row double it.
     """
 
     def __init__(self, enabled, scale=2.0**16, interval=2000):
@@ -464,6 +456,12 @@ def read_runs(args, path):
     return runs
 
 
+def read_data(args):
+    """Settle device and dtype. Return {split: examples}."""
+    tokenizer = prepare(args)
+    return {split: read_examples(args, tokenizer, split) for split in ("train", "validation")}
+
+
 def main(args):
     """Make every run that is not in the folder yet, then the table and the picture."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
@@ -561,8 +559,8 @@ def score_adapter(args):
 def subspace_similarity(first, second):
     """Return phi(A1, A2, i, j) of Eq. 4 for all i and j: A (r1, k) and (r2, k) -> (r1, r2).
 
-    phi is ||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j), U the right singular vectors of A, the largest
-    first. 1 means that one subspace holds the other, max(i, j) / k is chance.
+    phi is ||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j), U the right singular vectors of A. 1 means
+    that one subspace holds the other, max(i, j) / k is chance.
     """
     U1, U2 = (torch.linalg.svd(A, full_matrices=False).Vh.T for A in (first, second))  # (k, r)
     overlap = (U1.T @ U2).square().cumsum(0).cumsum(1)  # at (i, j): over the first i and j
@@ -608,26 +606,27 @@ def compare(args):
     """Print and draw phi (Fig. 3, 4) and amplification (Table 7) of two adapters of one base."""
     args.dtype = "float32"
     _, model = load_base(args, args.compare[0])
-    first, second = adapters = [adapted_layers(model, folder) for folder in args.compare]
+    adapters = [adapted_layers(model, folder) for folder in args.compare]
     kinds = {}  # the layers that both adapt, by name within a block: query, value
-    for name in first:
-        if name in second:
+    for name in adapters[0]:
+        if name in adapters[1]:
             kinds.setdefault(re.split(r"\.\d+\.", name)[-1], []).append(name)
     if not kinds:
         raise ValueError("--compare: the adapters share no layer")
     torch.manual_seed(0)  # of the random matrices
 
     r1, r2 = (len(next(iter(adapter.values()))[0]) for adapter in adapters)
+    i, j = torch.meshgrid(torch.arange(r1) + 1, torch.arange(r2) + 1, indexing="ij")
+    larger = torch.maximum(i, j)
     pairs = sorted({(1, 1), (1, r2), (r1, r2)})
     print("Subspace similarity phi (Eq. 4): i directions of {}, j of {}".format(*args.compare))
     print_row("i, j", [f"{i}, {j}" for i, j in pairs])
     maps = []
     for kind, names in kinds.items():
-        A = [(first[name][0], second[name][0]) for name in names]
-        phi = summary(kind, names, [subspace_similarity(A1, A2) for A1, A2 in A])
-        phi["random"] = subspace_similarity(*map(torch.randn_like, A[0]))
-        i, j = torch.meshgrid(torch.arange(r1) + 1, torch.arange(r2) + 1, indexing="ij")
-        phi["chance, max(i, j) / k"] = torch.maximum(i, j) / A[0][0].shape[1]
+        A1, A2 = ([adapter[name][0] for name in names] for adapter in adapters)
+        phi = summary(kind, names, [subspace_similarity(*pair) for pair in zip(A1, A2)])
+        phi["random"] = subspace_similarity(torch.randn_like(A1[0]), torch.randn_like(A2[0]))
+        phi["chance, max(i, j) / k"] = larger / A1[0].shape[1]
         for name, value in phi.items():
             print_row(name, [f"{value[i - 1, j - 1]:.2f}" for i, j in pairs])
         maps.append(phi)
