@@ -2187,9 +2187,8 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, work
     assert [run["adapter_parameters"] for run in runs] == [512, 512, 1024, 1024, 0, 0]
     assert [run["trainable"] for run in runs[::5]] == [512 + 64 * 2 + 2, runs[5]["total"]]
     assert len({run["loss"] for run in runs}) == 6
-    a, b = (run["accuracy"] for run in runs[2:4])
-    assert re.search(rf"r=2 +1,024 +1,154 +{(a + b) / 2:.2%} +{100 * abs(a - b) / 2**0.5:.2f}",
-                     capsys.readouterr().out)
+    train_sst2.report([run | {"accuracy": n / 10} for n, run in enumerate(runs)])
+    assert re.search(r"r=2 +1,024 +1,154 +25.00% +7.07", capsys.readouterr().out)
     assert Path("runs/sst2/sst2.png").exists()
     path = Path("runs/sst2/sst2.jsonl")
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
@@ -2272,14 +2271,27 @@ def test_both_scripts_scale_the_loss_alike():
         assert scalers[0].scale == scalers[1].scale
 
 
-def test_a_skipped_step_leaves_the_weights_and_twenty_end_the_run(encoder, workdir, monkeypatch):
-    """fp16: at a scale that always overflows no weight may move, and the 20th skip must stop."""
-    monkeypatch.setattr(train_sst2, "LossScaler", lambda enabled: Sst2LossScaler(enabled, 2.0**120))
+def test_a_skipped_step_leaves_weights_and_schedule_and_twenty_end_the_run(encoder, workdir,
+                                                                           monkeypatch):
+    """At a scale that overflows nothing may move; the first step taken has the peak rate."""
     args, data = prepared(encoder, "--dtype", "float16", "--batch-size", "8")
-    run, model = train_sst2.train(args, data, None, 0)
-    start, _, _ = train_sst2.load_encoder(args, 0)
-    assert run["skipped"] == 12 and same_bits(bits(start), bits(model))
-    args.epochs = 2
+    steps, step = [], torch.optim.AdamW.step
+
+    def recorded(optimizer):
+        group = optimizer.param_groups[0]
+        norm = sum(p.grad.square().sum() for p in group["params"] if p.grad is not None).sqrt()
+        steps.append((group["lr"], float(norm)))
+        step(optimizer)
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    for scale, skipped in [(2.0**120, 12), (2.0**19, None)]:
+        monkeypatch.setattr(train_sst2, "LossScaler", lambda enabled: Sst2LossScaler(True, scale))
+        run, model = train_sst2.train(args, data, None, 0)
+        if skipped:
+            start, _, _ = train_sst2.load_encoder(args, 0)
+            assert run["skipped"] == 12 and same_bits(bits(start), bits(model))
+    assert 0 < run["skipped"] < 12 and steps[0][0] == args.full_lr
+    assert max(norm for _, norm in steps) < 1.001  # clipped
+    args.epochs, scale = 2, 2.0**120
     refused("at step 20: try a lower --full-lr", train_sst2.train, args, data, None, 0)
 
 
@@ -2300,9 +2312,11 @@ def test_padding_does_not_change_an_encoder_s_loss(encoder):
     model, _, _ = train_sst2.load_encoder(args, 0)
     model.classifier.weight.data.normal_()
     with torch.no_grad():
-        model.classifier.bias -= train_sst2.classify(model.eval(), examples, "float32")[0].mean(0)
+        logits = train_sst2.classify(model.eval(), examples, "float32")[0]
+        model.classifier.bias -= logits.mean(0)  # so that both labels are predicted
     labels, _, loss = train_sst2.evaluate(model, examples, "float32")
     assert 0 < labels.sum() < len(examples)
+    assert torch.equal(labels, (logits - logits.mean(0)).argmax(-1))
     alone, _, losses = zip(*[train_sst2.evaluate(model, [one], "float32") for one in examples])
     assert labels.tolist() == [int(label) for label in alone]
     assert loss == pytest.approx(sum(losses) / len(examples), abs=1e-5)
@@ -2320,6 +2334,29 @@ def test_the_seed_reaches_head_adapter_data_and_dropout(encoder):
         seen.append([model.classifier.weight, layer.lora_A, mask, order])
     for a, b in [(0, 1), (0, 2)]:
         assert not any(str(x) == str(y) for x, y in zip(seen[a], seen[b]))
+
+
+def test_training_rows_are_drawn_with_seed_0_and_cut(encoder):
+    """--nb-samples must take the same rows in every run, --max-length no more tokens."""
+    _, data = prepared(encoder)
+    _, few = prepared(encoder, "--nb-samples", "8", "--max-length", "5")
+    wanted = random.Random(0).sample(data["train"], 8)
+    assert [label for _, label in few["train"]] == [label for _, label in wanted]
+    assert [ids[:4] for ids, _ in few["train"]] == [ids[:4] for ids, _ in wanted]
+    assert {len(ids) for ids, _ in few["train"]} == {5}
+
+
+def test_what_a_checkpoint_lacks_is_trained_or_named(encoder, workdir):
+    """DistilBERT's head has two layers; a random module outside of --head must be refused."""
+    config = transformers.DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4)
+    transformers.DistilBertModel(config).save_pretrained("distil")
+    config = transformers.BertConfig.from_pretrained(encoder / "bert")
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained("headless")
+    args = sst2(encoder, "--model", "distil")
+    _, _, facts = train_sst2.start_run(args, 2, 0)
+    assert facts["trainable"] == 2 * 2 * 2 * (32 + 32) + 32 * 33 + 2 * 33
+    args.model = "headless"
+    refused("headless has no bert.pooler.*--head", train_sst2.start_run, args, 2, 0)
 
 
 @cases("name, text, wanted", [
@@ -2459,13 +2496,13 @@ def test_subspace_similarity_is_one_zero_or_chance():
 def test_amplification_is_what_it_is_by_hand():
     """Table 7: for dW = c times W's top part the factor is c; beside W's directions UWV is 0."""
     U, V, values = basis(6, 40).T, basis(6, 30, seed=1), torch.tensor([9.0, 7, 5, 3, 2, 1])
-    W = U @ torch.diag(values) @ V
-    dW = 0.5 * U[:, :2] @ torch.diag(values[:2]) @ V[:2]
-    top = values[:2].norm()
-    *columns, onto_random, factor = train_sst2.amplification(W, dW, 2)
-    close(torch.stack(columns), torch.stack([values.norm(), 0.5 * top, top, top]))
-    assert onto_random < 0.5 * top
-    close(factor, torch.tensor(0.5))
+    W, top = U @ torch.diag(values) @ V, values[:2].norm()
+    for some in (slice(0, 2), slice(2, 4)):
+        dW, part = 0.5 * U[:, some] @ torch.diag(values[some]) @ V[some], values[some].norm()
+        *columns, onto_random, factor = train_sst2.amplification(W, dW, 2)
+        close(torch.stack(columns), torch.stack([values.norm(), 0.5 * part, part, top]))
+        assert onto_random < 0.5 * top
+        close(factor, torch.tensor(0.5))
     beside = torch.linalg.qr(torch.cat([U, basis(8, 40, seed=2).T], 1)).Q[:, 6:8]
     assert train_sst2.amplification(W, beside @ V[:2], 2)[2] < 1e-4
 
