@@ -9,54 +9,50 @@
 One experiment is one folder, --out: sst2.jsonl has a line per finished run, which is not repeated;
 sst2.png the curves; r8-s0/ adapter and head of r=8 and seed 0, as PEFT saves them.
 
-Weights are fp32 under torch.autocast: full fine-tuning, the baseline, trains them all, and a bf16
-weight of 1.0 does not grow by less than 0.004. SST-2 validation has 872 rows: at 93% one run's 95%
+Weights are fp32 under torch.autocast: a bf16 weight of 1.0 would not grow by less than 0.004, and
+full fine-tuning, the baseline, trains them all. SST-2 validation has 872 rows: at 93% one run's 95%
 interval is +/- 1.7 points. All ranks and targets share one alpha and lr, and the update is scaled
-by alpha / r: neither the rank (Sec. 7.2) nor the weights (Sec. 7.1) are ever compared alone.
+by alpha / r: neither the rank (Sec. 7.2) nor the weights (Sec. 7.1) are compared alone.
 """
 import argparse
 import csv
-import functools
-import glob
 import json
 import math
 import os
 import random
-import shutil
+import re
 import statistics
 import sys
-import threading
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager
+from functools import cache, partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-# Huge pages for tensors on a Linux CPU: among the C library's small blocks, tensors of changing
-# length leave gaps, and training takes up to twice the memory. torch reads this once.
+# Huge pages for tensors on a Linux CPU: without them training takes up to twice the memory, in gaps
+# that tensors of changing length leave. torch reads this once.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import HfApi
-from huggingface_hub.errors import (GatedRepoError, HFValidationError,
-                                     RepositoryNotFoundError)
+from huggingface_hub import HfApi, errors
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from lora import (LoRAConfig, count_parameters, disable_lora, inject_lora, is_transposed,
-                  load_adapter, lora_layers, merge_lora, save_adapter, unmerge_lora)
+from lora import (LoRAConfig, count_parameters, inject_lora, is_transposed, load_adapter,
+                  lora_layers, merge_lora, save_adapter)
+
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    Figure = None  # no pictures
 
 
 # --- flags ---
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        """Name the culprit in one line, without argparse's usage block."""
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
-
 
 def at_least(low, kind=int):
     """An argparse type: a finite number from low on."""
@@ -65,13 +61,13 @@ def at_least(low, kind=int):
         if not low <= value < math.inf:
             raise argparse.ArgumentTypeError(f"expected at least {low:g}, got {text}")
         return value
-    number.__name__ = kind.__name__  # argparse prints it: "invalid int value"
     return number
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="train_sst2.py", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="train_sst2.py", description=__doc__, usage=argparse.SUPPRESS,  # errors in one line
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add, rate, count = parser.add_argument, at_least(1e-12, float), at_least(1)
     add("--model", help="Hub id or folder (default: roberta-base, or what --adapter names)")
     add("--data", default="nyu-mll/glue", help="Hub id, or folder of train and validation files")
@@ -98,7 +94,7 @@ def parse_args(argv=None):
     add("--out", default="runs/sst2", help="folder of the experiment")
     add("--demo", action="store_true", help="all of it, in ./demo-sst2; takes the first of --seeds")
     args = parser.parse_args(argv)
-    if not (args.ranks or args.full_finetune or args.adapter or args.compare or args.demo):
+    if not args.ranks and not args.full_finetune:
         parser.error("--ranks names no rank: give at least one, or --full-finetune")
     return args
 
@@ -109,83 +105,72 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-@functools.cache
-def hub_serves(name, kind):
-    """Return whether the Hub answers; ValueError if it has no such repository."""
-    answer = []
-
-    def ask():
-        try:
-            answer.append(HfApi().repo_info(name, repo_type=kind, timeout=5))
-        except GatedRepoError:  # a kind of RepositoryNotFoundError; the download says what to do
-            answer.append(True)
-        except (RepositoryNotFoundError, HFValidationError):
-            answer.append(None)
-        except Exception:  # time-out, proxy, certificate, HF_HUB_OFFLINE: try the local cache
-            pass
-
-    thread = threading.Thread(target=ask, daemon=True)  # DNS ignores the timeout
-    thread.start()
-    thread.join(8)
-    if answer == [None]:
-        raise ValueError(f"no such folder, and no public {kind} of this name on the Hub")
-    return bool(answer)
-
-
-def fetch(flag, name, kind, load):
-    """Return load(offline). Whatever a library raises becomes a ValueError of one line."""
-    online = True
+@cache
+def hub_problem(name, kind):
+    """Ask the Hub for a repository, once. Return what is wrong, or None."""
     try:
-        if not Path(name).is_dir():
-            online = hub_serves(name, kind)
-        return load(not online)
+        with ThreadPool(1) as pool:  # a name look-up heeds no timeout but get's
+            pool.apply_async(HfApi().repo_info, [name], {"repo_type": kind, "timeout": 5}).get(8)
+    except errors.GatedRepoError:  # the download says how to get access
+        return None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        return f"no such folder, and no public {kind} of this name on the Hub"
+    except Exception:
+        return "the Hugging Face Hub cannot be reached; give a folder that exists, or --demo"
+
+
+@contextmanager
+def loading(flag, name, kind=None):
+    """Yield whether the Hub is out of reach. Any failure inside becomes one line: flag, name, why.
+
+    The Hub is asked for repositories of a kind, model or dataset, where no such folder is here.
+    """
+    problem = None if kind is None or Path(name).is_dir() else hub_problem(name, kind)
+    try:
+        yield problem is not None
     except Exception as error:
-        reason = first_line(error.__cause__ or error)
-        if not online:
-            reason = "the Hugging Face Hub cannot be reached; give a folder that exists, or --demo"
+        reason = problem or first_line(error.__cause__ or error)
         raise ValueError(f"{flag} {name}: {reason}") from None
 
 
-QUERY_AND_VALUE = (".query", ".value", ".q_lin", ".v_lin", ".q_proj", ".v_proj")
-READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+def pretrained(kind, name, **options):
+    with loading("--model", name, "model") as offline:
+        return kind.from_pretrained(name, local_files_only=offline, **options)
 
 
-def load_split(data, split, offline):
-    import datasets
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what it also raises
-    if not Path(data).is_dir():
-        datasets.config.HF_HUB_OFFLINE = offline
-        name = "sst2" if data.endswith("glue") else None
-        return datasets.load_dataset(data, name, split=split)
-    paths = [path for path in Path(data).glob(f"{split}.*") if path.suffix in READERS]
-    if len(paths) != 1 or not paths[0].stat().st_size:
-        raise ValueError(f"expected one {split} file with rows ({', '.join(READERS)}), got "
-                         f"{', '.join(path.name for path in paths) or 'none'}")
-    suffix, options = paths[0].suffix, {}
-    if READERS[suffix] == "csv":
-        # Text stays text: else the sentences "null" and "NA" become None, and "2" a number.
-        options = {"converters": {"sentence": str}, "keep_default_na": False}
-    if suffix == ".tsv":
-        # GLUE's .tsv quotes nothing: a row may begin with a lone quotation mark.
-        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}
-    path = glob.escape(str(paths[0]))  # a folder may be named d[1]
-    return datasets.load_dataset(READERS[suffix], data_files=path, split="train", **options)
+def read_folder(folder, split):
+    import pandas  # comes with datasets
+    text = {"dtype": str, "keep_default_na": False}  # null and NA are sentences, 2 is no number
+    readers = {
+        ".jsonl": partial(pandas.read_json, dtype=False, lines=True),
+        ".json": partial(pandas.read_json, dtype=False),
+        ".parquet": pandas.read_parquet,
+        ".csv": partial(pandas.read_csv, **text),
+        # GLUE's own files quote nothing: a row may begin with a lone quotation mark.
+        ".tsv": partial(pandas.read_csv, **text, sep="\t", quoting=csv.QUOTE_NONE)}
+    paths = [path for path in Path(folder).glob(f"{split}.*") if path.suffix in readers]
+    if len(paths) != 1:
+        raise ValueError(f"expected one {split} file ({', '.join(readers)}), got {len(paths)}")
+    return readers[paths[0].suffix](paths[0])
+
+
+def read_hub(name, split, offline):
+    import datasets  # takes seconds
+    datasets.config.HF_HUB_OFFLINE = offline
+    config = "sst2" if name.endswith("glue") else None
+    return datasets.load_dataset(name, config, split=split).to_pandas()
 
 
 def read_sentences(data, split):
     """Return [(sentence, 0 or 1)] of a split. Raise ValueError for what cannot be read."""
-    table = fetch("--data", data, "dataset", lambda offline: load_split(data, split, offline))
-    expected = f"--data {data}, {split}: expected sentence and label"
-    if not {"sentence", "label"} <= set(table.column_names):
-        raise ValueError(f"{expected}, got columns {table.column_names}")
-    rows = list(zip(table["sentence"], table["label"]))
-    if not rows:
-        raise ValueError(f"{expected}, got no rows")
-    for row in rows:
-        if not isinstance(row[0], str) or row[1] not in (0, 1):
-            raise ValueError(f"{expected} 0 or 1, got {row}")
-    return [(sentence, int(label)) for sentence, label in rows]  # true and 1.0 become 1
+    with loading("--data", data, "dataset") as offline:
+        local = Path(data).is_dir()
+        table = read_folder(data, split) if local else read_hub(data, split, offline)
+        rows = table[["sentence", "label"]].values.tolist()
+        bad = [row for row in rows if not isinstance(row[0], str) or row[1] not in (0, 1, "0", "1")]
+        if bad or not rows:
+            raise ValueError(f"{split}: expected sentences and labels 0 or 1, got {bad[:1]}")
+    return [(sentence, int(label)) for sentence, label in rows]
 
 
 def read_examples(args, tokenizer, split):
@@ -199,15 +184,9 @@ def read_examples(args, tokenizer, split):
     return list(zip(ids, labels))
 
 
-def pretrained(kind, name, **options):
-    return fetch("--model", name, "model",
-                 lambda offline: kind.from_pretrained(name, local_files_only=offline, **options))
-
-
 def load_encoder(args, seed):
     """Return (pretrained encoder in fp32 under a fresh head, its targets, its head)."""
-    # One random stream: the head's start, A's, every dropout mask. torch's CPU generator uses 32
-    # bits of a seed, so 32 bits are drawn.
+    # For the head's start, A's, every dropout mask. torch's CPU generator uses 32 bits of a seed.
     torch.manual_seed(random.Random(seed).getrandbits(32))
     model, info = pretrained(transformers.AutoModelForSequenceClassification, args.model,
                              num_labels=2, dtype=torch.float32, output_loading_info=True)
@@ -234,8 +213,8 @@ def cut(items, size):
 def epoch_windows(examples, batch_size, grad_accum, rng):
     """Shuffle an epoch into windows, one per optimizer step: lists of micro-batches.
 
-    Sentences of like length share a window, which saves most padding: shuffle, sort within pools of
-    50 windows, shuffle the windows. 4 x 8 gives the windows of 1 x 32.
+    Sentences are sorted by length within pools of 50 windows, which saves most padding. 4 x 8 gives
+    the windows of 1 x 32.
     """
     size = batch_size * grad_accum
     windows = []
@@ -249,49 +228,37 @@ def epoch_windows(examples, batch_size, grad_accum, rng):
 
 def prepare(args):
     """Settle device and dtype. Return the tokenizer."""
-    args.device = pick_device(args.device)
+    with loading("--device", args.device):
+        if args.device == "auto":
+            args.device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        args.device = torch.zeros(1, device=args.device).device
     args.dtype, reason = pick_dtype(args.dtype, args.device)
     print(f"{args.model} on {args.device}: fp32 weights, products in {args.dtype} ({reason})")
     if args.checkpoint_activations and args.device.type == "mps":
         raise ValueError("--checkpoint-activations: on MPS torch recomputes other dropout masks")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     return pretrained(transformers.AutoTokenizer, args.model)
 
 
-def pick_device(name):
-    try:
-        if name == "auto":
-            name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {first_line(error)}") from None
-
-
 def pick_dtype(name, device):
-    """Return the dtype of matrix products and the reason for it, as text."""
-    bf16 = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    if device.type == "cuda":
-        bf16 = torch.cuda.get_device_capability(device)[0] >= 8
+    """Return the dtype of matrix products, and why."""
+    units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    unit = {"bfloat16": "avx512_bf16", "float16": "avx512_fp16"}.get(name)
+    if unit and units and not units.get(unit):
+        warnings.warn(f"--dtype {name}: this CPU has no units for it, float32 is faster")
     if name != "auto":
-        fp16 = torch.cpu.get_capabilities().get("avx512_fp16", False)
-        units = {"float32": True, "bfloat16": bf16, "float16": fp16}
-        if device.type == "cpu" and not units[name]:
-            warnings.warn(f"--dtype {name}: this CPU has no units for it, float32 is faster")
         return name, "as asked"
-    if bf16:
-        return "bfloat16", "native here, no loss scaling"
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
         return "float16", "this GPU has no native bfloat16"
+    if device.type == "cuda" or units.get("avx512_bf16"):
+        return "bfloat16", "native here, no loss scaling"
     return "float32", "half precision is slow or untested here"
 
 
 class LossScaler:
     """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740, Sec. 3.2).
 
-    Gradients below 6e-8 vanish in fp16: the loss is multiplied by `scale` before backward, the fp32
-    gradients are divided by it after. An overflow skips the step and halves the scale; `interval`
-    good steps in a row double it, as in torch.amp.GradScaler. Not enabled, the scale is 1.
+    Gradients below 6e-8 vanish in fp16: the loss is multiplied by `scale`, the fp32 gradients are
+    divided by it. An overflow halves the scale, `interval` good steps in a row double it.
     """
 
     def __init__(self, enabled, scale=2.0**16, interval=2000):
@@ -303,7 +270,7 @@ class LossScaler:
     def unscale(self, parameters):
         for parameter in parameters:
             if self.enabled and parameter.grad is not None:  # None: it took no part in the loss
-                parameter.grad.mul_(1 / self.scale)  # fp32, as its weight is: no underflow
+                parameter.grad.mul_(1 / self.scale)
 
     def update(self, finite):
         self.good_steps = self.good_steps + 1 if finite else 0
@@ -321,7 +288,7 @@ def checkpoint_blocks(model):
     for block in max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())):
         # use_reentrant=True drops the gradients of a block whose input needs none: over frozen
         # embeddings nothing would train.
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def classify(model, batch, dtype):
@@ -349,15 +316,14 @@ def backward_loss(model, batch, weight, dtype):
 def evaluate(model, examples, dtype):
     """Return (predicted labels in the order of the examples, share correct, mean cross-entropy)."""
     model.eval()
-    predictions = torch.empty(len(examples), dtype=torch.long)
-    correct, loss = 0, 0.0
+    predictions, loss = torch.empty(len(examples), dtype=torch.long), 0.0
     order = sorted(range(len(examples)), key=lambda i: length(examples[i]))  # saves padding
     for rows in cut(order, 64):
         logits, labels = classify(model, [examples[i] for i in rows], dtype)
         predictions[rows] = logits.argmax(-1).cpu()
-        correct += int((logits.argmax(-1) == labels).sum())
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    return predictions, correct / len(examples), loss / len(examples)
+    correct = predictions == torch.tensor([label for _, label in examples])
+    return predictions, int(correct.sum()) / len(examples), loss / len(examples)
 
 
 def wilson_interval(p, n, z=1.96):
@@ -381,6 +347,10 @@ def peak_memory(device):
 
 # --- one run ---
 
+def name_of(r):
+    return "full" if r is None else f"r={r}"
+
+
 def start_run(args, r, seed):
     """Return (model, its LoRAConfig or None, facts). With r None every weight trains."""
     model, targets, head = load_encoder(args, seed)
@@ -397,10 +367,6 @@ def start_run(args, r, seed):
     return model, config, {"adapter_parameters": adapter, "trainable": trainable, "total": total}
 
 
-def name_of(r):
-    return "full" if r is None else f"r={r}"
-
-
 def train(args, data, r, seed):
     """Train and evaluate LoRA of rank r, or every weight. Return (line of sst2.jsonl, model)."""
     model, config, facts = start_run(args, r, seed)
@@ -410,7 +376,6 @@ def train(args, data, r, seed):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=peak_lr, weight_decay=0.01)
     scaler = LossScaler(enabled=args.dtype == "float16")
-    patience = 20 if scaler.enabled else 1  # skips in a row that end the run
     rng, windows = random.Random(seed), []
     for _ in range(args.epochs):
         windows += epoch_windows(data["train"], args.batch_size, args.grad_accum, rng)
@@ -450,7 +415,7 @@ def train(args, data, r, seed):
         optimizer.zero_grad(set_to_none=True)
         scaler.update(finite)
         skipped += not finite
-        if scaler.skips == patience:
+        if scaler.skips == (20 if scaler.enabled else 1):
             raise ValueError(f"{name_of(r)}: loss {loss:g}, gradient norm {norm:g} at step {step}: "
                              f"try a lower {flag}")
         seconds += time.perf_counter() - start
@@ -466,43 +431,43 @@ def train(args, data, r, seed):
 
     if config:
         save_adapter(model, config, Path(args.out, f"r{r}-s{seed}"))
+    flags = ["model", "data", "head", "epochs", "batch_size", "grad_accum", "max_length",
+             "nb_samples", "dtype"]
+    flags += ["lr", "alpha", "dropout", "targets"] if config else ["full_lr"]
     n = len(data["validation"])
-    return {**settings(args, r), "r": r, "seed": seed, **facts, **history[-1], "n": n,
-            "ci95": wilson_interval(accuracy, n), "skipped": skipped, "seconds": seconds,
-            "peak_memory_gb": peak_memory(args.device), "history": history}, model
+    return {**{flag: getattr(args, flag) for flag in flags}, "r": r, "seed": seed, **facts,
+            **history[-1], "n": n, "ci95": wilson_interval(accuracy, n), "skipped": skipped,
+            "seconds": seconds, "peak_memory_gb": peak_memory(args.device),
+            "history": history}, model
 
 
 # --- one experiment: its folder, table and picture ---
 
-def settings(args, r):
-    """Return the flags that all runs of a folder share."""
-    flags = ["model", "data", "head", "epochs", "batch_size", "grad_accum", "max_length",
-             "nb_samples", "dtype"]
-    flags += ["full_lr"] if r is None else ["lr", "alpha", "dropout", "targets"]
-    return {flag: getattr(args, flag) for flag in flags}
-
-
 def read_runs(args, path):
     """Return the finished runs. Raise ValueError if they are another experiment's."""
-    runs = []
-    for line in path.read_text(encoding="utf8").splitlines() if path.exists() else []:
-        try:
-            runs.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            raise ValueError(f"{path}, line {len(runs) + 1} is cut off: delete it, and its run is "
-                             "repeated") from None
-        old, new = runs[-1], settings(args, runs[-1].get("r"))
-        changed = [f"--{flag.replace('_', '-')} was {old.get(flag)}, is {new[flag]}"
-                   for flag in new if old.get(flag) != new[flag]]
+    lines = path.read_text(encoding="utf8").splitlines() if path.exists() else []
+    with loading("--out", args.out):
+        runs = [json.loads(line) for line in lines]
+    for run in runs:
+        changed = [f"--{flag.replace('_', '-')} was {run[flag]}, is {value}"
+                   for flag, value in vars(args).items() if run.get(flag, value) != value]
         if changed:
             raise ValueError(f"{path} holds other runs: {'; '.join(changed)}; give another --out")
     return runs
+
+
+def read_data(args):
+    """Settle device and dtype. Return {split: examples}."""
+    tokenizer = prepare(args)
+    return {split: read_examples(args, tokenizer, split) for split in ("train", "validation")}
 
 
 def main(args):
     """Make every run that is not in the folder yet, then the table and the picture."""
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise ValueError("runs in one process: start it with python, not torchrun")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if args.demo:
         return demo(args.seeds[0])
     if args.adapter:
@@ -510,100 +475,82 @@ def main(args):
     if args.compare:
         return compare(args)
     args.model = args.model or "roberta-base"
-    tokenizer = prepare(args)
     path = Path(args.out, "sst2.jsonl")
+    data = read_data(args)
     runs = read_runs(args, path)
-    data = {split: read_examples(args, tokenizer, split) for split in ("train", "validation")}
     path.parent.mkdir(parents=True, exist_ok=True)
     for r in args.ranks + [None] * args.full_finetune:
         for seed in args.seeds:
-            if any((run.get("r"), run.get("seed")) == (r, seed) for run in runs):
+            if any((run["r"], run["seed"]) == (r, seed) for run in runs):
                 print(f"{name_of(r)}, seed {seed}: in {path} already")
                 continue
             runs.append(train(args, data, r, seed)[0])
             with open(path, "a", encoding="utf8") as file:
                 file.write(json.dumps(runs[-1]) + "\n")
-    report(runs, path.with_suffix(".png"))
+    groups = report(runs)
+    if Figure:
+        draw_curves(groups, path.with_suffix(".png"))
     print(f"written: {path}, beside it the picture and the adapters")
     return runs
 
 
-def report(runs, picture):
-    """Print a row per rank, mean and spread over the seeds; draw the curves."""
+def report(runs):
+    """Print a row per rank, mean and spread over the seeds. Return {name: runs}."""
     low, high = runs[0]["ci95"]
     print(f"\nn = {runs[0]['n']}, one run's 95% interval is +/- {50 * (high - low):.1f} points: "
           "smaller differences are noise")
-    print("         adapter   trainable  accuracy  spread    loss  seconds   GiB")
+    print("         adapter   trainable  accuracy  spread    loss  seconds   GiB  seeds")
     groups = {}
     for run in sorted(runs, key=lambda run: (run["r"] or math.inf, run["seed"])):
         groups.setdefault(name_of(run["r"]), []).append(run)
+    keys = ["accuracy", "loss", "seconds", "peak_memory_gb"]
     for name, group in groups.items():
-        keys = ["accuracy", "loss", "seconds", "peak_memory_gb"]
         table = torch.tensor([[run[key] for key in keys] for run in group])  # (seeds, keys)
         accuracy, loss, seconds, memory = table.mean(0)
         spread = 100 * table[:, 0].std(correction=len(group) > 1)
-        adapter, trainable = group[0]["adapter_parameters"], group[0]["trainable"]
-        print(f"{name:6}{adapter:10,}{trainable:12,}{accuracy:10.2%}"
-              f"{spread:8.2f}{loss:8.3f}{seconds:9.0f}{memory:6.2f}  "
-              f"{len(group)} seed{'s' * (len(group) > 1)}")
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError:
-        return
-    plt.switch_backend("Agg")
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for i, (name, group) in enumerate(groups.items()):
-        draw(left, group, "train_loss", color=f"C{i}", linestyle=":")
-        draw(left, group, "loss", color=f"C{i}")
-        draw(right, group, "accuracy", color=f"C{i}", label=name)
-    left.set(xlabel="epoch", ylabel="cross-entropy", title="validation solid, training dotted")
-    right.set(xlabel="epoch", ylabel="accuracy", title="mean of the seeds, lowest to highest")
-    right.legend()
-    fig.savefig(picture, dpi=120)
-    plt.close(fig)
+        print(f"{name:6}{group[0]['adapter_parameters']:10,}{group[0]['trainable']:12,}"
+              f"{accuracy:10.2%}{spread:8.2f}{loss:8.3f}{seconds:9.0f}{memory:6.2f}{len(group):7}")
+    return groups
 
 
-def draw(axes, group, key, **style):
+def draw_curves(groups, picture):
     """Draw the mean of the seeds in a band from the lowest to the highest."""
-    epochs = [point["epoch"] for point in group[0]["history"]]
-    seeds = torch.tensor([[point[key] for point in run["history"]] for run in group])
-    axes.plot(epochs, seeds.mean(0), **style)
-    axes.fill_between(epochs, seeds.amin(0), seeds.amax(0), color=style["color"], alpha=0.2)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.set(xlabel="epoch", title="cross-entropy: validation solid, training dotted")
+    right.set(xlabel="epoch", title="accuracy: mean of the seeds, lowest to highest")
+    for i, (name, group) in enumerate(groups.items()):
+        epochs = [point["epoch"] for point in group[0]["history"]]
+        for axes, key, line in [(left, "train_loss", ":"), (left, "loss", "-"),
+                                (right, "accuracy", "-")]:
+            seeds = torch.tensor([[point[key] for point in run["history"]] for run in group])
+            axes.plot(epochs, seeds.mean(0), line, color=f"C{i}", label=name)
+            axes.fill_between(epochs, seeds.amin(0), seeds.amax(0), color=f"C{i}", alpha=0.2)
+    right.legend()
+    figure.savefig(picture, dpi=120)
 
 
 # --- score a saved adapter ---
 
-def name_base(args, adapter):
-    """Set --model and --head from an adapter's own config, where they were not given."""
-    path = Path(adapter, "adapter_config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf8"))
+def load_base(args, adapter):
+    """Return (tokenizer, base model). The adapter's config names it and its head."""
+    with loading("the adapter", adapter):
+        config = json.loads(Path(adapter, "adapter_config.json").read_text(encoding="utf8"))
         args.model = args.model or config["base_model_name_or_path"]
         args.head = args.head or config["modules_to_save"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} does not name its base model and head") from None
+    return prepare(args), load_encoder(args, 0)[0]
 
 
 def score_adapter(args):
-    """Print accuracy, labels that merging changes, and seconds of base, unmerged and merged."""
-    name_base(args, args.adapter)
-    tokenizer = prepare(args)
-    model, _, _ = load_encoder(args, args.seeds[0])
+    """Print an adapter's accuracy, and how many labels merging changes."""
+    tokenizer, model = load_base(args, args.adapter)
     load_adapter(model, args.adapter)
     examples = read_examples(args, tokenizer, "validation")
-    results, seconds = {}, {"base": [], "unmerged": [], "merged": []}
-    for state in 5 * list(seconds):  # in turn: a machine that slows down slows all three
-        merge_lora(model) if state == "merged" else unmerge_lora(model)
-        with disable_lora(model) if state == "base" else nullcontext():
-            start = time.perf_counter()
-            results[state] = evaluate(model, examples, args.dtype)
-            seconds[state].append(time.perf_counter() - start)
-    labels, accuracy, loss = results["unmerged"]
+    labels, accuracy, loss = evaluate(model, examples, args.dtype)
+    merged, _, _ = evaluate(merge_lora(model), examples, args.dtype)
     low, high = wilson_interval(accuracy, len(labels))
-    changed = int((labels != results["merged"][0]).sum())
-    print(f"accuracy {accuracy:.2%} [{low:.2%}, {high:.2%}] of {len(labels)}, loss {loss:.3f}")
-    print(f"{changed} labels change when merged; seconds, median of 5:")
-    print({state: round(statistics.median(times), 2) for state, times in seconds.items()})
+    print(f"accuracy {accuracy:.2%} [{low:.2%}, {high:.2%}] of {len(labels)}, loss {loss:.3f}; "
+          f"{int((labels != merged).sum())} labels change when merged")
     return labels
 
 
@@ -612,8 +559,8 @@ def score_adapter(args):
 def subspace_similarity(first, second):
     """Return phi(A1, A2, i, j) of Eq. 4 for all i and j: A (r1, k) and (r2, k) -> (r1, r2).
 
-    phi is ||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j), U the right singular vectors of A, the largest
-    first. 1 means that one subspace holds the other, max(i, j) / k is chance.
+    phi is ||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j), U the right singular vectors of A. 1 means
+    that one subspace holds the other, max(i, j) / k is chance.
     """
     U1, U2 = (torch.linalg.svd(A, full_matrices=False).Vh.T for A in (first, second))  # (k, r)
     overlap = (U1.T @ U2).square().cumsum(0).cumsum(1)  # at (i, j): over the first i and j
@@ -635,87 +582,82 @@ def amplification(W, dW, r):
     return torch.stack([W.norm(), dW.norm(), *projections, dW.norm() / projections[0]])
 
 
-def selected(names, values):
-    """Return {name: value} of the first, middle and last layer, and the mean over all."""
-    chosen = {names[n]: values[n] for n in (0, len(names) // 2, -1)}
-    return chosen | {f"mean of {len(names)} {names[0].split('.')[-1]}": values.mean(0)}
+def adapted_layers(model, folder):
+    """Load an adapter. Return {layer: (A, dW, W)}."""
+    load_adapter(model, folder)
+    layers = {}
+    for name, layer in lora_layers(model):
+        W = layer.weight.T if is_transposed(layer.base) else layer.weight
+        layers[name] = [tensor.detach().cpu() for tensor in (layer.lora_A, layer.delta(), W)]
+    return layers
+
+
+def summary(kind, names, values):
+    """Return {layer: value} of the first, middle and last layer of a kind, and the mean of all."""
+    rows = {names[n]: values[n] for n in (0, len(names) // 2, -1)}
+    return rows | {f"mean of {len(names)} {kind}": torch.stack(values).mean(0)}
+
+
+def print_row(name, values):
+    print(f"{name:44}" + "".join(f"{value:>9}" for value in values))
 
 
 def compare(args):
     """Print and draw phi (Fig. 3, 4) and amplification (Table 7) of two adapters of one base."""
-    name_base(args, args.compare[0])
-    args.device = pick_device(args.device)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    model = pretrained(transformers.AutoModelForSequenceClassification, args.model, num_labels=2,
-                       dtype=torch.float32).to(args.device)
-    adapters = []  # {layer: (A, dW, W)}
-    for folder in args.compare:
-        load_adapter(model, folder)
-        adapters.append({})
-        for name, layer in lora_layers(model):
-            W = layer.weight.T if is_transposed(layer.base) else layer.weight
-            adapters[-1][name] = [t.detach().cpu() for t in (layer.lora_A, layer.delta(), W)]
-    first, second = adapters
-    shared = [name for name in first if name in second]
-    if not shared:
-        raise ValueError("--compare: the adapters share no layer, one begins with "
-                         f"{next(iter(first))}, the other with {next(iter(second))}")
-    kinds = {}  # query and value, where they are adapted
-    for name in [n for n in shared if n.endswith(QUERY_AND_VALUE)] or shared:
-        kinds.setdefault(name.split(".")[-1], []).append(name)
-
-    r1, r2 = (len(adapter[shared[0]][0]) for adapter in adapters)
-    pairs = sorted({(1, 1), (1, r2), (min(r1, r2), min(r1, r2)), (r1, r2)})
-    print(f"Subspace similarity phi (Eq. 4): i directions of {args.compare[0]}, j of "
-          f"{args.compare[1]}")
-    print(f"{'i, j':44}" + "".join(f"{f'{i}, {j}':>8}" for i, j in pairs))
+    args.dtype = "float32"
+    _, model = load_base(args, args.compare[0])
+    adapters = [adapted_layers(model, folder) for folder in args.compare]
+    kinds = {}  # the layers that both adapt, by name within a block: query, value
+    for name in adapters[0]:
+        if name in adapters[1]:
+            kinds.setdefault(re.split(r"\.\d+\.", name)[-1], []).append(name)
+    if not kinds:
+        raise ValueError("--compare: the adapters share no layer")
     torch.manual_seed(0)  # of the random matrices
+
+    r1, r2 = (len(next(iter(adapter.values()))[0]) for adapter in adapters)
+    i, j = torch.meshgrid(torch.arange(r1) + 1, torch.arange(r2) + 1, indexing="ij")
+    larger = torch.maximum(i, j)
+    pairs = sorted({(1, 1), (1, r2), (r1, r2)})
+    print("Subspace similarity phi (Eq. 4): i directions of {}, j of {}".format(*args.compare))
+    print_row("i, j", [f"{i}, {j}" for i, j in pairs])
     maps = []
-    for names in kinds.values():
-        k = first[names[0]][0].shape[1]
-        phi = [subspace_similarity(first[name][0], second[name][0]) for name in names]
-        chosen = selected(names, torch.stack(phi))
-        chosen["random matrices"] = subspace_similarity(torch.randn(r1, k), torch.randn(r2, k))
-        for name, values in chosen.items():
-            print(f"{name:44}" + "".join(f"{values[i - 1, j - 1]:8.2f}" for i, j in pairs))
-        print(f"{'chance, max(i, j) / k':44}" + "".join(f"{max(ij) / k:8.2f}" for ij in pairs))
-        maps.append(chosen)
+    for kind, names in kinds.items():
+        A1, A2 = ([adapter[name][0] for name in names] for adapter in adapters)
+        phi = summary(kind, names, [subspace_similarity(*pair) for pair in zip(A1, A2)])
+        phi["random"] = subspace_similarity(torch.randn_like(A1[0]), torch.randn_like(A2[0]))
+        phi["chance, max(i, j) / k"] = larger / A1[0].shape[1]
+        for name, value in phi.items():
+            print_row(name, [f"{value[i - 1, j - 1]:.2f}" for i, j in pairs])
+        maps.append(phi)
 
     print("Amplification (Table 7): Frobenius norms; U and V of dW, of W, random")
-    print(f"{'':44}   r      W      dW  U'WV:dW       W  random  factor")
-    for adapter, r in ((first, r1), (second, r2)):
-        for names in kinds.values():
-            rows = [amplification(adapter[name][2], adapter[name][1], r) for name in names]
-            for name, row in selected(names, torch.stack(rows)).items():
-                print(f"{name:44}{r:4}" + "".join(f"{value:8.2f}" for value in row.tolist()))
-    draw_maps(args, maps)
+    print_row("", ["r", "W", "dW", "U'WV: dW", "W", "random", "factor"])
+    for adapter, r in zip(adapters, (r1, r2)):
+        for kind, names in kinds.items():
+            rows = [amplification(W, dW, r) for _, dW, W in map(adapter.get, names)]
+            for name, values in summary(kind, names, rows).items():
+                print_row(name, [r] + [f"{value:.2f}" for value in values])
+    if Figure:
+        names = [Path(folder).resolve().name for folder in args.compare]
+        draw_maps(maps, Path(args.out, f"compare-{'-'.join(names)}.png"))
     return maps
 
 
-def draw_maps(args, maps):
+def draw_maps(maps, picture):
     """Draw phi as in Fig. 3 and 4: a row for each kind of layer."""
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError:
-        return
-    plt.switch_backend("Agg")
-    width = max(map(len, maps))
-    fig, axes = plt.subplots(len(maps), width, squeeze=False, layout="constrained",
-                             figsize=(2.6 * width, 2.4 * len(maps) + 0.4))
-    for row, chosen in zip(axes, maps):
-        for axis, (name, phi) in zip(row, chosen.items()):
-            r1, r2 = phi.shape
-            image = axis.imshow(phi.numpy(), vmin=0, vmax=1, aspect="auto", origin="lower",
-                                extent=(0.5, r2 + 0.5, 0.5, r1 + 0.5))
-            axis.set_title(name.replace("encoder.layer", "layer"), fontsize=7)
-            axis.set(xlabel="j", ylabel="i")
-    fig.colorbar(image, ax=axes, label="phi(i, j)")
-    names = [Path(folder).resolve().name for folder in args.compare]
-    picture = Path(args.out, f"compare-{'-'.join(names)}.png")
+    rows, columns = len(maps), max(map(len, maps))
+    figure = Figure(figsize=(2.6 * columns, 2.4 * rows + 0.4), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes, (name, phi) in zip(grid.flat, [item for phis in maps for item in phis.items()]):
+        i, j = phi.shape
+        image = axes.imshow(phi.numpy(), vmin=0, vmax=1, aspect="auto", origin="lower",
+                            extent=(0.5, j + 0.5, 0.5, i + 0.5))
+        axes.set_title(name.split("encoder.")[-1], fontsize=7)
+        axes.set(xlabel="j", ylabel="i")
+    figure.colorbar(image, ax=grid, label="phi(i, j)")
     picture.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(picture, dpi=120)
-    plt.close(fig)
+    figure.savefig(picture, dpi=120)
     print(f"written: {picture}")
 
 
@@ -753,28 +695,24 @@ def demo_encoder(seed=0):
 def demo(seed):
     """Pretrain an encoder to see whether anything is good, then adapt it to judge the story."""
     begin, folder, rng = time.perf_counter(), Path("demo-sst2"), random.Random(seed)
-    if folder.exists() and not (folder / "story").exists():
-        raise ValueError("./demo-sst2 exists and is not the demo's: run it elsewhere")
     torch.set_num_threads(1)  # for tensors this small a second thread costs more than it computes
-    shutil.rmtree(folder, ignore_errors=True)
     for name, count in [("any/train", 6000), ("any/validation", 200),
                         ("story/train", 2000), ("story/validation", 500)]:
         path = folder / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = demo_sentences(rng, count, path.parent.name)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("\n".join(map(json.dumps, rows)))
     for part in demo_encoder(seed):
         part.save_pretrained(folder / "base")
+    (folder / "story/sst2.jsonl").unlink(missing_ok=True)  # so that its runs are made again
     flags = f"--model {folder}/base --dtype float32 --device cpu --full-finetune --full-lr 1e-3"
 
     print("1. Pretraining: is anything good?", flush=True)
     args = parse_args(f"{flags} --data {folder}/any --epochs 1".split())
-    tokenizer = prepare(args)
-    data = {split: read_examples(args, tokenizer, split) for split in ("train", "validation")}
-    _, model = train(args, data, None, seed)
+    _, model = train(args, read_data(args), None, seed)
     model.base_model.save_pretrained(folder / "base")
 
-    flags += (f" --data {folder}/story --out {folder}/story --ranks 1 4 --lr 5e-3 --epochs 3 "
+    flags += (f" --data {folder}/story --out {folder}/story --ranks 1 4 --lr 5e-3 "
               f"--seeds {seed} {seed + 1}")
     print(f"2. Is the story good?  python train_sst2.py {flags}", flush=True)
     runs = main(parse_args(flags.split()))
@@ -792,9 +730,7 @@ def run_script():
     except (ValueError, OSError) as error:
         message = first_line(error)
     except RuntimeError as error:
-        words = ("out of memory", "allocate memory", "ALLOC_FAILED")
-        known = any(word in str(error) for word in words)
-        if not known and not isinstance(error, torch.OutOfMemoryError):
+        if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
             raise
         message = "out of memory: try --checkpoint-activations, or a smaller --batch-size"
     except KeyboardInterrupt:
