@@ -616,17 +616,12 @@ class NF4Linear(nn.Module):
     absmax  (blocks,) bfloat16, held as int16 so that .half() does not touch it. The paper quantises
             it once more, to 4.13 bits a weight: 15 MB less on TinyLlama
     bias    as it was
-    Computes in x's dtype. `weight` is W, dequantised on every access. Raises ValueError unless the
-    layer is nn.Linear or Conv1D over finite floats in memory.
+    Computes in x's dtype. `weight` is W, dequantised on every access.
     """
 
     def __init__(self, layer):
         super().__init__()
         weight = layer.weight.detach()
-        plain = type(layer) is nn.Linear or is_transposed(layer)
-        if not plain or weight.is_meta or weight.dtype not in FLOATS or not weight.isfinite().all():
-            raise ValueError(f"{type(layer).__name__}, {weight.dtype} on {weight.device}, expected "
-                             "a plain linear layer of finite floats")
         self.kind = type(layer)
         self.transposed = is_transposed(layer)
         self.out_features, self.in_features = features(layer)
@@ -708,6 +703,7 @@ def quantize_nf4(model, skip=("lm_head",)) -> list[str]:
             continue
         try:
             refuse_tied(model, {name: layer})
+            refuse_odd(layer)
             replace_modules(model, {layer: NF4Linear(layer)})
             names.append(name)
         except ValueError as error:
@@ -715,6 +711,14 @@ def quantize_nf4(model, skip=("lm_head",)) -> list[str]:
     if not names:
         raise ValueError("there is no linear layer to quantise in this model")
     return names
+
+
+def refuse_odd(layer):
+    weight = layer.weight
+    plain = type(layer) is nn.Linear or is_transposed(layer)
+    if not plain or weight.is_meta or weight.dtype not in FLOATS or not weight.isfinite().all():
+        raise ValueError(f"{type(layer).__name__}, {weight.dtype} on {weight.device}, expected a "
+                         "plain linear layer of finite floats")
 
 
 def dequantize_nf4(model):
