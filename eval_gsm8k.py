@@ -310,6 +310,8 @@ def load_model(name, dtype, device, nf4=False):
     if info["missing_keys"]:  # they would be random
         raise ValueError(f"--model {name} is no causal language model: it lacks "
                          f"{sorted(info['missing_keys'])[:3]}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"--model {name}: its tokenizer has no EOS, so answers would not end")
     if nf4:  # on the CPU: the device never holds the layers dense
         quantize_nf4(model)
         for parameter in model.parameters():  # views of the mapped file, which keep all of it

@@ -1225,6 +1225,9 @@ def test_models_are_loaded_as_asked_or_refused(tiny, workdir):
         assert load_model("half", dtype, CPU)[0].dtype == dtype
     for name in (".", "./none", "partial"):
         refused(f"--model {name}", load_model, name, torch.float32, CPU)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained("half")
+    refused("--model half: its tokenizer has no EOS", load_model, "half", torch.float32, CPU)
     for device in ("cuda:7", "gpu"):
         refused(f"--device {device}", eval_gsm8k.pick_device, device)
 
@@ -1701,6 +1704,18 @@ def test_loss_scaler_agrees_with_torch_s_grad_scaler():
         assert ours.scale == theirs.get_scale() and torch.equal(mine, weight)
         scales.add(ours.scale)
     assert scales == {2.0**14, 2.0**15, 2.0**16}
+
+
+def test_layers_that_the_text_does_not_reach_are_named_once(tiny, workdir):
+    """As with a vision tower or unused experts: in fp16, too, the rest must train."""
+    model, examples = adapted(tiny)
+    model.half().tower = LoRALinear(nn.Linear(4, 4), r=2, alpha=4)
+    before = bits(model)
+    with pytest.warns(UserWarning, match="2 weights had no gradient.*tower.lora_A") as caught:
+        train_math.train(model, examples, parse_args(command(tiny, "--max-steps 2")))
+    assert sum("no gradient" in str(warning.message) for warning in caught) == 1
+    trained = changed(bits(model), before)
+    assert trained and not any("tower" in name for name in trained)
 
 
 def test_schedule_warms_up_then_falls_to_zero():

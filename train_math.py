@@ -446,10 +446,7 @@ def newest_state(folder):
 # --- training ---
 
 def train(model, examples, args, config=None, state=None):
-    """Train what requires grad; with a config, save checkpoints. Return the last one's folder.
-
-    state: step, moments and loss scale to resume from. A and B are loaded before.
-    """
+    """Train what requires grad, on from a state; with a config, save. Return the last folder."""
     state = state or {"step": 0}
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
@@ -486,6 +483,8 @@ def train(model, examples, args, config=None, state=None):
                 torch.manual_seed(random.Random(f"{args.seed} {first + n}").getrandbits(32))
                 batch = collate(window[n], model.device)
                 loss += backward_loss(model, batch, scaler.scale / targets)
+            if step == state["step"]:
+                warn_untrained(model)
             loss, stop = sum_over_processes(parameters, float(loss) / targets, bool(caught))
 
             # 3. Unscale and clip, in fp32.
@@ -524,6 +523,13 @@ def train(model, examples, args, config=None, state=None):
         print(f"stopped: the same command with --resume goes on from {saved}")
         sys.exit(128 + (caught or [signal.SIGTERM])[0])  # 130 for Ctrl-C, 143 for SIGTERM
     return saved
+
+
+def warn_untrained(model):
+    """Name what the text did not reach: a vision tower, unused experts."""
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if idle:
+        warnings.warn(f"{len(idle)} weights had no gradient in the first window, such as {idle[0]}")
 
 
 def sum_over_processes(parameters, loss, stop):
