@@ -628,6 +628,18 @@ def test_a_merge_that_fails_leaves_nothing_merged():
         assert not any(layer.merged for _, layer in lora_layers(model))
 
 
+def test_a_merged_layer_follows_casts_and_a_forward_of_its_own():
+    """Libraries bind forward to a layer: the dense copy must run its own, not the old layer's."""
+    model, _ = injected(SmallGPT)
+    for _, layer in lora_layers(model):
+        layer.base.forward = layer.base.forward
+    adapted = logits(model)
+    assert not torch.equal(adapted, logits(SmallGPT()))
+    close(logits(merge_lora(model)), adapted)
+    unmerge_lora(model.bfloat16())
+    close(logits(model).float(), adapted, atol=0.1)
+
+
 def test_disable_is_the_base_also_after_an_exception():
     """Inside, the output must be the base's; after it, also after an error, the adapter's."""
     model, _ = injected(llama)
@@ -878,6 +890,9 @@ def test_adapters_that_peft_made_load_and_agree(build, options, tmp_path):
     load_adapter(model, tmp_path / "ours")
     close(logits(model), logits(theirs))
     if "lm_head" in options["target_modules"]:
+        model, _ = injected(build, also_train="lm_head")  # goes back to the head it had
+        load_adapter(model, tmp_path)
+        close(logits(model), logits(theirs))
         base = "base_model.model.lm_head.base_layer.weight"
         edit_tensors(tmp_path, lambda t: t[base].add_(1))
         refused("another base weight for lm_head", load_adapter, model, tmp_path)
