@@ -209,7 +209,9 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         attention_mask = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
     bias = torch.zeros_like(attention_mask, dtype=query.dtype)
     bias = bias.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
-    bias = bias.repeat(1, 1, h // g, 1).expand(b, g, -1, n).flatten(0, 1)  # (b g, h/g n, n)
+    bias = bias[:, 0].repeat(1, h // g, 1)  # (1 or b, h/g n, n)
+    if len(bias) > 1:
+        bias = bias.repeat_interleave(g, dim=0)  # (b g, h/g n, n)
     rows = query.reshape(b * g, h // g * n, c)
     columns = key.reshape(b * g, n, c).transpose(1, 2)
     scores = torch.baddbmm(bias, rows, columns, alpha=scaling or c**-0.5)  # (b g, h/g n, n)
