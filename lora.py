@@ -291,6 +291,7 @@ def unmerge_lora(model):
 
 
 def require_lora(model):
+    """Return {name: LoRALinear}. ValueError if there is none."""
     layers = dict(lora_layers(model))
     if not layers:
         raise ValueError("the model carries no adapter: call inject_lora or load_adapter first")
@@ -714,6 +715,7 @@ def quantize_nf4(model, skip=("lm_head",)) -> list[str]:
 
 
 def refuse_odd(layer):
+    """Raise ValueError unless this is nn.Linear or Conv1D, over finite floats in memory."""
     weight = layer.weight
     plain = type(layer) is nn.Linear or is_transposed(layer)
     if not plain or weight.is_meta or weight.dtype not in FLOATS or not weight.isfinite().all():

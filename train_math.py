@@ -1,7 +1,7 @@
 """LoRA fine-tuning of TinyLlama-1.1B on MetaMathQA, planned for one 4 GB card.
 
     python train_math.py                                           # 10,000 problems, 3 epochs, r=8
-    python train_math.py --demo                                    # a minute, nothing downloaded
+    python train_math.py --demo                                    # a good minute, no download
     python train_math.py --model DIR --data train.jsonl --r 16     # your own model and data
     python eval_gsm8k.py --adapter checkpoints/lora-r8-MetaMathQA  # score every checkpoint
     torchrun --nproc-per-node 2 -- train_math.py                   # the same run on two GPUs
@@ -368,8 +368,9 @@ def plan_memory(model, args, longest, batch_size):
         plan["Python and libraries"] = max(0, process_memory() - weights)
     total = sum(plan.values()) / GiB
     print("memory plan, GiB:", ", ".join(f"{what} {size / GiB:.3f}" for what, size in plan.items()))
+    known = f"{free / GiB:.2f}" if free else "unknown"
     print(f"in all {total:.2f}, activations {'recomputed' if recompute else 'kept'}: keeping takes "
-          f"{need / GiB:.2f} beside the weights, {free / GiB:.2f} is free (0: unknown)", flush=True)
+          f"{need / GiB:.2f} beside the weights, free: {known}", flush=True)
     return total
 
 
@@ -485,9 +486,9 @@ def train(model, examples, args, config=None, state=None):
                 torch.manual_seed(random.Random(f"{args.seed} {first + n}").getrandbits(32))
                 batch = collate(window[n], model.device)
                 loss += backward_loss(model, batch, scaler.scale / targets)
+            loss, stop = sum_over_processes(parameters, float(loss) / targets, bool(caught))
             if step == state["step"]:
                 warn_untrained(model)
-            loss, stop = sum_over_processes(parameters, float(loss) / targets, bool(caught))
 
             # 3. Unscale and clip, in fp32.
             scaler.unscale(parameters)
