@@ -21,11 +21,11 @@ Use, in any PyTorch model that calls its linear layers:
     merge_lora(model)                            # W0 + scaling B A: no latency is added
     strip_lora(model)                            # plain layers again
 
-A first reading may stop after merging. A copy can do without the appendix, a base in 4 bits.
+A first reading may stop after merging. The appendix, a base in 4 bits, can be cut off.
 
 Differences from the paper
 - A starts like the weight of nn.Linear, and its input has dropout, as in the authors' code. The
-  paper says Gaussian, and its equations have no dropout.
+  paper has a Gaussian A, and no dropout.
 - Merging is a call. The authors' code merges inside eval(), so that a checkpoint saved then holds
   W0 + B A under W0's name. Here state_dict() raises while merged.
 - A fused projection (GPT-2's c_attn) is adapted whole. The authors' code can adapt its thirds.
@@ -34,7 +34,6 @@ Differences from the paper
 import copy
 import json
 import math
-import os
 import warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -87,7 +86,7 @@ class LoRAConfig:
 
     @property
     def scaling(self) -> float:
-        # Sec. 4.1: dividing by r keeps one learning rate usable when r changes
+        # Sec. 4.1: dividing by r keeps the learning rate usable when r changes
         return float(self.alpha / (math.sqrt(self.r) if self.rslora else self.r))
 
 
@@ -97,8 +96,7 @@ class LoRALinear(nn.Module):
     """h = W0 x + scaling * B A x (Eq. 3): a low-rank update beside a frozen linear layer.
 
     Maps (..., k) to (..., d). As long as B is zero, so is dL/dA: A first moves at step 2.
-    A and B are fp32 whatever the base's dtype. In bf16 a late update of 3e-5 on a weight of 0.02
-    is below half a rounding step and would be lost.
+    A and B are fp32 whatever the base's dtype: in bf16, 0.02 + 3e-5 rounds back to 0.02.
     """
 
     def __init__(self, base, r, alpha, dropout=0.0, rslora=False):
@@ -137,7 +135,7 @@ class LoRALinear(nn.Module):
     def merge(self):
         """Put a dense layer of W0 + scaling * B A in the base's place: no latency (Sec. 4.1).
 
-        The sum is taken in fp32 and rounded once. The base waits on the CPU for unmerge().
+        Summed in fp32, rounded once. The base waits on the CPU for unmerge().
         """
         if self.merged:
             return
@@ -161,7 +159,7 @@ class LoRALinear(nn.Module):
         if self.merged:
             raise RuntimeError(f"cannot {action} while merged: call unmerge_lora(model) first")
 
-    # For model code that reads layer.weight instead of calling the layer.
+    # for model code that reads layer.weight
     weight = property(lambda self: self.base.weight)
     bias = property(lambda self: self.base.bias)
 
@@ -179,7 +177,7 @@ class LoRALinear(nn.Module):
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Accept a plain checkpoint too: its weight goes to the base, A and B keep their values."""
+        """Accept a plain checkpoint too: its weight is the base's, A and B stay."""
         self.refuse_while_merged("load a state_dict")
         for name in self.base.state_dict():
             if prefix + name in state_dict:
@@ -200,7 +198,7 @@ def features(layer):
 
 
 def is_transposed(layer):
-    """True for transformers' Conv1D (GPT-2), whose weight is (k, d), and for its packed form."""
+    """True for transformers' Conv1D (GPT-2), packed or not: its weight is (k, d)."""
     return type(layer).__name__ == "Conv1D" or getattr(layer, "transposed", False)
 
 
@@ -210,13 +208,13 @@ def dense_copy(base):
         return base.to_dense()
     weight = base._parameters.get("weight")
     if weight is None or weight.dtype not in FLOATS or weight.is_meta:
-        # it is computed (weight_norm), quantised by another library, or on the meta device
+        # computed (weight_norm), quantised by another library, or on the meta device
         raise ValueError(f"cannot merge into this {type(base).__name__}, which has no dense weight")
     return copied(base, torch.clone)
 
 
 def copied(layer, change):
-    """Return a copy of a layer with change(tensor) in place of each of its tensors."""
+    """Return a copy of a layer, with change(tensor) for each of its tensors."""
     tensors = {id(p): nn.Parameter(change(p.detach()), False) for p in layer.parameters()}
     tensors |= {id(buffer): change(buffer) for buffer in layer.buffers()}
     return copy.deepcopy(layer, tensors)
@@ -227,19 +225,18 @@ def copied(layer, change):
 def inject_lora(model, config) -> list[str]:
     """Freeze the model, wrap the targets, train also_train (Sec. 4.2); return the wrapped names.
 
-    Create the optimizer afterwards. Raises ValueError, with the model untouched, when a target
-    matches nothing, a weight is shared with another module, or the model carries an adapter.
+    Create the optimizer afterwards. Raises ValueError, with the model untouched.
     """
     model = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
     if dict(lora_layers(model)):
-        raise ValueError("the model carries an adapter already: call strip_lora(model) first")
+        raise ValueError("the model carries an adapter: call strip_lora(model) first")
     layers, heads = select(model, config)
     wrappers = {}
     for base in layers.values():
         wrapper = LoRALinear(base, config.r, config.alpha, config.dropout, config.rslora)
         wrappers[base] = wrapper.train(base.training)
     model.requires_grad_(False)
-    model.zero_grad()  # left from pretraining, gradients would move the base at the next step
+    model.zero_grad()  # gradients of pretraining would move the base at the next step
     replace_modules(model, wrappers)
     for head in heads.values():
         head.requires_grad_(True)
@@ -248,7 +245,7 @@ def inject_lora(model, config) -> list[str]:
 
 
 def replace_modules(model, replacements):
-    """Replace each module under every name it has: one module may stand in two places."""
+    """Replace each module under every name it has."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             parent._modules[name] = replacements.get(child, child)
@@ -260,7 +257,7 @@ def lora_layers(model):
 
 
 def count_parameters(model) -> tuple[int, int]:
-    """Return (trainable, total) numbers of weights; a packed layer counts as d x k."""
+    """Return (trainable, total) weights; a packed layer counts as d x k."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     packed = sum(math.prod(features(m)) for m in model.modules() if hasattr(m, "to_dense"))
     return trainable, packed + sum(p.numel() for p in model.parameters())
@@ -269,9 +266,9 @@ def count_parameters(model) -> tuple[int, int]:
 # --- merge, switch off, take off ---
 
 def merge_lora(model):
-    """Add every update to its base weight; return the model. A second call changes nothing.
+    """Add every update to its base weight; return the model. Merging twice is merging once.
 
-    Raises ValueError if a layer cannot be merged, and then merges none, or if there is no adapter.
+    Raises ValueError, with no layer merged, if one cannot be, or if there is no adapter.
     """
     layers = require_lora(model).values()
     try:
@@ -291,7 +288,7 @@ def unmerge_lora(model):
 
 
 def require_lora(model):
-    """Return {name: LoRALinear}. ValueError if there is none."""
+    """Return {name: LoRALinear}; raise ValueError if there is none."""
     layers = dict(lora_layers(model))
     if not layers:
         raise ValueError("the model carries no adapter: call inject_lora or load_adapter first")
@@ -299,9 +296,9 @@ def require_lora(model):
 
 
 def strip_lora(model):
-    """Replace every wrapper by its base, merged or not; return the model, which stays frozen.
+    """Replace every wrapper by its base, merged or not; return the model, still frozen.
 
-    The state_dict has its original keys again. Modules of also_train stay as trained.
+    Modules of also_train stay as trained.
     """
     replace_modules(model, {layer: layer.base for _, layer in lora_layers(model)})
     for module in model.modules():
@@ -311,7 +308,7 @@ def strip_lora(model):
 
 @contextmanager
 def disable_lora(model):
-    """Switch the adapter off inside the with block. Modules of also_train stay as trained."""
+    """Switch the adapter off inside a with block. Modules of also_train stay as trained."""
     layers = [layer for layer in require_lora(model).values() if layer.enabled]
     try:
         for layer in layers:
@@ -333,14 +330,14 @@ def select(model, config):
                if name and next(module.parameters(), None) is not None}
     heads = match(modules, config.also_train, "module with weights")
     for name, head in heads.items():
-        if list(head.buffers()):  # running statistics, or 4-bit weights: in no adapter file
-            raise ValueError(f"{name} has buffers: leave it out of also_train")
+        if list(head.buffers()):  # running statistics, or 4-bit weights
+            raise ValueError(f"also_train: {name} has buffers, which would not be saved")
     in_heads = set(chain.from_iterable(head.modules() for head in heads.values()))
     layers = {name: layer for name, layer in linear_layers(model).items() if layer not in in_heads}
     if "all-linear" in config.targets:
         output = getattr(model, "get_output_embeddings", lambda: None)()
-        layers = {name: layer for name, layer in layers.items() if not is_router(layer)
-                  and (layer is not output if output else not ends_in(name, ["lm_head"]))}
+        layers = {name: layer for name, layer in layers.items()
+                  if not (layer is output or ends_in(name, ["lm_head"]) or is_router(layer))}
     else:
         layers = match(layers, config.targets, "layer that can be adapted")
     if not layers:
@@ -350,7 +347,7 @@ def select(model, config):
 
 
 def match(modules, endings, kind):
-    """Return those whose names end in one of the endings. ValueError if an ending matches none."""
+    """Return those whose names end in one of the endings. Each ending has to match."""
     for ending in endings:
         if not any(ends_in(name, [ending]) for name in modules):
             existing = ", ".join(sorted({name.split(".")[-1] for name in modules}))
@@ -360,7 +357,7 @@ def match(modules, endings, kind):
 
 def ends_in(name, endings):
     """Compare whole dotted parts: q_proj is not the end of eq_proj."""
-    return any(f".{name}".endswith(f".{ending}") for ending in endings)
+    return f".{name}".endswith(tuple(f".{ending}" for ending in endings))
 
 
 PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
@@ -379,7 +376,7 @@ def linear_layers(model):
 
 
 def is_linear(module):
-    """True if an adapter fits: the module maps (..., k) to (..., d) by a (d, k) weight."""
+    """True if the module maps (..., k) to (..., d) by a (d, k) weight."""
     if hasattr(module, "to_dense"):
         return True  # packed: reading .weight would dequantise it
     weight = getattr(module, "weight", None)
@@ -388,33 +385,29 @@ def is_linear(module):
     if is_transposed(module):
         return weight.dim() == 2
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    # A library that packs weights into integers has a shape of its own.
+    # Other libraries pack weights into integers, in shapes of their own.
     return None not in sizes and (weight.shape == sizes or not weight.is_floating_point())
 
 
 def is_router(layer):
-    """True for nn.Linear with a forward of its own: routers (PhiMoE, Llama 4) return tuples.
-
-    Layers quantised by other libraries have one too, but hold integers or 8-bit floats.
-    """
+    """True for an nn.Linear with its own forward: PhiMoE's and Llama 4's routers return tuples."""
     overrides = isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward
-    return overrides and layer.weight.dtype in FLOATS
+    return overrides and layer.weight.dtype in FLOATS  # not a layer quantised by another library
 
 
 def refuse_tied(model, modules):
-    """Raise ValueError if one of the modules, {name: module}, shares a weight with another."""
+    """Raise ValueError if one of {name: module} shares a weight with another module."""
     uses = Counter(chain.from_iterable(module._parameters.values() for module in model.modules()))
     for name, module in modules.items():
         if any(uses[parameter] > 1 for parameter in module.parameters()):
-            raise ValueError(f"{name} shares a weight (tied embeddings?): another module would "
-                             "change with it")
+            raise ValueError(f"{name} shares a weight (tied embeddings?): both would change")
 
 
 # --- adapter files, in PEFT's format ---
 
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 
-# The options of PEFT 0.21: honoured or harmless, and refused where they are set.
+# PEFT 0.21's options: honoured or harmless, and refused if set.
 ACCEPTED = set("""
     peft_type r lora_alpha lora_dropout use_rslora init_lora_weights target_modules modules_to_save
     exclude_modules layers_to_transform layers_pattern fan_in_fan_out base_model_name_or_path
@@ -427,7 +420,7 @@ REFUSED = set("""
 
 
 def adapter_state_dict(model) -> dict[str, torch.Tensor]:
-    """Return copies of what trains; model.load_state_dict(copies, strict=False) puts them back.
+    """Return copies of what trains, for model.load_state_dict(copies, strict=False).
 
     Not for the optimizer, which needs the parameters themselves.
     """
@@ -437,10 +430,10 @@ def adapter_state_dict(model) -> dict[str, torch.Tensor]:
 def save_adapter(model, config, folder):
     """Write adapter_model.safetensors and adapter_config.json, which PEFT and load_adapter read.
 
-    Raises RuntimeError while merged, ValueError for NaN, for a config other than the injected one,
-    and for a parameter that trains outside of both.
+    Raises RuntimeError while merged; ValueError for NaN, for a config that was not injected, and
+    for a parameter that trains but is not in the file.
     """
-    from safetensors.torch import save
+    from safetensors.torch import save_file
     while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):  # they prefix the names
         model = getattr(model, "_orig_mod", None) or model.module
     layers = require_lora(model)
@@ -452,14 +445,13 @@ def save_adapter(model, config, folder):
     saved = set(parameters.values())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter not in saved:
-            raise ValueError(f"{name} trains but would not be saved: inject with its module in "
-                             "also_train")
+            raise ValueError(f"{name} trains but is not saved: inject with it in also_train")
     for key, parameter in parameters.items():
         if not parameter.isfinite().all():
             raise ValueError(f"{key} holds NaN or infinity")
     if not any(layer.lora_B.any() for layer in layers.values()):
         warnings.warn("nothing was trained: is the optimizer older than the adapter?")
-    by_ending = all(ends_in(name, config.targets) for name in layers)  # not all-linear
+    by_ending = "all-linear" not in config.targets
     options = {
         "peft_type": "LORA", "inference_mode": True, "bias": "none",
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
@@ -471,21 +463,18 @@ def save_adapter(model, config, folder):
         "fan_in_fan_out": any(is_transposed(layer.base) for layer in layers.values())}
     tensors = {key: p.detach().to("cpu").contiguous() for key, p in parameters.items()}
     metadata = {"format": "pt", "base": json.dumps(base_sample(model))}  # PEFT ignores the sample
-    contents = {WEIGHTS: save(tensors, metadata), CONFIG: json.dumps(options, indent=2).encode()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        with open(folder / f"{name}.part", "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+    parts = {name: folder / f"{name}.part" for name in (WEIGHTS, CONFIG)}
+    save_file(tensors, parts[WEIGHTS], metadata)
+    parts[CONFIG].write_text(json.dumps(options, indent=2), encoding="utf8")
     (folder / CONFIG).unlink(missing_ok=True)  # a crash here leaves no adapter, not a mixed one
-    for name in contents:
-        os.replace(folder / f"{name}.part", folder / name)
+    for name, part in parts.items():
+        part.replace(folder / name)
 
 
 def file_parameters(model, also_train):
-    """Return {key in the file: parameter}: every A and B, and the modules of also_train."""
+    """Return {key in the file: parameter}: A, B, and the modules of also_train."""
     parameters = {}
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -497,18 +486,18 @@ def file_parameters(model, also_train):
 
 
 def base_sample(model):
-    """Return 64 weights of the last adapted layer, a fingerprint of the base; [] if not floats."""
+    """Return 64 weights of the last adapted layer, to tell bases apart; [] if not floats."""
     layer = list(require_lora(model).values())[-1]
     plain = layer.weight.dtype in FLOATS and not layer.weight.is_meta
     return layer.weight.flatten()[:64].tolist() if plain else []
 
 
 def load_adapter(model, folder) -> LoRAConfig:
-    """Put the adapter of a folder onto the model, in place of any other; return its config.
+    """Put a folder's adapter onto the model, in place of any other; return its config.
 
     Create the optimizer afterwards: loading replaces A and B. Nothing in the files is executed.
-    Raises ValueError, with the model as it was, unless the file holds exactly what injecting its
-    config into this model would make.
+    Raises ValueError, with the model as it was, unless the file holds just what injecting its
+    config would make.
     """
     model = getattr(model, "_orig_mod", model)
     bases = {layer: layer.unmerged_base[0] if layer.merged else layer.base
@@ -525,7 +514,7 @@ def load_adapter(model, folder) -> LoRAConfig:
     for layer in bases:
         layer.unmerge()
     for module in model.modules():
-        if "before_training" in module.__dict__:  # a head that the old adapter trained
+        if hasattr(module, "before_training"):  # a head that the old adapter trained
             module.load_state_dict(module.before_training)
     inject_lora(strip_lora(model), config)
     for key, parameter in file_parameters(model, config.also_train).items():
@@ -538,7 +527,7 @@ def load_adapter(model, folder) -> LoRAConfig:
 
 
 def read_adapter(model, folder):
-    """Return (config, tensors by key, sample of the base), checked against the plain model."""
+    """Return (config, {key: tensor}, sample of the base), checked against the plain model."""
     from safetensors import safe_open
     options = json.loads((folder / CONFIG).read_text(encoding="utf8"))
     check_options(options)
@@ -547,13 +536,13 @@ def read_adapter(model, folder):
         sample = torch.tensor(json.loads((file.metadata() or {}).get("base", "[]"))).float()
     modules = dict(model.named_modules())
 
-    def present(endings):  # PEFT also lists names that the model lacks: score beside classifier
+    def present(endings):  # PEFT lists more than the model has: score beside classifier
         return [ending for ending in endings if any(ends_in(name, [ending]) for name in modules)]
 
     targets = options.get("target_modules")
     narrowed = options.get("exclude_modules") or options.get("layers_to_transform") is not None
     if narrowed or not isinstance(targets, list):
-        # A regular expression, say, which is not run: the keys tell the layers.
+        # A regular expression is not run: the keys tell the layers.
         targets = [name for name in modules if f"{PREFIX}{name}.lora_A.weight" in tensors]
     config = LoRAConfig(
         r=options.get("r"), alpha=options.get("lora_alpha"),
@@ -567,7 +556,7 @@ def read_adapter(model, folder):
         d, k = features(layer)
         expected[f"{PREFIX}{name}.lora_A.weight"] = (config.r, k)
         expected[f"{PREFIX}{name}.lora_B.weight"] = (d, config.r)
-        # PEFT saves the base of an adapted lm_head along. It has to be this model's own.
+        # PEFT saves the base of an adapted lm_head along: it has to be this model's own.
         base = tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
         own = getattr(layer, "before_training", {}).get("weight", layer.weight)
         if base is not None and not torch.equal(base, own.to(base)):
@@ -583,12 +572,12 @@ def read_adapter(model, folder):
 
 
 def check_options(options):
-    """Raise ValueError for an option that makes another kind of adapter; warn of unknown ones."""
+    """Raise ValueError for another kind of adapter; warn of an unknown option."""
     if not isinstance(options, dict) or options.get("peft_type") != "LORA":
         raise ValueError(f"{CONFIG} does not say peft_type LORA")
     init = options.get("init_lora_weights")
     if init not in (True, False, None, "gaussian", "orthogonal", "eva"):
-        raise ValueError(f"init_lora_weights is {init!r}, which changes the base: not supported")
+        raise ValueError(f"init_lora_weights = {init!r} changes the base: not supported")
     for key, value in options.items():
         if key in ACCEPTED or value in (None, False, "", "none", [], {}):
             continue
@@ -599,7 +588,7 @@ def check_options(options):
 
 # --- appendix: a 4-bit base (NF4) ---
 #
-# QLoRA (Dettmers et al. 2023, arXiv:2305.14314). The code above runs without it.
+# QLoRA (Dettmers et al. 2023, arXiv:2305.14314). The code above runs without this.
 from functools import cache
 
 # Quantiles of a normal distribution, scaled to [-1, 1], with an exact 0 (their Appendix E).
@@ -614,9 +603,8 @@ class NF4Linear(nn.Module):
     """A frozen linear layer in 4.25 bits a weight: the nearest of NF4 times its block's absmax.
 
     codes   (bytes,) uint8: two codes a byte, of the flattened weight
-    absmax  (blocks,) bfloat16, held as int16 so that .half() does not touch it. The paper quantises
-            it once more, to 4.13 bits a weight: 15 MB less on TinyLlama
-    bias    as it was
+    absmax  (blocks,) bfloat16, held as int16: .half() must not touch it. The paper packs it too,
+            for 4.13 bits a weight
     Computes in x's dtype. `weight` is W, dequantised on every access.
     """
 
@@ -641,7 +629,7 @@ class NF4Linear(nn.Module):
 
     def dequantize(self, dtype):
         """Return W, shaped as it was: (d, k), or (k, d) over Conv1D."""
-        # Both values of a byte at once: the temporary index takes 2 bytes a weight, not 8.
+        # Both values of a byte at once: the index takes 2 bytes a weight, not 8.
         pairs = value_pairs(dtype, self.codes.device)  # (256, 2)
         blocks = pairs.index_select(0, self.codes.int()).view(-1, BLOCK)
         blocks *= self.absmax.view(torch.bfloat16).to(dtype)[:, None]
@@ -655,7 +643,7 @@ class NF4Linear(nn.Module):
         return NF4Product.apply(x, self)
 
     def to_dense(self):
-        """Return a plain layer of the kind that was quantised, with the rounded values."""
+        """Return a plain layer of the kind that was quantised, with its rounded values."""
         sizes = self.in_features, self.out_features
         with torch.device("meta"):
             layer = self.kind(*(reversed(sizes) if self.transposed else sizes))
@@ -691,11 +679,11 @@ def quantize_nf4(model, skip=("lm_head",)) -> list[str]:
     """Put an NF4Linear in place of the linear layers; return their names.
 
     Call it on the CPU before injecting, then move the model: the device never holds a dense layer.
-    The output head and names that end in one of skip stay dense; so do, with a warning, layers that
-    cannot be packed. Raises ValueError when none can.
+    The output head and names that end in one of skip stay dense, and, with a warning, layers that
+    cannot be packed.
     """
     if dict(lora_layers(model)):
-        raise ValueError("the model carries an adapter: quantise the base first, then inject")
+        raise ValueError("the model carries an adapter: quantise first, then inject")
     head = getattr(model, "get_output_embeddings", lambda: None)()
     names = []
     for name in list(linear_layers(model)):
@@ -710,20 +698,20 @@ def quantize_nf4(model, skip=("lm_head",)) -> list[str]:
         except ValueError as error:
             warnings.warn(f"{name} stays dense: {error}")
     if not names:
-        raise ValueError("there is no linear layer to quantise in this model")
+        raise ValueError("this model has no linear layer to quantise")
     return names
 
 
 def refuse_odd(layer):
-    """Raise ValueError unless this is nn.Linear or Conv1D, over finite floats in memory."""
+    """Raise ValueError unless this is nn.Linear or Conv1D with finite floats in memory."""
     weight = layer.weight
     plain = type(layer) is nn.Linear or is_transposed(layer)
     if not plain or weight.is_meta or weight.dtype not in FLOATS or not weight.isfinite().all():
-        raise ValueError(f"{type(layer).__name__}, {weight.dtype} on {weight.device}, expected a "
-                         "plain linear layer of finite floats")
+        raise ValueError(f"{type(layer).__name__} in {weight.dtype} on {weight.device} is no plain "
+                         "layer of finite floats")
 
 
 def dequantize_nf4(model):
-    """Put plain layers with the rounded values back in place of every NF4Linear."""
+    """Put a plain layer with the rounded values in place of every NF4Linear."""
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     replace_modules(model, {module: module.to_dense() for module in packed})

@@ -801,26 +801,6 @@ def test_mutated_adapters_load_exactly_or_leave_the_model_alone(tmp_path):
     assert 100 < loaded < 500
 
 
-def test_a_hundred_adapters_on_one_base(tmp_path):
-    """Each must answer like the model it was saved from, and nothing may pile up."""
-    model, answers, counts = SmallGPT(), [], []
-    for i in range(100):
-        config = LoRAConfig(r=1 + i % 5, targets=["q_proj", "all-linear", "mlp"][i % 3])
-        inject_lora(model, config)
-        shake(model, 0.01 * (i + 1))
-        save_adapter(model, config, tmp_path / str(i))
-        answers.append(logits(model))
-        strip_lora(model)
-    for _ in range(2):
-        for i, answer in enumerate(answers):
-            load_adapter(model, tmp_path / str(i))
-            assert torch.equal(logits(model), answer)
-        gc.collect()
-        counts.append(sum(type(x) in (torch.Tensor, nn.Parameter) for x in gc.get_objects()))
-    assert counts[0] == counts[1]
-    assert same_bits(bits(strip_lora(model)), bits(SmallGPT()))
-
-
 @cases("here", [*DTYPES, "nf4"])
 def test_another_base_warns_and_another_dtype_does_not(here, tmp_path):
     """The sample of the base must tell another seed; A and B are fp32 over any, from bf16 too."""
@@ -911,7 +891,7 @@ def test_every_option_of_peft_is_honoured_harmless_or_refused(tmp_path):
         edit_config(tmp_path, **{option: None})
     for start in ("pissa", "olora", "loftq", "corda", "lora_ga"):
         edit_config(tmp_path, init_lora_weights=start)
-        refused(f"init_lora_weights is '{start}'", load_adapter, model, tmp_path)
+        refused(f"init_lora_weights = '{start}'", load_adapter, model, tmp_path)
     edit_config(tmp_path, init_lora_weights="gaussian", nosuch=1)
     with pytest.warns(UserWarning, match="nosuch = 1.*unknown"):
         load_adapter(model, tmp_path)
@@ -1024,7 +1004,7 @@ def test_quantising_leaves_what_it_must():
     assert len(quantize_nf4(model, ("q_proj",))) == 12
     assert quantize_nf4(model, ()) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
     inject_lora(model, LoRAConfig())
-    refused("quantise the base first", quantize_nf4, model)
+    refused("quantise first", quantize_nf4, model)
     refused("buffers", inject_lora, in_dtype(roberta(), "nf4"), LoRAConfig(**HEAD))
     own, damaged = type("Own", (nn.Linear,), {})(8, 8), nn.Linear(8, 8)
     damaged.weight.data[3, 3] = math.nan
