@@ -385,7 +385,7 @@ def is_linear(module):
     if is_transposed(module):
         return weight.dim() == 2
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    # Other libraries pack weights into integers, in shapes of their own.
+    # Other libraries pack weights into integers of another shape.
     return None not in sizes and (weight.shape == sizes or not weight.is_floating_point())
 
 
@@ -396,7 +396,7 @@ def is_router(layer):
 
 
 def refuse_tied(model, modules):
-    """Raise ValueError if one of {name: module} shares a weight with another module."""
+    """Raise ValueError if one of these shares a weight with another module."""
     uses = Counter(chain.from_iterable(module._parameters.values() for module in model.modules()))
     for name, module in modules.items():
         if any(uses[parameter] > 1 for parameter in module.parameters()):
@@ -462,12 +462,12 @@ def save_adapter(model, config, folder):
         "modules_to_save": list(config.also_train) or None,
         "fan_in_fan_out": any(is_transposed(layer.base) for layer in layers.values())}
     tensors = {key: p.detach().to("cpu").contiguous() for key, p in parameters.items()}
-    metadata = {"format": "pt", "base": json.dumps(base_sample(model))}  # PEFT ignores the sample
+    metadata = {"format": "pt", "base": json.dumps(base_sample(model))}  # PEFT ignores it
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     parts = {name: folder / f"{name}.part" for name in (WEIGHTS, CONFIG)}
     save_file(tensors, parts[WEIGHTS], metadata)
-    parts[CONFIG].write_text(json.dumps(options, indent=2), encoding="utf8")
+    parts[CONFIG].write_text(json.dumps(options, indent=2))
     (folder / CONFIG).unlink(missing_ok=True)  # a crash here leaves no adapter, not a mixed one
     for name, part in parts.items():
         part.replace(folder / name)
