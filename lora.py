@@ -95,7 +95,7 @@ class LoRAConfig:
 class LoRALinear(nn.Module):
     """h = W0 x + scaling * B A x (Eq. 3): a low-rank update beside a frozen linear layer.
 
-    Maps (..., k) to (..., d). As long as B is zero, so is dL/dA: A first moves at step 2.
+    Maps (..., k) to (..., d). While B is zero, so is dL/dA: the first gradient moves B alone.
     A and B are fp32 whatever the base's dtype: in bf16, 0.02 + 3e-5 rounds back to 0.02.
     """
 
@@ -110,14 +110,14 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # uniform within 1 / sqrt(k)
         self.dropout = nn.Dropout(dropout)
         self.enabled = True
-        self.unmerged_base = None  # while merged (base,): in a tuple it is no submodule
+        self.unmerged_base = None  # while merged: (base,), a tuple so that it is no submodule
 
     def forward(self, x):
         if self.merged or not self.enabled:
             return self.base(x)
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., k) -> (..., r)
         update = F.linear(z * self.scaling, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        h = self.base(x)  # last: backward does not need h, so recomputation can stop before it
+        h = self.base(x)  # last: backward needs only x and z, so recomputation stops before it
         if not isinstance(h, torch.Tensor):
             raise ValueError(f"{type(self.base).__name__} returns no tensor: do not target it")
         return h + update
@@ -144,14 +144,14 @@ class LoRALinear(nn.Module):
         dense = dense_copy(self.base)
         delta = self.delta().T if is_transposed(dense) else self.delta()
         dense.weight.copy_(dense.weight + delta)
-        self.unmerged_base = (copied(self.base, lambda tensor: tensor.to("cpu")),)
+        self.unmerged_base = (copied(self.base, "cpu"),)
         self.base = dense
 
     def unmerge(self):
         """Put the base back. (W0 + scaling B A) - scaling B A would not give every bit of W0."""
         if self.merged:
             weight = self.base.weight
-            base = copied(self.unmerged_base[0], lambda tensor: tensor.to(weight.device))
+            base = copied(self.unmerged_base[0], weight.device)
             self.base = base if base.weight.dtype == weight.dtype else base.to(weight.dtype)
             self.unmerged_base = None
 
@@ -164,7 +164,7 @@ class LoRALinear(nn.Module):
     bias = property(lambda self: self.base.bias)
 
     def _apply(self, fn, recurse=True):
-        """Follow model.to(device), but keep A and B in fp32 under model.half() and the like."""
+        """Follow model.to(device), but keep A and B in fp32 under model.half()."""
         def keep_dtype(tensor):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -173,7 +173,7 @@ class LoRALinear(nn.Module):
         return super()._apply(keep_dtype, recurse=False)
 
     def _save_to_state_dict(self, *args):
-        self.refuse_while_merged("take a state_dict")  # it would hold the update twice
+        self.refuse_while_merged("take a state_dict")  # loaded, it would add the update twice
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -198,7 +198,7 @@ def features(layer):
 
 
 def is_transposed(layer):
-    """True for transformers' Conv1D (GPT-2), packed or not: its weight is (k, d)."""
+    """True for transformers' Conv1D (GPT-2), quantised or not: its weight is (k, d)."""
     return type(layer).__name__ == "Conv1D" or getattr(layer, "transposed", False)
 
 
@@ -210,14 +210,14 @@ def dense_copy(base):
     if weight is None or weight.dtype not in FLOATS or weight.is_meta:
         # computed (weight_norm), quantised by another library, or on the meta device
         raise ValueError(f"cannot merge into this {type(base).__name__}, which has no dense weight")
-    return copied(base, torch.clone)
+    return copied(base, weight.device)
 
 
-def copied(layer, change):
-    """Return a copy of a layer, with change(tensor) for each of its tensors."""
-    tensors = {id(p): nn.Parameter(change(p.detach()), False) for p in layer.parameters()}
-    tensors |= {id(buffer): change(buffer) for buffer in layer.buffers()}
-    return copy.deepcopy(layer, tensors)
+def copied(layer, device):
+    """Return a copy of a layer on a device, sharing no tensor with it."""
+    memo = {id(p): nn.Parameter(p.to(device, copy=True), False) for p in layer.parameters()}
+    memo |= {id(buffer): buffer.to(device, copy=True) for buffer in layer.buffers()}
+    return copy.deepcopy(layer, memo)  # what is in the memo counts as copied already
 
 
 # --- injection ---
@@ -334,7 +334,7 @@ def select(model, config):
             raise ValueError(f"also_train: {name} has buffers, which would not be saved")
     in_heads = set(chain.from_iterable(head.modules() for head in heads.values()))
     layers = {name: layer for name, layer in linear_layers(model).items() if layer not in in_heads}
-    if "all-linear" in config.targets:
+    if config.targets == ("all-linear",):
         output = getattr(model, "get_output_embeddings", lambda: None)()
         layers = {name: layer for name, layer in layers.items()
                   if not (layer is output or ends_in(name, ["lm_head"]) or is_router(layer))}
@@ -420,18 +420,15 @@ REFUSED = set("""
 
 
 def adapter_state_dict(model) -> dict[str, torch.Tensor]:
-    """Return copies of what trains, for model.load_state_dict(copies, strict=False).
-
-    Not for the optimizer, which needs the parameters themselves.
-    """
+    """Return copies of what trains, for load_state_dict(copies, strict=False), not to optimize."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def save_adapter(model, config, folder):
     """Write adapter_model.safetensors and adapter_config.json, which PEFT and load_adapter read.
 
-    Raises RuntimeError while merged; ValueError for NaN, for a config that was not injected, and
-    for a parameter that trains but is not in the file.
+    Raises RuntimeError while merged; ValueError for NaN, for another r or scaling than injected,
+    and for a parameter that trains but would not be saved.
     """
     from safetensors.torch import save_file
     while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):  # they prefix the names
@@ -451,14 +448,13 @@ def save_adapter(model, config, folder):
             raise ValueError(f"{key} holds NaN or infinity")
     if not any(layer.lora_B.any() for layer in layers.values()):
         warnings.warn("nothing was trained: is the optimizer older than the adapter?")
-    by_ending = "all-linear" not in config.targets
     options = {
         "peft_type": "LORA", "inference_mode": True, "bias": "none",
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
         "r": int(config.r), "lora_alpha": float(config.alpha),  # numpy's numbers are not JSON's
         "lora_dropout": float(config.dropout), "use_rslora": config.rslora,
-        "target_modules": list(config.targets if by_ending else layers),
+        "target_modules": list(layers),
         "modules_to_save": list(config.also_train) or None,
         "fan_in_fan_out": any(is_transposed(layer.base) for layer in layers.values())}
     tensors = {key: p.detach().to("cpu").contiguous() for key, p in parameters.items()}
@@ -520,7 +516,8 @@ def load_adapter(model, folder) -> LoRAConfig:
     for key, parameter in file_parameters(model, config.also_train).items():
         parameter.detach().copy_(tensors[key])
     here = torch.tensor(base_sample(model))
-    # Rounding to 4 bits moves the sample by about 10%, another seed by about 140%.
+    # Rounding to 4 bits moves the sample by about 10%, another seed by about 140%:
+    # a fine-tune of the same base is not noticed.
     if here.shape == sample.shape and (here - sample).norm() > 0.3 * sample.norm():
         warnings.warn(f"{folder} was trained on another base")
     return config
@@ -536,7 +533,7 @@ def read_adapter(model, folder):
         sample = torch.tensor(json.loads((file.metadata() or {}).get("base", "[]"))).float()
     modules = dict(model.named_modules())
 
-    def present(endings):  # PEFT lists more than the model has: score beside classifier
+    def present(endings):  # PEFT lists names that the model may lack: score beside classifier
         return [ending for ending in endings if any(ends_in(name, [ending]) for name in modules)]
 
     targets = options.get("target_modules")
@@ -556,8 +553,9 @@ def read_adapter(model, folder):
         d, k = features(layer)
         expected[f"{PREFIX}{name}.lora_A.weight"] = (config.r, k)
         expected[f"{PREFIX}{name}.lora_B.weight"] = (d, config.r)
-        # PEFT saves the base of an adapted lm_head along: it has to be this model's own.
+        # PEFT saves the base of an adapted lm_head along: it has to be this model's own
         base = tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
+        # (what load_adapter will put back, if an old adapter trained it).
         own = getattr(layer, "before_training", {}).get("weight", layer.weight)
         if base is not None and not torch.equal(base, own.to(base)):
             raise ValueError(f"{WEIGHTS} has another base weight for {name} than this model")
