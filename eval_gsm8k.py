@@ -10,7 +10,7 @@ The base is always scored, and each adapter compared with it. Written to --out: 
 
 Completions that end in "#### n" score as in lm-evaluation-harness (gsm8k, strict and flexible).
 Different on purpose: "The answer is n" (MetaMathQA) counts too, and wins over "#### n"; flexible
-prefers such a number to the last one; numbers compare by value, so $29.00 is 29 and 1/2 is 0.5.
+prefers such a number to the last one; numbers compare by value: $29.00 is 29, 0.5 is 1/2.
 """
 import argparse
 import csv
@@ -19,12 +19,12 @@ import math
 import os
 import re
 import sys
-import threading
 import time
 import warnings
 from contextlib import contextmanager
-from decimal import Decimal
 from fractions import Fraction
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -46,10 +46,7 @@ BASE_MODEL = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 
 
 # --- command line ---
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, without argparse's usage block
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+Parser = partial(argparse.ArgumentParser, usage=argparse.SUPPRESS)  # so an error is one line
 
 
 def number(kind, low, high=math.inf):
@@ -100,7 +97,7 @@ def encode_prompt(tokenizer, text):
 
 
 def extract_answer(completion, flexible=False):
-    """The number that a completion answers, or None.
+    """The number that a completion answers, a Fraction, or None.
 
     Strict: the first number on the line after the last "The answer is", else the first "#### n".
     Flexible: the last "#### n" instead, else the last number.
@@ -108,32 +105,29 @@ def extract_answer(completion, flexible=False):
     text = completion.split("Question:")[0]  # from there on the model asks itself the next one
     said = re.findall(r"the answer is[: \n]*(?=(.*))", text, re.IGNORECASE)
     hashed = re.findall(r"####\s*([^\s#]+)", text)  # one word
+    marked = said[-1:] + (hashed[::-1] if flexible else hashed)
+    numbers = [number for place in marked for number in find_numbers(place)[:1]]
     if flexible:
-        hashed.reverse()
-    for place in said[-1:] + hashed:
-        if numbers := find_numbers(place):
-            return numbers[0]
-    numbers = find_numbers(text)
-    return numbers[-1] if flexible and numbers else None
+        numbers += find_numbers(text)[-1:]
+    return numbers[0] if numbers else None
 
 
-DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"  # 1,234 is one number, 1,2 are two
-UNSIGNED = rf"({DIGITS}(?:\.[0-9]+)?|\.[0-9]+)"
+THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")  # in 1,234, but not in 1,2
 SIGN = r"((?<![\w)])-)?"  # in 10-5 the minus is an operator, and the number is 5
+UNSIGNED = r"([0-9]*\.?[0-9]+)"
 NUMBER = re.compile(rf"{SIGN}[$\u20ac\u00a3]? ?{UNSIGNED}(?: ?/ ?{UNSIGNED})?")
 LATEX_FRACTION = re.compile(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}")
+sys.set_int_max_str_digits(0)  # a model may repeat one digit thousands of times
 
 
 def find_numbers(text):
-    """Every number in a text, exact: a Decimal as it is written, a Fraction for a quotient."""
+    """Every number in a text, exact."""
     text = LATEX_FRACTION.sub(r" \1/\2", text).replace("\u2212", "-")
     numbers = []
-    for sign, top, bottom in NUMBER.findall(text):
-        value = Decimal(sign + top.replace(",", ""))
-        if not bottom:
-            numbers.append(value)
-        elif divisor := Fraction(Decimal(bottom.replace(",", ""))):
-            numbers.append(Fraction(value) / divisor)  # Decimals would round
+    for sign, top, bottom in NUMBER.findall(THOUSANDS.sub("", text)):
+        divisor = Fraction(bottom or 1)
+        if divisor:
+            numbers.append(Fraction(sign + top) / divisor)
     return numbers
 
 
@@ -146,25 +140,24 @@ CALCULATOR_MARK = re.compile(r"<<[-+*/().,%\d]+=[-+*/().,%\d]+>>")
 
 def read_rows(data, split, nb_samples=None):
     """The first nb_samples [(question, answer)] of a file, or of a Hub data set's split."""
+    rows, dropped = [], 0
     with loading("--data", data, "dataset") as local:
         table = read_file(Path(data)) if Path(data).exists() else read_hub(data, split, local)
-    rows, dropped = [], 0
-    for place, row in enumerate(table, 1):
-        columns = [pair for pair in SCHEMAS if set(pair) <= set(row)] or [(None, None)]
-        question, answer = map(row.get, columns[0])
-        if not isinstance(question, str) or not isinstance(answer, str | None):
-            raise ValueError(f"--data {data}, row {place}: expected texts as in one of {SCHEMAS}, "
-                             f"got {row!r:.200}")
-        if not (answer or "").strip():
-            dropped += 1
-            continue
-        if row.get("input") and "instruction" in columns[0]:
-            question += f"\n{row['input']}"
-        rows.append((question, CALCULATOR_MARK.sub("", answer)))
-        if len(rows) == nb_samples:
-            break
-    if not rows:
-        raise ValueError(f"--data {data} is empty: it has no row with an answer")
+        for place, row in enumerate(table, 1):
+            columns = next((pair for pair in SCHEMAS if set(pair) <= set(row)), (None, None))
+            question, answer = map(row.get, columns)
+            if not isinstance(question, str) or not isinstance(answer, str | None):
+                raise ValueError(f"row {place} has no texts as in one of {SCHEMAS}")
+            if not (answer or "").strip():
+                dropped += 1
+                continue
+            if row.get("input") and "instruction" in columns:
+                question += f"\n{row['input']}"
+            rows.append((question, CALCULATOR_MARK.sub("", answer)))
+            if len(rows) == nb_samples:
+                break
+        if not rows:
+            raise ValueError("it is empty, or has no row with an answer")
     if dropped:
         print(f"{data}: {dropped} rows without an answer are dropped")
     return rows
@@ -180,10 +173,8 @@ def read_file(path):
             return list(csv.DictReader(file))
         text = file.read()
     if text.lstrip().startswith("["):
-        rows = json.loads(text)
-    else:
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    return [dict(row) for row in rows]  # fails where a row is no JSON object
+        return json.loads(text)
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 def read_hub(data, split, local):
@@ -195,25 +186,6 @@ def read_hub(data, split, local):
 
 # --- the Hub ---
 
-def hub_answers(name, kind):
-    """Ask the Hub for a repository, once: transformers and datasets would retry for a minute."""
-    answers = []
-
-    def ask():
-        try:
-            HfApi().repo_info(name, repo_type=kind, timeout=5)
-        except (errors.RepositoryNotFoundError, errors.HFValidationError):
-            pass  # an answer too, which the download will put into words
-        except Exception:  # time-out, proxy, certificate, HF_HUB_OFFLINE
-            return
-        answers.append(True)
-
-    thread = threading.Thread(target=ask, daemon=True)  # a name look-up ignores the timeout
-    thread.start()
-    thread.join(8)
-    return bool(answers)
-
-
 @contextmanager
 def loading(flag, name, kind):
     """Yield whether only local files can be read. What fails inside becomes one line."""
@@ -223,18 +195,28 @@ def loading(flag, name, kind):
         yield exists or offline
     except Exception as error:  # OSError, ValueError, the libraries' own
         reason = first_line(error)
-        if offline:
-            reason = (f"the Hugging Face Hub cannot be reached ({reason}): use --model DIR and "
-                      "--data FILE, or train_math.py --demo")
         if not exists:
-            reason = f"no such file or folder; {reason}"
+            reason += " (no such file or folder here)"
+        if offline:
+            reason += (". The Hugging Face Hub cannot be reached: use --model DIR and --data FILE, "
+                       "or train_math.py --demo")
         raise ValueError(f"{flag} {name}: {reason}") from None
+
+
+def hub_answers(name, kind):
+    """Ask the Hub for a repository, once: transformers and datasets would retry for a minute."""
+    try:
+        with ThreadPool(1) as pool:  # only get() ends a name look-up that hangs
+            pool.apply_async(HfApi().repo_info, [name], {"repo_type": kind, "timeout": 5}).get(8)
+    except Exception as error:  # also a proxy, a certificate, HF_HUB_OFFLINE
+        return isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError)
+    return True
 
 
 def first_line(error):
     """An error's kind and the first line of its message, which may be empty."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    line = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {line[:200]}"
 
 
 # --- device, dtype, model ---
@@ -242,15 +224,13 @@ def first_line(error):
 def pick_device(name):
     """The device of --device. Under torchrun, "cuda" is this process's own GPU."""
     if name == "auto":
-        kinds = ("cuda", "mps", "cpu")
-        name = next(kind for kind in kinds if getattr(torch, kind).is_available())
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if WORLD > 1 and name.startswith("cuda"):  # "cuda" alone opens a context on GPU 0
-        name = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.empty(1, device=name)
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch's ways to say no
         raise ValueError(f"--device {name}: {first_line(error)}") from None
-    return torch.device(name)
 
 
 def join_processes(device):
@@ -274,17 +254,16 @@ def gather(value):
 
 def pick_dtype(name, device):
     """(dtype, the reason for it)."""
-    units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    unit = {"bfloat16": "avx512_bf16", "float16": "avx512_fp16"}.get(name)
-    if unit and device.type == "cpu" and not units.get(unit):
-        warnings.warn(f"--dtype {name} is slower than float32 on a CPU without {unit}")
+    slow = device.type == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16")
+    if slow and name.endswith("16"):
+        warnings.warn(f"--dtype {name} is slower than float32 on this CPU")
     if name != "auto":
         return getattr(torch, name), "as asked"
+    if slow or device.type == "mps":
+        return torch.float32, "half precision is slow or untested here"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
         return torch.float16, "this GPU has no bfloat16"
-    if device.type == "cuda" or units.get("avx512_bf16"):
-        return torch.bfloat16, "native here, and needs no loss scaling"
-    return torch.float32, "half precision is slow or untested here"
+    return torch.bfloat16, "native here, and needs no loss scaling"
 
 
 def peak_memory(device):
@@ -307,11 +286,10 @@ def load_model(name, dtype, device, nf4=False):
         # dtype= always: transformers 5 otherwise takes what the checkpoint was stored in
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, local_files_only=local, output_loading_info=True)
-    if info["missing_keys"]:  # they would be random
-        raise ValueError(f"--model {name} is no causal language model: it lacks "
-                         f"{sorted(info['missing_keys'])[:3]}")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"--model {name}: its tokenizer has no EOS, so answers would not end")
+        if info["missing_keys"]:
+            raise ValueError(f"weights are missing: {sorted(info['missing_keys'])[:3]}")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("its tokenizer has no EOS, so answers would not end")
     if nf4:  # on the CPU: the device never holds the layers dense
         quantize_nf4(model)
         for parameter in model.parameters():  # views of the mapped file, which keep all of it
@@ -325,11 +303,10 @@ def check_ids(model, encoded, more=0):
     positions = getattr(model.config, "max_position_embeddings", None) or longest
     embeddings = len(model.get_input_embeddings().weight)
     if longest > positions:
-        raise ValueError(f"rows of {longest} tokens, but the model has {positions} positions: "
-                         "lower --max-length, --max-new-tokens or --shots")
+        raise ValueError(f"{longest} tokens, but the model has {positions} positions: lower "
+                         "--max-length, --max-new-tokens or --shots")
     if largest >= embeddings:
-        raise ValueError(f"token id {largest}, but the model has {embeddings} embeddings: the "
-                         "tokenizer is not its own")
+        raise ValueError(f"token id {largest}, but the model has {embeddings} embeddings")
 
 
 # --- generation ---
@@ -371,29 +348,23 @@ def complete_batch(model, tokenizer, prompts, eos, max_new_tokens):
     ids = [[eos[0]] * (width - len(prompt)) + prompt for prompt in prompts.values()]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts.values()]
     ids, mask = torch.tensor([ids, mask], device=model.device)
-
-    def asks_next(so_far, scores, **_):
-        recent = tokenizer.batch_decode(so_far[:, width:][:, -9:])
-        return torch.tensor(["Question:" in text for text in recent], device=model.device)
-
-    rows, cache, completions = list(prompts), {}, {}
+    rows, cache, completions = list(prompts), None, {}
     while rows:
         length = min(ids.shape[1] + piece, width + max_new_tokens)
-        out = model.generate(ids, attention_mask=mask, max_length=length,
-                             stopping_criteria=[asks_next], **cache)
+        out = model.generate(ids, attention_mask=mask, max_length=length, past_key_values=cache)
         keep = []
         for place, new in enumerate(out.sequences[:, width:].tolist()):
-            text = tokenizer.decode(new, skip_special_tokens=True)
-            ended = "Question:" in text or any(token in eos for token in new)
+            text, asks, _ = tokenizer.decode(new, skip_special_tokens=True).partition("Question:")
+            ended = bool(asks) or any(token in eos for token in new)
             if ended or len(new) == max_new_tokens:
-                completions[rows[place]] = text, not ended
+                completions[rows[place]] = text + asks, not ended
             else:
                 keep.append(place)
-        mask = F.pad(mask, (0, out.sequences.shape[1] - ids.shape[1]), value=1)[keep]
-        ids, rows = out.sequences[keep], [rows[place] for place in keep]
+        rows = [rows[place] for place in keep]
+        ids, mask = out.sequences[keep], F.pad(mask[keep], (0, piece), value=1)
         if rows and out.past_key_values.get_seq_length():  # GPT-1 caches nothing
-            cache = {"past_key_values": out.past_key_values}
-            out.past_key_values.reorder_cache(torch.tensor(keep, device=model.device))
+            cache = out.past_key_values
+            cache.reorder_cache(torch.tensor(keep, device=model.device))
     return completions
 
 
@@ -421,20 +392,20 @@ def mcnemar_p(first, second):
 def answer(model, tokenizer, rows, shots=0, batch_size=16, max_new_tokens=256):
     """One record per problem. The first `shots` rows are worked examples in every prompt."""
     examples = "".join(f"{format_prompt(q)} {a}\n\n" for q, a in rows[:shots])
-    rows = rows[shots:]
-    if not rows:
+    questions = [question for question, _ in rows[shots:]]
+    references = [extract_answer(solution, flexible=True) for _, solution in rows[shots:]]
+    if not questions:
         raise ValueError(f"no problem is left after --shots {shots}")
-    prompts = [examples + format_prompt(question) for question, _ in rows]
-    references = [extract_answer(solution, flexible=True) for _, solution in rows]
     if None in references:
         raise ValueError(f"problem {references.index(None) + 1} has no number in its answer")
+    prompts = [examples + format_prompt(question) for question in questions]
     completions = complete(model, tokenizer, prompts, batch_size, max_new_tokens)
     records = []
-    for (question, _), reference, (text, cut_off) in zip(rows, references, completions):
+    for question, reference, (text, cut_off) in zip(questions, references, completions):
         strict, flexible = extract_answer(text), extract_answer(text, flexible=True)
         records.append(dict(
-            question=question, completion=text, reference=reference,
-            answer=strict, answer_flexible=flexible, correct=strict == reference,
+            question=question, completion=text, reference=reference, answer=strict,
+            answer_flexible=flexible, correct=strict == reference,
             correct_flexible=flexible == reference, truncated=cut_off))
     return records
 
@@ -457,10 +428,8 @@ def summarise(records, base=None):
 
 def describe(name, result):
     """A result in one line."""
-    n, (low, high) = result["n"], result["ci95"]
-    line = (f"{name}: {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {n}  "
-            f"flexible {result['accuracy_flexible']:.1%}  "
-            f"no answer {result['no_answer'] / n:.1%}  cut off {result['truncated'] / n:.1%}")
+    line = ("{}: {accuracy:.1%} [{:.1%}, {:.1%}] of {n}  flexible {accuracy_flexible:.1%}  "
+            "no answer {no_answer}  cut off {truncated}").format(name, *result["ci95"], **result)
     if "p_value" in result:
         line += f"  p {result['p_value']:.2g} against the base"
     return line
@@ -475,26 +444,26 @@ def checkpoints(run):
 
 
 def plan(args):
-    """[(name, adapter folder)]: the base, then each adapter, a run folder as its checkpoints."""
-    evaluations = [("base", None)]
+    """{name: adapter folder}: the base, then each adapter, a run folder as its checkpoints."""
+    evaluations = {"base": None}
     for folder in args.adapter:
         for path in checkpoints(folder) or [Path(folder)]:
             run, name = path.resolve().parts[-2:]
-            evaluations.append((f"{run}-{name}" if name.startswith("step_") else name, str(path)))
+            name = f"{run}-{name}" if name.startswith("step_") else name
+            if name in evaluations:
+                raise ValueError(f"--adapter: two results would be named {name}; rename a folder")
+            evaluations[name] = str(path)
     if args.save_merged:
         if len(evaluations) != 2 or list(Path(args.save_merged).glob("*")):
             raise ValueError("--save-merged takes exactly one adapter, and an empty or new folder")
-        name, folder = evaluations[1]
-        evaluations.append((f"{name}-merged", folder))
-    if len(dict(evaluations)) < len(evaluations):
-        raise ValueError("--adapter: two results would have one name; rename a folder")
+        evaluations[f"{name}-merged"] = str(path)
     return evaluations
 
 
 def main(args):
-    """Score the base, each adapter, and the merged model. Return [(name, result)]."""
+    """Score the base, each adapter, and the merged model. Return {name: result}."""
     # What can be refused is refused here, not after an hour of generation.
-    evaluations, paths = plan(args), {}
+    evaluations = plan(args)
     torch.manual_seed(args.seed)
     device = join_processes(pick_device(args.device))
     dtype, reason = pick_dtype(args.dtype, device)
@@ -502,24 +471,25 @@ def main(args):
     settings = dict(
         model=args.model, data=args.data, dtype=str(dtype)[6:], nf4=args.nf4, shots=args.shots,
         max_new_tokens=args.max_new_tokens, n=len(rows) - args.shots)
-    for name, folder in evaluations:
-        settings["adapter"] = folder
+    results, paths = {}, {}
+    for name, folder in evaluations.items():
+        results[name] = settings | {"adapter": folder}
         paths[name] = path = Path(args.out, f"{name}-{Path(args.data).stem}.json")
-        if path.exists() and not settings.items() <= json.loads(path.read_text()).items():
+        if path.exists() and not results[name].items() <= json.loads(path.read_text()).items():
             raise ValueError(f"{path} holds another evaluation: give another --out")
-    for folder in (args.out, args.save_merged or args.out):
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    os.makedirs(args.out, exist_ok=True)
+    os.makedirs(args.save_merged or args.out, exist_ok=True)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
-    for _, folder in evaluations[1:]:
+    for folder in filter(None, evaluations.values()):
         load_adapter(model, folder)
     strip_lora(model)
 
     print(f"{args.model} on {device} in {dtype} ({reason}), {settings['n']} problems", flush=True)
-    scores, base = [], None
-    for name, folder in evaluations:
-        if folder:
-            load_adapter(model, folder)
-        if args.save_merged and len(scores) == 2:
+    base = None
+    for name, result in results.items():
+        if result["adapter"]:
+            load_adapter(model, result["adapter"])
+        if args.save_merged and name == [*results][2]:
             model = strip_lora(merge_lora(model))
             dequantize_nf4(model)  # with --nf4, the layers without an adapter
             if RANK == 0:
@@ -527,10 +497,8 @@ def main(args):
                 tokenizer.save_pretrained(args.save_merged)
         start = time.perf_counter()
         records = answer(model, tokenizer, rows, args.shots, args.batch_size, args.max_new_tokens)
-        result = {**settings, "adapter": folder, **summarise(records, base),
-                  "seconds": round(time.perf_counter() - start, 1)}
+        result |= summarise(records, base) | {"seconds": round(time.perf_counter() - start, 1)}
         base = base or records
-        scores.append((name, result))
         print(describe(name, result), flush=True)
         if RANK == 0:
             with open(paths[name].with_suffix(".jsonl"), "w", encoding="utf8") as file:
@@ -538,23 +506,22 @@ def main(args):
                     print(json.dumps(record, default=str, ensure_ascii=False), file=file)
             paths[name].write_text(json.dumps(result, indent=2) + "\n")
     if RANK == 0:
-        plot(paths[name].with_suffix(".png"), scores)
+        plot(paths[name].with_suffix(".png"), results)
     print(f"scores and completions are in {args.out}/")
-    return scores
+    return results
 
 
-def plot(path, scores):
+def plot(path, results):
     """Draw the accuracies with their intervals, the base first."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    axes = Figure(figsize=(len(scores) + 4, 4), layout="constrained").subplots()
-    for name, result in scores:
-        points = [100 * share for share in (*result["ci95"], result["accuracy"])]
-        axes.plot([name.replace("-step_", "\n")] * 3, points, "_-", color="C0")
-    axes.set(ylabel="accuracy, strict (%)", ylim=(0, None),
-             title=f"{path.stem}, n = {result['n']}, 95% intervals")
+    axes = Figure(figsize=(len(results) + 4, 4), layout="constrained").subplots()
+    for name, result in results.items():
+        label = name.replace("-step_", "\n")
+        axes.plot([label] * 3, [*result["ci95"], result["accuracy"]], "_-", color="C0")
+    axes.set_title(f"{path.stem}, accuracy (strict) with 95% intervals, n = {result['n']}")
     axes.figure.savefig(path, dpi=120)
 
 
@@ -573,12 +540,10 @@ def run_script(name, main, parse_args):
     except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk, on saving
         message = " ".join(str(error).split()) or first_line(error)
     except RuntimeError as error:
-        words = re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error))
-        if not words and not isinstance(error, torch.OutOfMemoryError):
+        if not re.search("out of memory|OutOfMemory|allocate memory|ALLOC_FAILED", repr(error)):
             raise
-        message = (f"out of memory ({first_line(error)}): try a smaller --batch-size, --nf4, a "
-                   "half-precision --dtype; in training also --checkpoint-activations, a smaller "
-                   "--max-length, fewer --targets")
+        message = (f"out of memory ({first_line(error)}): try a smaller --batch-size, --nf4, "
+                   "--dtype float16; in training --checkpoint-activations, a smaller --max-length")
     print(f"{name}{f' (rank {RANK})' * (WORLD > 1)}: {message}", file=sys.stderr)
     sys.exit(2)
 
