@@ -29,7 +29,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
 from huggingface_hub import HfApi, errors
 from safetensors import SafetensorError
@@ -37,7 +36,7 @@ from tqdm import tqdm
 
 from lora import dequantize_nf4, load_adapter, merge_lora, quantize_nf4, strip_lora
 
-# Large tensors in huge pages (Linux): in the C library's heap training took up to twice the memory.
+# Huge pages for large tensors on Linux: without them training takes up to twice the memory.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 RANK = int(os.environ.get("RANK", 0))  # rank and world size, from torchrun
@@ -46,6 +45,7 @@ BASE_MODEL = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 
 
 # --- command line ---
+
 Parser = partial(argparse.ArgumentParser, usage=argparse.SUPPRESS)  # so an error is one line
 
 
@@ -57,28 +57,25 @@ def number(kind, low, high=math.inf):
             return value
         raise ValueError
 
-    parse.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse: "invalid ... value"
+    parse.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # for argparse
     return parse
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="eval_gsm8k.py", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, count = parser.add_argument, number(int, 1)
     add("--model", default=BASE_MODEL, help="Hub id or folder of the base model")
-    add("--adapter", nargs="+", default=[], metavar="DIR",
-        help="adapter folders; a run folder means all its checkpoints")
-    add("--data", default="openai/gsm8k",
-        help="Hub id (its test split), or a .jsonl/.json/.parquet/.csv file")
-    add("--nb-samples", type=number(int, 1), help="the first N problems (default: all)")
-    add("--batch-size", type=number(int, 1), default=16, help="problems generated at once")
-    add("--max-new-tokens", type=number(int, 1), default=256, help="longest completion")
+    add("--adapter", nargs="+", default=[], metavar="DIR", help="adapters, or runs of checkpoints")
+    add("--data", default="openai/gsm8k", help="Hub id, or .jsonl/.json/.parquet/.csv")
+    add("--nb-samples", type=count, help="the first N problems (default: all)")
+    add("--batch-size", type=count, default=16, help="problems generated at once")
+    add("--max-new-tokens", type=count, default=256, help="longest completion")
     add("--shots", type=number(int, 0), default=0, help="first rows, as examples in the prompt")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--nf4", action="store_true", help="hold the base's linear layers in 4 bits (QLoRA)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="seeds torch; greedy draws nothing")
-    add("--save-merged", metavar="DIR", help="write the model with the adapter merged; score it")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of torch; greedy draws nothing")
+    add("--save-merged", metavar="DIR", help="write the merged model, and score it")
     add("--out", default="eval_results", help="folder for the scores")
     return parser.parse_args(argv)
 
@@ -91,7 +88,7 @@ def format_prompt(question):
 
 
 def encode_prompt(tokenizer, text):
-    """Token ids with what the tokenizer puts in front (BOS), without an EOS that it appends."""
+    """Token ids with the tokenizer's BOS, and without an EOS at the end."""
     ids = tokenizer(text).input_ids
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
@@ -106,43 +103,43 @@ def extract_answer(completion, flexible=False):
     said = re.findall(r"the answer is[: \n]*(?=(.*))", text, re.IGNORECASE)
     hashed = re.findall(r"####\s*([^\s#]+)", text)  # one word
     marked = said[-1:] + (hashed[::-1] if flexible else hashed)
-    numbers = [number for place in marked for number in find_numbers(place)[:1]]
+    numbers = [first for place in marked for first in find_numbers(place)[:1]]
     if flexible:
         numbers += find_numbers(text)[-1:]
     return numbers[0] if numbers else None
 
 
-THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")  # in 1,234, but not in 1,2
-SIGN = r"((?<![\w)])-)?"  # in 10-5 the minus is an operator, and the number is 5
+SIGN = r"((?<![\w)])-)?"  # in 10-5 the minus is an operator
 UNSIGNED = r"([0-9]*\.?[0-9]+)"
-NUMBER = re.compile(rf"{SIGN}[$\u20ac\u00a3]? ?{UNSIGNED}(?: ?/ ?{UNSIGNED})?")
-LATEX_FRACTION = re.compile(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}")
+NOT_0 = r"(?=0*\.?0*[1-9])"
+NUMBER = re.compile(rf"{SIGN}[$\u20ac\u00a3]? ?{UNSIGNED}(?: ?/ ?{NOT_0}{UNSIGNED})?")
 sys.set_int_max_str_digits(0)  # a model may repeat one digit thousands of times
 
 
 def find_numbers(text):
     """Every number in a text, exact."""
-    text = LATEX_FRACTION.sub(r" \1/\2", text).replace("\u2212", "-")
-    numbers = []
-    for sign, top, bottom in NUMBER.findall(THOUSANDS.sub("", text)):
-        divisor = Fraction(bottom or 1)
-        if divisor:
-            numbers.append(Fraction(sign + top) / divisor)
-    return numbers
+    text = re.sub(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", text).replace("\u2212", "-")
+    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)  # 1,234 is one number, 1,2 are two
+    found = NUMBER.findall(text)
+    return [Fraction(sign + top) / Fraction(bottom or 1) for sign, top, bottom in found]
 
 
 # --- data ---
 
 SCHEMAS = (("query", "response"), ("question", "answer"), ("instruction", "output"))
-# GSM8K's <<48/2=24>>. Other text between << and >> may be code, and stays.
-CALCULATOR_MARK = re.compile(r"<<[-+*/().,%\d]+=[-+*/().,%\d]+>>")
 
 
 def read_rows(data, split, nb_samples=None):
     """The first nb_samples [(question, answer)] of a file, or of a Hub data set's split."""
     rows, dropped = [], 0
     with loading("--data", data, "dataset") as local:
-        table = read_file(Path(data)) if Path(data).exists() else read_hub(data, split, local)
+        if Path(data).exists():
+            table = read_file(Path(data))
+        else:
+            import datasets  # here, because importing it takes seconds
+            datasets.config.HF_HUB_OFFLINE = local
+            subset = "main" if data.endswith("gsm8k") else None  # GSM8K has two
+            table = datasets.load_dataset(data, subset, split=split)
         for place, row in enumerate(table, 1):
             columns = next((pair for pair in SCHEMAS if set(pair) <= set(row)), (None, None))
             question, answer = map(row.get, columns)
@@ -153,7 +150,9 @@ def read_rows(data, split, nb_samples=None):
                 continue
             if row.get("input") and "instruction" in columns:
                 question += f"\n{row['input']}"
-            rows.append((question, CALCULATOR_MARK.sub("", answer)))
+            # GSM8K's <<48/2=24>> goes. Other text between << and >> may be code.
+            answer = re.sub(r"<<[-+*/().,%\d]+=[-+*/().,%\d]+>>", "", answer)
+            rows.append((question, answer))
             if len(rows) == nb_samples:
                 break
         if not rows:
@@ -177,29 +176,21 @@ def read_file(path):
     return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
-def read_hub(data, split, local):
-    import datasets  # here, because importing it takes seconds
-    datasets.config.HF_HUB_OFFLINE = local
-    subset = "main" if data.endswith("gsm8k") else None  # GSM8K has two
-    return datasets.load_dataset(data, subset, split=split)
-
-
 # --- the Hub ---
 
 @contextmanager
 def loading(flag, name, kind):
     """Yield whether only local files can be read. What fails inside becomes one line."""
     exists = Path(name).exists()
-    offline = not exists and not hub_answers(name, kind)
+    local = exists or not hub_answers(name, kind)
     try:
-        yield exists or offline
+        yield local
     except Exception as error:  # OSError, ValueError, the libraries' own
         reason = first_line(error)
         if not exists:
-            reason += " (no such file or folder here)"
-        if offline:
-            reason += (". The Hugging Face Hub cannot be reached: use --model DIR and --data FILE, "
-                       "or train_math.py --demo")
+            reason += "; no such file or folder"
+        if local and not exists:
+            reason += ", and the Hub cannot be reached: use --model DIR and --data FILE, or --demo"
         raise ValueError(f"{flag} {name}: {reason}") from None
 
 
@@ -208,15 +199,14 @@ def hub_answers(name, kind):
     try:
         with ThreadPool(1) as pool:  # only get() ends a name look-up that hangs
             pool.apply_async(HfApi().repo_info, [name], {"repo_type": kind, "timeout": 5}).get(8)
-    except Exception as error:  # also a proxy, a certificate, HF_HUB_OFFLINE
+    except Exception as error:  # a proxy, a certificate, HF_HUB_OFFLINE
         return isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError)
     return True
 
 
 def first_line(error):
-    """An error's kind and the first line of its message, which may be empty."""
-    line = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {line[:200]}"
+    """An error's kind and the first line of its message."""
+    return f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
 
 
 # --- device, dtype, model ---
@@ -263,7 +253,7 @@ def pick_dtype(name, device):
         return torch.float32, "half precision is slow or untested here"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
         return torch.float16, "this GPU has no bfloat16"
-    return torch.bfloat16, "native here, and needs no loss scaling"
+    return torch.bfloat16, "native here"
 
 
 def peak_memory(device):
@@ -283,13 +273,12 @@ def load_model(name, dtype, device, nf4=False):
     transformers.logging.disable_progress_bar()
     with loading("--model", name, "model") as local:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
-        # dtype= always: transformers 5 otherwise takes what the checkpoint was stored in
+        # dtype= always: transformers 5 otherwise takes the checkpoint's
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, local_files_only=local, output_loading_info=True)
-        if info["missing_keys"]:
-            raise ValueError(f"weights are missing: {sorted(info['missing_keys'])[:3]}")
-        if tokenizer.eos_token_id is None:
-            raise ValueError("its tokenizer has no EOS, so answers would not end")
+        lacks = sorted(info["missing_keys"])[:3]  # they would be random
+        if lacks or tokenizer.eos_token_id is None:
+            raise ValueError(f"it lacks {lacks or 'an EOS token'}")
     if nf4:  # on the CPU: the device never holds the layers dense
         quantize_nf4(model)
         for parameter in model.parameters():  # views of the mapped file, which keep all of it
@@ -302,16 +291,14 @@ def check_ids(model, encoded, more=0):
     longest, largest = max(map(len, encoded)) + more, max(map(max, encoded))
     positions = getattr(model.config, "max_position_embeddings", None) or longest
     embeddings = len(model.get_input_embeddings().weight)
-    if longest > positions:
-        raise ValueError(f"{longest} tokens, but the model has {positions} positions: lower "
-                         "--max-length, --max-new-tokens or --shots")
-    if largest >= embeddings:
-        raise ValueError(f"token id {largest}, but the model has {embeddings} embeddings")
+    if longest > positions or largest >= embeddings:
+        raise ValueError(f"{longest} tokens, ids up to {largest}: the model has {embeddings} "
+                         f"embeddings and {positions} positions; lower --max-length, "
+                         "--max-new-tokens or --shots")
 
 
 # --- generation ---
 
-@torch.no_grad()
 def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
     """Greedy completions in the order of the prompts: [(text, cut off by max_new_tokens)]."""
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -319,8 +306,7 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
     own = model.generation_config
     eos = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     eos = sorted({tokenizer.eos_token_id, *eos} - {None})
-    # Not the checkpoint's own settings: they may ask for sampling. Nor its pad id, which may have
-    # no embedding: EOS serves, hidden by the mask.
+    # The checkpoint's own settings may ask for sampling, and its pad id may have no embedding.
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, eos_token_id=eos, pad_token_id=eos[0], return_dict_in_generate=True)
     # Like lengths share a batch, to save padding. The longest first: out-of-memory comes soon.
@@ -340,10 +326,10 @@ def complete_batch(model, tokenizer, prompts, eos, max_new_tokens):
     """Complete {i: token ids} as {i: (text, cut off)}.
 
     Every 16 tokens, rows that have ended leave the batch: kept, they would cost as much as the
-    longest. A model with a state (Mamba) keeps them: it has no rows to take out.
+    longest. A state (Mamba) has no rows that could leave.
     """
     piece = max_new_tokens if model._is_stateful else 16
-    # Padded on the left, by length: the ids cannot tell padding from an EOS.
+    # Padded by length: the ids cannot tell padding from an EOS.
     width = max(map(len, prompts.values()))
     ids = [[eos[0]] * (width - len(prompt)) + prompt for prompt in prompts.values()]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts.values()]
@@ -355,13 +341,14 @@ def complete_batch(model, tokenizer, prompts, eos, max_new_tokens):
         keep = []
         for place, new in enumerate(out.sequences[:, width:].tolist()):
             text, asks, _ = tokenizer.decode(new, skip_special_tokens=True).partition("Question:")
-            ended = bool(asks) or any(token in eos for token in new)
+            ended = asks or any(token in eos for token in new)
             if ended or len(new) == max_new_tokens:
                 completions[rows[place]] = text + asks, not ended
             else:
                 keep.append(place)
         rows = [rows[place] for place in keep]
-        ids, mask = out.sequences[keep], F.pad(mask[keep], (0, piece), value=1)
+        ids, mask = out.sequences[keep], mask[keep]
+        mask = torch.cat([mask, mask.new_ones(len(mask), piece)], 1)
         if rows and out.past_key_values.get_seq_length():  # GPT-1 caches nothing
             cache = out.past_key_values
             cache.reorder_cache(torch.tensor(keep, device=model.device))
@@ -392,16 +379,14 @@ def mcnemar_p(first, second):
 def answer(model, tokenizer, rows, shots=0, batch_size=16, max_new_tokens=256):
     """One record per problem. The first `shots` rows are worked examples in every prompt."""
     examples = "".join(f"{format_prompt(q)} {a}\n\n" for q, a in rows[:shots])
-    questions = [question for question, _ in rows[shots:]]
-    references = [extract_answer(solution, flexible=True) for _, solution in rows[shots:]]
-    if not questions:
-        raise ValueError(f"no problem is left after --shots {shots}")
-    if None in references:
-        raise ValueError(f"problem {references.index(None) + 1} has no number in its answer")
-    prompts = [examples + format_prompt(question) for question in questions]
+    rows = rows[shots:]
+    references = [extract_answer(solution, flexible=True) for _, solution in rows]
+    if not rows or None in references:
+        raise ValueError("--data needs a problem after --shots, and a number in each answer")
+    prompts = [examples + format_prompt(question) for question, _ in rows]
     completions = complete(model, tokenizer, prompts, batch_size, max_new_tokens)
     records = []
-    for question, reference, (text, cut_off) in zip(questions, references, completions):
+    for (question, _), reference, (text, cut_off) in zip(rows, references, completions):
         strict, flexible = extract_answer(text), extract_answer(text, flexible=True)
         records.append(dict(
             question=question, completion=text, reference=reference, answer=strict,
@@ -412,12 +397,11 @@ def answer(model, tokenizer, rows, shots=0, batch_size=16, max_new_tokens=256):
 
 def summarise(records, base=None):
     """Counts, accuracies as fractions, 95% interval, and an exact p against the base's records."""
-    n = len(records)
-    correct = [record["correct"] for record in records]
+    n, correct = len(records), [record["correct"] for record in records]
     flexible = sum(record["correct_flexible"] for record in records)
     result = dict(
         n=n, correct=sum(correct), accuracy=sum(correct) / n,
-        ci95=list(wilson_interval(sum(correct), n)),
+        ci95=wilson_interval(sum(correct), n),
         correct_flexible=flexible, accuracy_flexible=flexible / n,
         no_answer=sum(record["answer"] is None for record in records),
         truncated=sum(record["truncated"] for record in records))
@@ -428,8 +412,10 @@ def summarise(records, base=None):
 
 def describe(name, result):
     """A result in one line."""
-    line = ("{}: {accuracy:.1%} [{:.1%}, {:.1%}] of {n}  flexible {accuracy_flexible:.1%}  "
-            "no answer {no_answer}  cut off {truncated}").format(name, *result["ci95"], **result)
+    n, (low, high) = result["n"], result["ci95"]
+    line = (f"{name}: {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {n}  "
+            f"flexible {result['accuracy_flexible']:.1%}  no answer {result['no_answer'] / n:.1%}  "
+            f"cut off {result['truncated'] / n:.1%}")
     if "p_value" in result:
         line += f"  p {result['p_value']:.2g} against the base"
     return line
@@ -438,30 +424,28 @@ def describe(name, result):
 # --- a run of evaluations ---
 
 def checkpoints(run):
-    """The checkpoints of a training run, in the order of their steps: 999,999 before 1,000,000."""
+    """The checkpoints of a training run, sorted as numbers: 999,999 before 1,000,000."""
     steps = [path for path in Path(run).glob("step_*") if path.name[5:].isdigit()]
     return sorted(steps, key=lambda path: int(path.name[5:]))
 
 
 def plan(args):
-    """{name: adapter folder}: the base, then each adapter, a run folder as its checkpoints."""
-    evaluations = {"base": None}
+    """[(name, adapter folder)]: the base, then each adapter, a run folder as its checkpoints."""
+    evaluations = [("base", None)]
     for folder in args.adapter:
         for path in checkpoints(folder) or [Path(folder)]:
             run, name = path.resolve().parts[-2:]
-            name = f"{run}-{name}" if name.startswith("step_") else name
-            if name in evaluations:
-                raise ValueError(f"--adapter: two results would be named {name}; rename a folder")
-            evaluations[name] = str(path)
+            evaluations.append((f"{run}-{name}" if name.startswith("step_") else name, str(path)))
     if args.save_merged:
-        if len(evaluations) != 2 or list(Path(args.save_merged).glob("*")):
-            raise ValueError("--save-merged takes exactly one adapter, and an empty or new folder")
-        evaluations[f"{name}-merged"] = str(path)
+        if len(evaluations) != 2 or any(Path(args.save_merged).glob("*")):
+            raise ValueError("--save-merged takes exactly one adapter, and an empty folder")
+        name, folder = evaluations[1]
+        evaluations.append((f"{name}-merged", folder))
     return evaluations
 
 
 def main(args):
-    """Score the base, each adapter, and the merged model. Return {name: result}."""
+    """Score the base, each adapter, and the merged model."""
     # What can be refused is refused here, not after an hour of generation.
     evaluations = plan(args)
     torch.manual_seed(args.seed)
@@ -471,25 +455,27 @@ def main(args):
     settings = dict(
         model=args.model, data=args.data, dtype=str(dtype)[6:], nf4=args.nf4, shots=args.shots,
         max_new_tokens=args.max_new_tokens, n=len(rows) - args.shots)
-    results, paths = {}, {}
-    for name, folder in evaluations.items():
-        results[name] = settings | {"adapter": folder}
-        paths[name] = path = Path(args.out, f"{name}-{Path(args.data).stem}.json")
-        if path.exists() and not results[name].items() <= json.loads(path.read_text()).items():
-            raise ValueError(f"{path} holds another evaluation: give another --out")
+    runs = {}
+    for name, folder in evaluations:
+        path = Path(args.out, f"{name}-{Path(args.data).stem}.json")
+        result = settings | {"adapter": folder}
+        old = json.loads(path.read_text()) if path.exists() else result
+        if path in runs or not result.items() <= old.items():
+            raise ValueError(f"{path} is another evaluation's: rename a folder, or change --out")
+        runs[path] = name, result
     os.makedirs(args.out, exist_ok=True)
-    os.makedirs(args.save_merged or args.out, exist_ok=True)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
-    for folder in filter(None, evaluations.values()):
+    for _, folder in evaluations[1:]:
         load_adapter(model, folder)
     strip_lora(model)
 
-    print(f"{args.model} on {device} in {dtype} ({reason}), {settings['n']} problems", flush=True)
+    print(f"{args.model} on {device} in {dtype} ({reason}): {settings['n']} problems, "
+          f"scores in {args.out}/", flush=True)
     base = None
-    for name, result in results.items():
+    for path, (name, result) in runs.items():
         if result["adapter"]:
             load_adapter(model, result["adapter"])
-        if args.save_merged and name == [*results][2]:
+        if args.save_merged and path == [*runs][-1]:
             model = strip_lora(merge_lora(model))
             dequantize_nf4(model)  # with --nf4, the layers without an adapter
             if RANK == 0:
@@ -501,27 +487,23 @@ def main(args):
         base = base or records
         print(describe(name, result), flush=True)
         if RANK == 0:
-            with open(paths[name].with_suffix(".jsonl"), "w", encoding="utf8") as file:
-                for record in records:  # numbers as text: a float would round them
-                    print(json.dumps(record, default=str, ensure_ascii=False), file=file)
-            paths[name].write_text(json.dumps(result, indent=2) + "\n")
+            lines = [json.dumps(record, default=str) + "\n" for record in records]
+            path.with_suffix(".jsonl").write_text("".join(lines))
+            path.write_text(json.dumps(result, indent=2) + "\n")
     if RANK == 0:
-        plot(paths[name].with_suffix(".png"), results)
-    print(f"scores and completions are in {args.out}/")
-    return results
+        plot(path.with_suffix(".png"), runs.values())
 
 
-def plot(path, results):
-    """Draw the accuracies with their intervals, the base first."""
+def plot(path, runs):
+    """Draw the accuracies with their intervals, the base lowest."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    axes = Figure(figsize=(len(results) + 4, 4), layout="constrained").subplots()
-    for name, result in results.items():
-        label = name.replace("-step_", "\n")
-        axes.plot([label] * 3, [*result["ci95"], result["accuracy"]], "_-", color="C0")
-    axes.set_title(f"{path.stem}, accuracy (strict) with 95% intervals, n = {result['n']}")
+    axes = Figure(figsize=(8, len(runs) / 2 + 1), layout="constrained").subplots()
+    for name, result in runs:
+        axes.plot([*result["ci95"], result["accuracy"]], [name] * 3, "|-", color="C0")
+    axes.set_title(f"{path.stem}: strict accuracy of {result['n']}, 95% intervals")
     axes.figure.savefig(path, dpi=120)
 
 
@@ -542,8 +524,8 @@ def run_script(name, main, parse_args):
     except RuntimeError as error:
         if not re.search("out of memory|OutOfMemory|allocate memory|ALLOC_FAILED", repr(error)):
             raise
-        message = (f"out of memory ({first_line(error)}): try a smaller --batch-size, --nf4, "
-                   "--dtype float16; in training --checkpoint-activations, a smaller --max-length")
+        message = (f"out of memory ({first_line(error)}): try --nf4, --dtype float16, a smaller "
+                   "--batch-size; in training --checkpoint-activations, a smaller --max-length")
     print(f"{name}{f' (rank {RANK})' * (WORLD > 1)}: {message}", file=sys.stderr)
     sys.exit(2)
 
