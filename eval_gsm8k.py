@@ -5,8 +5,8 @@
     python eval_gsm8k.py --adapter DIR --save-merged merged          # export W0 + s B A
     torchrun --nproc-per-node 2 -- eval_gsm8k.py --adapter DIR       # on two GPUs
 
-The base is always scored, and each adapter compared with it. Written to --out: NAME-DATA.json
-(scores), NAME-DATA.jsonl (every completion) and, with matplotlib, a chart.
+The base is always scored, and each adapter compared with it. In --out: NAME-DATA.json (scores),
+NAME-DATA.jsonl (every completion) and, with matplotlib, a chart.
 
 Completions that end in "#### n" score as in lm-evaluation-harness (gsm8k, strict and flexible).
 Different on purpose: "The answer is n" (MetaMathQA) counts too, and wins over "#### n"; flexible
@@ -36,10 +36,10 @@ from tqdm import tqdm
 
 from lora import dequantize_nf4, load_adapter, merge_lora, quantize_nf4, strip_lora
 
-# Huge pages for large tensors on Linux: without them training takes up to twice the memory.
+# Huge pages for tensors (Linux), or training takes up to twice the memory.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-RANK = int(os.environ.get("RANK", 0))  # rank and world size, from torchrun
+RANK = int(os.environ.get("RANK", 0))  # both from torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 BASE_MODEL = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 
@@ -68,9 +68,9 @@ def parse_args(argv=None):
     add("--adapter", nargs="+", default=[], metavar="DIR", help="adapters, or runs of checkpoints")
     add("--data", default="openai/gsm8k", help="Hub id, or .jsonl/.json/.parquet/.csv")
     add("--nb-samples", type=count, help="the first N problems (default: all)")
-    add("--batch-size", type=count, default=16, help="problems generated at once")
+    add("--batch-size", type=count, default=16, help="problems at once")
     add("--max-new-tokens", type=count, default=256, help="longest completion")
-    add("--shots", type=number(int, 0), default=0, help="first rows, as examples in the prompt")
+    add("--shots", type=number(int, 0), default=0, help="first rows, shown as examples")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--nf4", action="store_true", help="hold the base's linear layers in 4 bits (QLoRA)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -99,14 +99,14 @@ def extract_answer(completion, flexible=False):
     Strict: the first number on the line after the last "The answer is", else the first "#### n".
     Flexible: the last "#### n" instead, else the last number.
     """
-    text = completion.split("Question:")[0]  # from there on the model asks itself the next one
+    text = completion.split("Question:")[0]  # after which the model asks itself
     said = re.findall(r"the answer is[: \n]*(?=(.*))", text, re.IGNORECASE)
     hashed = re.findall(r"####\s*([^\s#]+)", text)  # one word
     marked = said[-1:] + (hashed[::-1] if flexible else hashed)
     numbers = [first for place in marked for first in find_numbers(place)[:1]]
     if flexible:
         numbers += find_numbers(text)[-1:]
-    return numbers[0] if numbers else None
+    return next(iter(numbers), None)
 
 
 SIGN = r"((?<![\w)])-)?"  # in 10-5 the minus is an operator
@@ -156,7 +156,7 @@ def read_rows(data, split, nb_samples=None):
             if len(rows) == nb_samples:
                 break
         if not rows:
-            raise ValueError("it is empty, or has no row with an answer")
+            raise ValueError("no row has an answer")
     if dropped:
         print(f"{data}: {dropped} rows without an answer are dropped")
     return rows
@@ -257,18 +257,16 @@ def pick_dtype(name, device):
 
 
 def peak_memory(device):
-    """Peak bytes of CUDA's allocator, elsewhere of the process; 0 on Windows."""
+    """Peak bytes of CUDA's allocator, elsewhere of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    import resource
+    import resource  # Unix only
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def load_model(name, dtype, device, nf4=False):
-    """(causal language model in eval mode, tokenizer). Raises ValueError."""
+    """(causal language model in eval mode, tokenizer)."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with loading("--model", name, "model") as local:
@@ -347,8 +345,8 @@ def complete_batch(model, tokenizer, prompts, eos, max_new_tokens):
             else:
                 keep.append(place)
         rows = [rows[place] for place in keep]
-        ids, mask = out.sequences[keep], mask[keep]
-        mask = torch.cat([mask, mask.new_ones(len(mask), piece)], 1)
+        ids = out.sequences[keep]
+        mask = torch.cat([mask[keep], mask.new_ones(len(keep), piece)], 1)
         if rows and out.past_key_values.get_seq_length():  # GPT-1 caches nothing
             cache = out.past_key_values
             cache.reorder_cache(torch.tensor(keep, device=model.device))
@@ -430,7 +428,7 @@ def checkpoints(run):
 
 
 def plan(args):
-    """[(name, adapter folder)]: the base, then each adapter, a run folder as its checkpoints."""
+    """[(name, adapter folder)]: the base, then each adapter, of a run each checkpoint."""
     evaluations = [("base", None)]
     for folder in args.adapter:
         for path in checkpoints(folder) or [Path(folder)]:
@@ -439,14 +437,14 @@ def plan(args):
     if args.save_merged:
         if len(evaluations) != 2 or any(Path(args.save_merged).glob("*")):
             raise ValueError("--save-merged takes exactly one adapter, and an empty folder")
-        name, folder = evaluations[1]
+        name, folder = evaluations[-1]
         evaluations.append((f"{name}-merged", folder))
     return evaluations
 
 
 def main(args):
     """Score the base, each adapter, and the merged model."""
-    # What can be refused is refused here, not after an hour of generation.
+    # Refuse what can be refused here, not after an hour of generation.
     evaluations = plan(args)
     torch.manual_seed(args.seed)
     device = join_processes(pick_device(args.device))
@@ -519,7 +517,7 @@ def run_script(name, main, parse_args):
         return
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk, on saving
+    except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk
         message = " ".join(str(error).split()) or first_line(error)
     except RuntimeError as error:
         if not re.search("out of memory|OutOfMemory|allocate memory|ALLOC_FAILED", repr(error)):
