@@ -185,12 +185,13 @@ def loading(flag, name, kind):
     local = exists or not hub_answers(name, kind)
     try:
         yield local
-    except Exception as error:  # OSError, ValueError, the libraries' own
+    except Exception as error:
         reason = first_line(error)
         if not exists:
             reason += "; no such file or folder"
         if local and not exists:
-            reason += ", and the Hub cannot be reached: use --model DIR and --data FILE, or --demo"
+            reason += (", and the Hub cannot be reached: use --model DIR and --data FILE, "
+                       "or train_math.py --demo")
         raise ValueError(f"{flag} {name}: {reason}") from None
 
 
