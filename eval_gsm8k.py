@@ -5,12 +5,12 @@
     python eval_gsm8k.py --adapter DIR --save-merged merged          # export W0 + s B A
     torchrun --nproc-per-node 2 -- eval_gsm8k.py --adapter DIR       # on two GPUs
 
-The base is always scored, and each adapter compared with it. Written to --out: NAME-DATA.json
-(scores), NAME-DATA.jsonl (every completion) and, with matplotlib, a chart.
+The base is always scored, and each adapter compared with it. In --out: NAME-DATA.json (scores),
+NAME-DATA.jsonl (every completion) and, with matplotlib, a chart.
 
 Completions that end in "#### n" score as in lm-evaluation-harness (gsm8k, strict and flexible).
 Different on purpose: "The answer is n" (MetaMathQA) counts too, and wins over "#### n"; flexible
-prefers such a number to the last one; numbers compare by value, so $29.00 is 29 and 1/2 is 0.5.
+prefers such a number to the last one; numbers compare by value: $29.00 is 29, 0.5 is 1/2.
 """
 import argparse
 import csv
@@ -19,17 +19,16 @@ import math
 import os
 import re
 import sys
-import threading
 import time
 import warnings
 from contextlib import contextmanager
-from decimal import Decimal
 from fractions import Fraction
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
 from huggingface_hub import HfApi, errors
 from safetensors import SafetensorError
@@ -37,19 +36,17 @@ from tqdm import tqdm
 
 from lora import dequantize_nf4, load_adapter, merge_lora, quantize_nf4, strip_lora
 
-# Large tensors in huge pages (Linux): in the C library's heap training took up to twice the memory.
+# Huge pages for tensors (Linux), or training takes up to twice the memory.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-RANK = int(os.environ.get("RANK", 0))  # rank and world size, from torchrun
+RANK = int(os.environ.get("RANK", 0))  # both from torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 BASE_MODEL = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 
 
 # --- command line ---
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line, without argparse's usage block
-        self.exit(2, f"{self.prog}: {message} (--help lists the flags)\n")
+Parser = partial(argparse.ArgumentParser, usage=argparse.SUPPRESS)  # so an error is one line
 
 
 def number(kind, low, high=math.inf):
@@ -60,28 +57,25 @@ def number(kind, low, high=math.inf):
             return value
         raise ValueError
 
-    parse.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # argparse: "invalid ... value"
+    parse.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # for argparse
     return parse
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="eval_gsm8k.py", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, count = parser.add_argument, number(int, 1)
     add("--model", default=BASE_MODEL, help="Hub id or folder of the base model")
-    add("--adapter", nargs="+", default=[], metavar="DIR",
-        help="adapter folders; a run folder means all its checkpoints")
-    add("--data", default="openai/gsm8k",
-        help="Hub id (its test split), or a .jsonl/.json/.parquet/.csv file")
-    add("--nb-samples", type=number(int, 1), help="the first N problems (default: all)")
-    add("--batch-size", type=number(int, 1), default=16, help="problems generated at once")
-    add("--max-new-tokens", type=number(int, 1), default=256, help="longest completion")
-    add("--shots", type=number(int, 0), default=0, help="first rows, as examples in the prompt")
+    add("--adapter", nargs="+", default=[], metavar="DIR", help="adapters, or runs of checkpoints")
+    add("--data", default="openai/gsm8k", help="Hub id, or .jsonl/.json/.parquet/.csv")
+    add("--nb-samples", type=count, help="the first N problems (default: all)")
+    add("--batch-size", type=count, default=16, help="problems at once")
+    add("--max-new-tokens", type=count, default=256, help="longest completion")
+    add("--shots", type=number(int, 0), default=0, help="first rows, shown as examples")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--nf4", action="store_true", help="hold the base's linear layers in 4 bits (QLoRA)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="seeds torch; greedy draws nothing")
-    add("--save-merged", metavar="DIR", help="write the model with the adapter merged; score it")
+    add("--seed", type=number(int, 0, 2**31), default=0, help="of torch; greedy draws nothing")
+    add("--save-merged", metavar="DIR", help="write the merged model, and score it")
     add("--out", default="eval_results", help="folder for the scores")
     return parser.parse_args(argv)
 
@@ -94,77 +88,75 @@ def format_prompt(question):
 
 
 def encode_prompt(tokenizer, text):
-    """Token ids with what the tokenizer puts in front (BOS), without an EOS that it appends."""
+    """Token ids with the tokenizer's BOS, and without an EOS at the end."""
     ids = tokenizer(text).input_ids
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
 
 def extract_answer(completion, flexible=False):
-    """The number that a completion answers, or None.
+    """The number that a completion answers, a Fraction, or None.
 
     Strict: the first number on the line after the last "The answer is", else the first "#### n".
     Flexible: the last "#### n" instead, else the last number.
     """
-    text = completion.split("Question:")[0]  # from there on the model asks itself the next one
+    text = completion.split("Question:")[0]  # after which the model asks itself
     said = re.findall(r"the answer is[: \n]*(?=(.*))", text, re.IGNORECASE)
     hashed = re.findall(r"####\s*([^\s#]+)", text)  # one word
+    marked = said[-1:] + (hashed[::-1] if flexible else hashed)
+    numbers = [first for place in marked for first in find_numbers(place)[:1]]
     if flexible:
-        hashed.reverse()
-    for place in said[-1:] + hashed:
-        if numbers := find_numbers(place):
-            return numbers[0]
-    numbers = find_numbers(text)
-    return numbers[-1] if flexible and numbers else None
+        numbers += find_numbers(text)[-1:]
+    return next(iter(numbers), None)
 
 
-DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"  # 1,234 is one number, 1,2 are two
-UNSIGNED = rf"({DIGITS}(?:\.[0-9]+)?|\.[0-9]+)"
-SIGN = r"((?<![\w)])-)?"  # in 10-5 the minus is an operator, and the number is 5
-NUMBER = re.compile(rf"{SIGN}[$\u20ac\u00a3]? ?{UNSIGNED}(?: ?/ ?{UNSIGNED})?")
-LATEX_FRACTION = re.compile(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}")
+SIGN = r"((?<![\w)])-)?"  # in 10-5 the minus is an operator
+UNSIGNED = r"([0-9]*\.?[0-9]+)"
+NOT_0 = r"(?=0*\.?0*[1-9])"
+NUMBER = re.compile(rf"{SIGN}[$\u20ac\u00a3]? ?{UNSIGNED}(?: ?/ ?{NOT_0}{UNSIGNED})?")
+sys.set_int_max_str_digits(0)  # a model may repeat one digit thousands of times
 
 
 def find_numbers(text):
-    """Every number in a text, exact: a Decimal as it is written, a Fraction for a quotient."""
-    text = LATEX_FRACTION.sub(r" \1/\2", text).replace("\u2212", "-")
-    numbers = []
-    for sign, top, bottom in NUMBER.findall(text):
-        value = Decimal(sign + top.replace(",", ""))
-        if not bottom:
-            numbers.append(value)
-        elif divisor := Fraction(Decimal(bottom.replace(",", ""))):
-            numbers.append(Fraction(value) / divisor)  # Decimals would round
-    return numbers
+    """Every number in a text, exact."""
+    text = re.sub(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", text).replace("\u2212", "-")
+    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)  # 1,234 is one number, 1,2 are two
+    found = NUMBER.findall(text)
+    return [Fraction(sign + top) / Fraction(bottom or 1) for sign, top, bottom in found]
 
 
 # --- data ---
 
 SCHEMAS = (("query", "response"), ("question", "answer"), ("instruction", "output"))
-# GSM8K's <<48/2=24>>. Other text between << and >> may be code, and stays.
-CALCULATOR_MARK = re.compile(r"<<[-+*/().,%\d]+=[-+*/().,%\d]+>>")
 
 
 def read_rows(data, split, nb_samples=None):
     """The first nb_samples [(question, answer)] of a file, or of a Hub data set's split."""
-    with loading("--data", data, "dataset") as local:
-        table = read_file(Path(data)) if Path(data).exists() else read_hub(data, split, local)
     rows, dropped = [], 0
-    for place, row in enumerate(table, 1):
-        columns = [pair for pair in SCHEMAS if set(pair) <= set(row)] or [(None, None)]
-        question, answer = map(row.get, columns[0])
-        if not isinstance(question, str) or not isinstance(answer, str | None):
-            raise ValueError(f"--data {data}, row {place}: expected texts as in one of {SCHEMAS}, "
-                             f"got {row!r:.200}")
-        if not (answer or "").strip():
-            dropped += 1
-            continue
-        if row.get("input") and "instruction" in columns[0]:
-            question += f"\n{row['input']}"
-        rows.append((question, CALCULATOR_MARK.sub("", answer)))
-        if len(rows) == nb_samples:
-            break
-    if not rows:
-        raise ValueError(f"--data {data} is empty: it has no row with an answer")
+    with loading("--data", data, "dataset") as local:
+        if Path(data).exists():
+            table = read_file(Path(data))
+        else:
+            import datasets  # here, because importing it takes seconds
+            datasets.config.HF_HUB_OFFLINE = local
+            subset = "main" if data.endswith("gsm8k") else None  # GSM8K has two
+            table = datasets.load_dataset(data, subset, split=split)
+        for place, row in enumerate(table, 1):
+            columns = next((pair for pair in SCHEMAS if set(pair) <= set(row)), (None, None))
+            question, answer = map(row.get, columns)
+            if not isinstance(question, str) or not isinstance(answer, str | None):
+                raise ValueError(f"row {place} has no texts as in one of {SCHEMAS}")
+            if not (answer or "").strip():
+                dropped += 1
+                continue
+            if row.get("input") and "instruction" in columns:
+                question += f"\n{row['input']}"
+            # GSM8K's <<48/2=24>> goes. Other text between << and >> may be code.
+            answer = re.sub(r"<<[-+*/().,%\d]+=[-+*/().,%\d]+>>", "", answer)
+            rows.append((question, answer))
+            if len(rows) == nb_samples:
+                break
+        if not rows:
+            raise ValueError("no row has an answer")
     if dropped:
         print(f"{data}: {dropped} rows without an answer are dropped")
     return rows
@@ -180,61 +172,42 @@ def read_file(path):
             return list(csv.DictReader(file))
         text = file.read()
     if text.lstrip().startswith("["):
-        rows = json.loads(text)
-    else:
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    return [dict(row) for row in rows]  # fails where a row is no JSON object
-
-
-def read_hub(data, split, local):
-    import datasets  # here, because importing it takes seconds
-    datasets.config.HF_HUB_OFFLINE = local
-    subset = "main" if data.endswith("gsm8k") else None  # GSM8K has two
-    return datasets.load_dataset(data, subset, split=split)
+        return json.loads(text)
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
 
 
 # --- the Hub ---
-
-def hub_answers(name, kind):
-    """Ask the Hub for a repository, once: transformers and datasets would retry for a minute."""
-    answers = []
-
-    def ask():
-        try:
-            HfApi().repo_info(name, repo_type=kind, timeout=5)
-        except (errors.RepositoryNotFoundError, errors.HFValidationError):
-            pass  # an answer too, which the download will put into words
-        except Exception:  # time-out, proxy, certificate, HF_HUB_OFFLINE
-            return
-        answers.append(True)
-
-    thread = threading.Thread(target=ask, daemon=True)  # a name look-up ignores the timeout
-    thread.start()
-    thread.join(8)
-    return bool(answers)
-
 
 @contextmanager
 def loading(flag, name, kind):
     """Yield whether only local files can be read. What fails inside becomes one line."""
     exists = Path(name).exists()
-    offline = not exists and not hub_answers(name, kind)
+    local = exists or not hub_answers(name, kind)
     try:
-        yield exists or offline
-    except Exception as error:  # OSError, ValueError, the libraries' own
+        yield local
+    except Exception as error:
         reason = first_line(error)
-        if offline:
-            reason = (f"the Hugging Face Hub cannot be reached ({reason}): use --model DIR and "
-                      "--data FILE, or train_math.py --demo")
         if not exists:
-            reason = f"no such file or folder; {reason}"
+            reason += "; no such file or folder"
+        if local and not exists:
+            reason += (", and the Hub cannot be reached: use --model DIR and --data FILE, "
+                       "or train_math.py --demo")
         raise ValueError(f"{flag} {name}: {reason}") from None
 
 
+def hub_answers(name, kind):
+    """Ask the Hub for a repository, once: transformers and datasets would retry for a minute."""
+    try:
+        with ThreadPool(1) as pool:  # only get() ends a name look-up that hangs
+            pool.apply_async(HfApi().repo_info, [name], {"repo_type": kind, "timeout": 5}).get(8)
+    except Exception as error:  # a proxy, a certificate, HF_HUB_OFFLINE
+        return isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError)
+    return True
+
+
 def first_line(error):
-    """An error's kind and the first line of its message, which may be empty."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    """An error's kind and the first line of its message."""
+    return f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
 
 
 # --- device, dtype, model ---
@@ -242,15 +215,13 @@ def first_line(error):
 def pick_device(name):
     """The device of --device. Under torchrun, "cuda" is this process's own GPU."""
     if name == "auto":
-        kinds = ("cuda", "mps", "cpu")
-        name = next(kind for kind in kinds if getattr(torch, kind).is_available())
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if WORLD > 1 and name.startswith("cuda"):  # "cuda" alone opens a context on GPU 0
-        name = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.empty(1, device=name)
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch's ways to say no
         raise ValueError(f"--device {name}: {first_line(error)}") from None
-    return torch.device(name)
 
 
 def join_processes(device):
@@ -274,44 +245,39 @@ def gather(value):
 
 def pick_dtype(name, device):
     """(dtype, the reason for it)."""
-    units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    unit = {"bfloat16": "avx512_bf16", "float16": "avx512_fp16"}.get(name)
-    if unit and device.type == "cpu" and not units.get(unit):
-        warnings.warn(f"--dtype {name} is slower than float32 on a CPU without {unit}")
+    slow = device.type == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16")
+    if slow and name.endswith("16"):
+        warnings.warn(f"--dtype {name} is slower than float32 on this CPU")
     if name != "auto":
         return getattr(torch, name), "as asked"
+    if slow or device.type == "mps":
+        return torch.float32, "half precision is slow or untested here"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
         return torch.float16, "this GPU has no bfloat16"
-    if device.type == "cuda" or units.get("avx512_bf16"):
-        return torch.bfloat16, "native here, and needs no loss scaling"
-    return torch.float32, "half precision is slow or untested here"
+    return torch.bfloat16, "native here"
 
 
 def peak_memory(device):
-    """Peak bytes of CUDA's allocator, elsewhere of the process; 0 on Windows."""
+    """Peak bytes of CUDA's allocator, elsewhere of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    import resource
+    import resource  # Unix only
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def load_model(name, dtype, device, nf4=False):
-    """(causal language model in eval mode, tokenizer). Raises ValueError."""
+    """(causal language model in eval mode, tokenizer)."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with loading("--model", name, "model") as local:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
-        # dtype= always: transformers 5 otherwise takes what the checkpoint was stored in
+        # dtype= always: transformers 5 otherwise takes the checkpoint's
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, local_files_only=local, output_loading_info=True)
-    if info["missing_keys"]:  # they would be random
-        raise ValueError(f"--model {name} is no causal language model: it lacks "
-                         f"{sorted(info['missing_keys'])[:3]}")
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"--model {name}: its tokenizer has no EOS, so answers would not end")
+        lacks = sorted(info["missing_keys"])[:3]  # they would be random
+        if lacks or tokenizer.eos_token_id is None:
+            raise ValueError(f"it lacks {lacks or 'an EOS token'}")
     if nf4:  # on the CPU: the device never holds the layers dense
         quantize_nf4(model)
         for parameter in model.parameters():  # views of the mapped file, which keep all of it
@@ -324,17 +290,14 @@ def check_ids(model, encoded, more=0):
     longest, largest = max(map(len, encoded)) + more, max(map(max, encoded))
     positions = getattr(model.config, "max_position_embeddings", None) or longest
     embeddings = len(model.get_input_embeddings().weight)
-    if longest > positions:
-        raise ValueError(f"rows of {longest} tokens, but the model has {positions} positions: "
-                         "lower --max-length, --max-new-tokens or --shots")
-    if largest >= embeddings:
-        raise ValueError(f"token id {largest}, but the model has {embeddings} embeddings: the "
-                         "tokenizer is not its own")
+    if longest > positions or largest >= embeddings:
+        raise ValueError(f"{longest} tokens, ids up to {largest}: the model has {embeddings} "
+                         f"embeddings and {positions} positions; lower --max-length, "
+                         "--max-new-tokens or --shots")
 
 
 # --- generation ---
 
-@torch.no_grad()
 def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
     """Greedy completions in the order of the prompts: [(text, cut off by max_new_tokens)]."""
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -342,8 +305,7 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
     own = model.generation_config
     eos = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     eos = sorted({tokenizer.eos_token_id, *eos} - {None})
-    # Not the checkpoint's own settings: they may ask for sampling. Nor its pad id, which may have
-    # no embedding: EOS serves, hidden by the mask.
+    # The checkpoint's own settings may ask for sampling, and its pad id may have no embedding.
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, eos_token_id=eos, pad_token_id=eos[0], return_dict_in_generate=True)
     # Like lengths share a batch, to save padding. The longest first: out-of-memory comes soon.
@@ -363,37 +325,32 @@ def complete_batch(model, tokenizer, prompts, eos, max_new_tokens):
     """Complete {i: token ids} as {i: (text, cut off)}.
 
     Every 16 tokens, rows that have ended leave the batch: kept, they would cost as much as the
-    longest. A model with a state (Mamba) keeps them: it has no rows to take out.
+    longest. A state (Mamba) has no rows that could leave.
     """
     piece = max_new_tokens if model._is_stateful else 16
-    # Padded on the left, by length: the ids cannot tell padding from an EOS.
+    # Padded by length: the ids cannot tell padding from an EOS.
     width = max(map(len, prompts.values()))
     ids = [[eos[0]] * (width - len(prompt)) + prompt for prompt in prompts.values()]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts.values()]
     ids, mask = torch.tensor([ids, mask], device=model.device)
-
-    def asks_next(so_far, scores, **_):
-        recent = tokenizer.batch_decode(so_far[:, width:][:, -9:])
-        return torch.tensor(["Question:" in text for text in recent], device=model.device)
-
-    rows, cache, completions = list(prompts), {}, {}
+    rows, cache, completions = list(prompts), None, {}
     while rows:
         length = min(ids.shape[1] + piece, width + max_new_tokens)
-        out = model.generate(ids, attention_mask=mask, max_length=length,
-                             stopping_criteria=[asks_next], **cache)
+        out = model.generate(ids, attention_mask=mask, max_length=length, past_key_values=cache)
         keep = []
         for place, new in enumerate(out.sequences[:, width:].tolist()):
-            text = tokenizer.decode(new, skip_special_tokens=True)
-            ended = "Question:" in text or any(token in eos for token in new)
+            text, asks, _ = tokenizer.decode(new, skip_special_tokens=True).partition("Question:")
+            ended = asks or any(token in eos for token in new)
             if ended or len(new) == max_new_tokens:
-                completions[rows[place]] = text, not ended
+                completions[rows[place]] = text + asks, not ended
             else:
                 keep.append(place)
-        mask = F.pad(mask, (0, out.sequences.shape[1] - ids.shape[1]), value=1)[keep]
-        ids, rows = out.sequences[keep], [rows[place] for place in keep]
+        rows = [rows[place] for place in keep]
+        ids = out.sequences[keep]
+        mask = torch.cat([mask[keep], mask.new_ones(len(keep), piece)], 1)
         if rows and out.past_key_values.get_seq_length():  # GPT-1 caches nothing
-            cache = {"past_key_values": out.past_key_values}
-            out.past_key_values.reorder_cache(torch.tensor(keep, device=model.device))
+            cache = out.past_key_values
+            cache.reorder_cache(torch.tensor(keep, device=model.device))
     return completions
 
 
@@ -422,31 +379,28 @@ def answer(model, tokenizer, rows, shots=0, batch_size=16, max_new_tokens=256):
     """One record per problem. The first `shots` rows are worked examples in every prompt."""
     examples = "".join(f"{format_prompt(q)} {a}\n\n" for q, a in rows[:shots])
     rows = rows[shots:]
-    if not rows:
-        raise ValueError(f"no problem is left after --shots {shots}")
-    prompts = [examples + format_prompt(question) for question, _ in rows]
     references = [extract_answer(solution, flexible=True) for _, solution in rows]
-    if None in references:
-        raise ValueError(f"problem {references.index(None) + 1} has no number in its answer")
+    if not rows or None in references:
+        raise ValueError("--data needs a problem after --shots, and a number in each answer")
+    prompts = [examples + format_prompt(question) for question, _ in rows]
     completions = complete(model, tokenizer, prompts, batch_size, max_new_tokens)
     records = []
     for (question, _), reference, (text, cut_off) in zip(rows, references, completions):
         strict, flexible = extract_answer(text), extract_answer(text, flexible=True)
         records.append(dict(
-            question=question, completion=text, reference=reference,
-            answer=strict, answer_flexible=flexible, correct=strict == reference,
+            question=question, completion=text, reference=reference, answer=strict,
+            answer_flexible=flexible, correct=strict == reference,
             correct_flexible=flexible == reference, truncated=cut_off))
     return records
 
 
 def summarise(records, base=None):
     """Counts, accuracies as fractions, 95% interval, and an exact p against the base's records."""
-    n = len(records)
-    correct = [record["correct"] for record in records]
+    n, correct = len(records), [record["correct"] for record in records]
     flexible = sum(record["correct_flexible"] for record in records)
     result = dict(
         n=n, correct=sum(correct), accuracy=sum(correct) / n,
-        ci95=list(wilson_interval(sum(correct), n)),
+        ci95=wilson_interval(sum(correct), n),
         correct_flexible=flexible, accuracy_flexible=flexible / n,
         no_answer=sum(record["answer"] is None for record in records),
         truncated=sum(record["truncated"] for record in records))
@@ -459,8 +413,8 @@ def describe(name, result):
     """A result in one line."""
     n, (low, high) = result["n"], result["ci95"]
     line = (f"{name}: {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {n}  "
-            f"flexible {result['accuracy_flexible']:.1%}  "
-            f"no answer {result['no_answer'] / n:.1%}  cut off {result['truncated'] / n:.1%}")
+            f"flexible {result['accuracy_flexible']:.1%}  no answer {result['no_answer'] / n:.1%}  "
+            f"cut off {result['truncated'] / n:.1%}")
     if "p_value" in result:
         line += f"  p {result['p_value']:.2g} against the base"
     return line
@@ -469,32 +423,30 @@ def describe(name, result):
 # --- a run of evaluations ---
 
 def checkpoints(run):
-    """The checkpoints of a training run, in the order of their steps: 999,999 before 1,000,000."""
+    """The checkpoints of a training run, sorted as numbers: 999,999 before 1,000,000."""
     steps = [path for path in Path(run).glob("step_*") if path.name[5:].isdigit()]
     return sorted(steps, key=lambda path: int(path.name[5:]))
 
 
 def plan(args):
-    """[(name, adapter folder)]: the base, then each adapter, a run folder as its checkpoints."""
+    """[(name, adapter folder)]: the base, then each adapter, of a run each checkpoint."""
     evaluations = [("base", None)]
     for folder in args.adapter:
         for path in checkpoints(folder) or [Path(folder)]:
             run, name = path.resolve().parts[-2:]
             evaluations.append((f"{run}-{name}" if name.startswith("step_") else name, str(path)))
     if args.save_merged:
-        if len(evaluations) != 2 or list(Path(args.save_merged).glob("*")):
-            raise ValueError("--save-merged takes exactly one adapter, and an empty or new folder")
-        name, folder = evaluations[1]
+        if len(evaluations) != 2 or any(Path(args.save_merged).glob("*")):
+            raise ValueError("--save-merged takes exactly one adapter, and an empty folder")
+        name, folder = evaluations[-1]
         evaluations.append((f"{name}-merged", folder))
-    if len(dict(evaluations)) < len(evaluations):
-        raise ValueError("--adapter: two results would have one name; rename a folder")
     return evaluations
 
 
 def main(args):
-    """Score the base, each adapter, and the merged model. Return [(name, result)]."""
-    # What can be refused is refused here, not after an hour of generation.
-    evaluations, paths = plan(args), {}
+    """Score the base, each adapter, and the merged model."""
+    # Refuse what can be refused here, not after an hour of generation.
+    evaluations = plan(args)
     torch.manual_seed(args.seed)
     device = join_processes(pick_device(args.device))
     dtype, reason = pick_dtype(args.dtype, device)
@@ -502,24 +454,27 @@ def main(args):
     settings = dict(
         model=args.model, data=args.data, dtype=str(dtype)[6:], nf4=args.nf4, shots=args.shots,
         max_new_tokens=args.max_new_tokens, n=len(rows) - args.shots)
+    runs = {}
     for name, folder in evaluations:
-        settings["adapter"] = folder
-        paths[name] = path = Path(args.out, f"{name}-{Path(args.data).stem}.json")
-        if path.exists() and not settings.items() <= json.loads(path.read_text()).items():
-            raise ValueError(f"{path} holds another evaluation: give another --out")
-    for folder in (args.out, args.save_merged or args.out):
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        path = Path(args.out, f"{name}-{Path(args.data).stem}.json")
+        result = settings | {"adapter": folder}
+        old = json.loads(path.read_text()) if path.exists() else result
+        if path in runs or not result.items() <= old.items():
+            raise ValueError(f"{path} is another evaluation's: rename a folder, or change --out")
+        runs[path] = name, result
+    os.makedirs(args.out, exist_ok=True)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
     for _, folder in evaluations[1:]:
         load_adapter(model, folder)
     strip_lora(model)
 
-    print(f"{args.model} on {device} in {dtype} ({reason}), {settings['n']} problems", flush=True)
-    scores, base = [], None
-    for name, folder in evaluations:
-        if folder:
-            load_adapter(model, folder)
-        if args.save_merged and len(scores) == 2:
+    print(f"{args.model} on {device} in {dtype} ({reason}): {settings['n']} problems, "
+          f"scores in {args.out}/", flush=True)
+    base = None
+    for path, (name, result) in runs.items():
+        if result["adapter"]:
+            load_adapter(model, result["adapter"])
+        if args.save_merged and path == [*runs][-1]:
             model = strip_lora(merge_lora(model))
             dequantize_nf4(model)  # with --nf4, the layers without an adapter
             if RANK == 0:
@@ -527,34 +482,27 @@ def main(args):
                 tokenizer.save_pretrained(args.save_merged)
         start = time.perf_counter()
         records = answer(model, tokenizer, rows, args.shots, args.batch_size, args.max_new_tokens)
-        result = {**settings, "adapter": folder, **summarise(records, base),
-                  "seconds": round(time.perf_counter() - start, 1)}
+        result |= summarise(records, base) | {"seconds": round(time.perf_counter() - start, 1)}
         base = base or records
-        scores.append((name, result))
         print(describe(name, result), flush=True)
         if RANK == 0:
-            with open(paths[name].with_suffix(".jsonl"), "w", encoding="utf8") as file:
-                for record in records:  # numbers as text: a float would round them
-                    print(json.dumps(record, default=str, ensure_ascii=False), file=file)
-            paths[name].write_text(json.dumps(result, indent=2) + "\n")
+            lines = [json.dumps(record, default=str) + "\n" for record in records]
+            path.with_suffix(".jsonl").write_text("".join(lines))
+            path.write_text(json.dumps(result, indent=2) + "\n")
     if RANK == 0:
-        plot(paths[name].with_suffix(".png"), scores)
-    print(f"scores and completions are in {args.out}/")
-    return scores
+        plot(path.with_suffix(".png"), runs.values())
 
 
-def plot(path, scores):
-    """Draw the accuracies with their intervals, the base first."""
+def plot(path, runs):
+    """Draw the accuracies with their intervals, the base lowest."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    axes = Figure(figsize=(len(scores) + 4, 4), layout="constrained").subplots()
-    for name, result in scores:
-        points = [100 * share for share in (*result["ci95"], result["accuracy"])]
-        axes.plot([name.replace("-step_", "\n")] * 3, points, "_-", color="C0")
-    axes.set(ylabel="accuracy, strict (%)", ylim=(0, None),
-             title=f"{path.stem}, n = {result['n']}, 95% intervals")
+    axes = Figure(figsize=(8, len(runs) / 2 + 1), layout="constrained").subplots()
+    for name, result in runs:
+        axes.plot([*result["ci95"], result["accuracy"]], [name] * 3, "|-", color="C0")
+    axes.set_title(f"{path.stem}: strict accuracy of {result['n']}, 95% intervals")
     axes.figure.savefig(path, dpi=120)
 
 
@@ -570,15 +518,13 @@ def run_script(name, main, parse_args):
         return
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk, on saving
+    except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk
         message = " ".join(str(error).split()) or first_line(error)
     except RuntimeError as error:
-        words = re.search("out of memory|can't allocate memory|ALLOC_FAILED", str(error))
-        if not words and not isinstance(error, torch.OutOfMemoryError):
+        if not re.search("out of memory|OutOfMemory|allocate memory|ALLOC_FAILED", repr(error)):
             raise
-        message = (f"out of memory ({first_line(error)}): try a smaller --batch-size, --nf4, a "
-                   "half-precision --dtype; in training also --checkpoint-activations, a smaller "
-                   "--max-length, fewer --targets")
+        message = (f"out of memory ({first_line(error)}): try --nf4, --dtype float16, a smaller "
+                   "--batch-size; in training --checkpoint-activations, a smaller --max-length")
     print(f"{name}{f' (rank {RANK})' * (WORLD > 1)}: {message}", file=sys.stderr)
     sys.exit(2)
 

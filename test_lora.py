@@ -20,10 +20,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
-from decimal import Decimal
 from fractions import Fraction
 from multiprocessing.pool import ApplyResult
 from pathlib import Path
@@ -41,7 +39,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -1022,13 +1020,6 @@ def test_quantising_leaves_what_it_must():
 
 # --- eval_gsm8k.py: helpers ---
 
-def test_prompts(tiny, count=16):
-    return [format_prompt(q) for q, _ in read_rows(str(tiny / "test.jsonl"), "test", count)]
-
-
-test_prompts.__test__ = False
-
-
 def lively(model, std=0.5):
     """Larger weights: an untrained model then does not repeat one word."""
     torch.manual_seed(0)
@@ -1038,14 +1029,6 @@ def lively(model, std=0.5):
     return model
 
 
-def save_random_adapter(tiny, folder):
-    model, config = load(tiny)[0], LoRAConfig(r=4)
-    inject_lora(model, config)
-    for _, layer in lora_layers(model):
-        torch.nn.init.normal_(layer.lora_B)
-    save_adapter(model, config, folder)
-
-
 def evaluation(tiny, *flags):
     common = ["--model", tiny / "base", "--data", tiny / "test.jsonl", "--max-new-tokens", "8",
               "--dtype", "float32", "--device", "cpu"]
@@ -1053,7 +1036,7 @@ def evaluation(tiny, *flags):
 
 
 def evaluate(tiny, *flags):
-    return eval_gsm8k.main(eval_gsm8k.parse_args(evaluation(tiny, *flags)))
+    eval_gsm8k.main(eval_gsm8k.parse_args(evaluation(tiny, *flags)))
 
 
 def records_of(name):
@@ -1063,29 +1046,25 @@ def records_of(name):
 # --- eval_gsm8k.py: prompt and answer ---
 
 @cases("text, answers", [
-    ("#### 1,234", "1234"), ("The answer is: $29.00.", "29"), ("#### $-5", "-5"),
-    ("#### -$5", "-5"), ("#### .5", "0.5"), ("#### \u22125", "-5"), ("#### 1/2", "0.5"),
-    (r"The answer is: \boxed{18}", "18"), (r"The answer is -\frac{3}{4}", "-0.75"),
-    ("So the answer is 3. The answer is 4.", "4"), ("The answer is 1,2 and 3", "1"),
+    ("#### 1,234", "1234"), ("The answer is: $29.00.", "29"), ("#### -$5", "-5"),
+    ("#### .5", "1/2"), ("#### \u22125", "-5"), ("#### 3/1.5", "2"), ("#### 1/0.0", "1"),
+    (r"The answer is: \boxed{18}", "18"), (r"The answer is -\frac{3}{4}", "-3/4"),
+    ("So the answer is 3. The answer is 4.", "4"), ("The answer is:\n1,2 and 3", "1"),
     ("#### 7\nThe answer is: 8\n\nQuestion: next\nAnswer: The answer is 9", "8"),
-    ("#### none\n#### 5", "5"), ("#### 1/0", "-"), ("Question: #### 5", "-"),
-    ("\u0130\u0130 x. The answer is 12", "12"), ("The answer is:\n18", "18"),
-    ("#### 10\n#### 11", "10 11"), ("#### none\n5", "- 5"), ("#### 7 or 8", "7"),
-    ("She has 5, then 6 apples.", "- 6"), ("10-5=5 and 20-30", "- 30"), ("it is -3.", "- -3"),
-    ("The answer is unknown, 4", "4")])
+    ("#### none\n#### 5,0123", "5 5"), ("#### 10\n#### 11", "10 11"), ("#### none\n5", "- 5"),
+    ("10-5=5 and 20-30", "- 30"), ("it is -3.", "- -3"), ("Question: #### 5", "-")])
 def test_strict_answers_need_a_marker_and_flexible_ones_do_not(text, answers):
     """A number behind a marker must win. Flexible, the last one counts where there is none."""
-    wanted = [None if word == "-" else Decimal(word) for word in answers.split() * 2]
+    wanted = [None if word == "-" else Fraction(word) for word in answers.split() * 2]
     assert [extract_answer(text), extract_answer(text, flexible=True)] == wanted[:2]
 
 
 def test_numbers_of_any_length_compare_exactly():
-    """No digit may be rounded away, in front of the point or behind it, nor in a quotient."""
+    """No digit may be rounded away, before or behind the point; thousands must be written too."""
     long = "9" * 40
     assert extract_answer(f"#### {long}") == int(long) != extract_answer(f"#### {long[:-1]}8")
     assert extract_answer(f"#### -0.{long}") != extract_answer(f"#### -0.{long}1")
-    assert extract_answer(f"#### {long}1/7") == Fraction(int(long + "1"), 7)
-    assert extract_answer("#### 1/" + "7" * 5000) < 1
+    assert str(extract_answer("#### 1/" + "7" * 5000)) == "1/" + "7" * 5000
 
 
 def harness(text, flexible):
@@ -1101,9 +1080,9 @@ def harness(text, flexible):
 def test_scores_equal_lm_evaluation_harness():
     """On completions that end in "#### n" both modes must score as the two published filters."""
     endings = ["18", "-5", "1,080", "0.5", "12,345,678.25", "7", "18."]
-    for steps in ("", "He pays $1,250.50 for 3-4 of 12. ", "48/2 = 24 clips, 50%. ",
-                  "x = -3; y = .5 ", "First #### 7\nno, ", "#### none so far, -8 ",
-                  "It is 10-5=5... ", "Now 1/2 of 18 is 9.\n", "\u00bd and 3\u00b2, $5 each; "):
+    for steps in ("", "He pays $1,250.50 for 3-4 of 12. ", "48/2 = 24 clips, 50%. x = -3; y = .5 ",
+                  "First #### 7\nno, ", "#### none so far, -8 ", "10-5=5... 1/2 of 18 is 9.\n",
+                  "\u00bd and 3\u00b2, $5 each; "):
         for ending, other, mode in itertools.product(endings, endings, (False, True)):
             text, reference = f"{steps}so\n#### {ending}", f"#### {other}"
             same = extract_answer(text, mode) == extract_answer(reference)
@@ -1116,7 +1095,6 @@ def test_prompt_has_bos_once_and_never_eos():
         return SimpleNamespace(input_ids=[1, *map(ord, text), 2])
     tokenizer.eos_token_id = 2
     assert encode_prompt(tokenizer, "ab") == [1, 97, 98]
-    assert format_prompt("1 + 1?") == "Question: 1 + 1?\nAnswer:"
 
 
 # --- eval_gsm8k.py: data ---
@@ -1125,8 +1103,7 @@ def test_rows_of_all_schemas_and_kinds_of_file(workdir):
     """MetaMathQA, GSM8K and Alpaca rows must come out as question and answer, text as text."""
     for row, wanted in (({"query": "2024-01-01", "response": "r"}, ("2024-01-01", "r")),
                         ({"question": "q", "answer": "r\u2028s"}, ("q", "r\u2028s")),
-                        ({"instruction": "do", "input": "it", "output": "so"}, ("do\nit", "so")),
-                        ({"instruction": "do", "input": "", "output": "so"}, ("do", "so"))):
+                        ({"instruction": "do", "input": "it", "output": "so"}, ("do\nit", "so"))):
         Path("x.jsonl").write_text((json.dumps(row, ensure_ascii=False) + "\r\n") * 3)
         Path("x.json").write_text(json.dumps([row, row]))
         assert read_rows("x.jsonl", "train", 2) == read_rows("x.json", "train") == [wanted] * 2
@@ -1139,52 +1116,45 @@ def test_rows_of_all_schemas_and_kinds_of_file(workdir):
 
 def test_empty_answers_are_dropped_and_only_calculator_marks_removed(workdir, capsys):
     """Alpaca has 28 empty outputs. <<48/2=24>> must go, code between << and >> must stay."""
-    code = 'std::cout << "a"; std::cin >> b; x <<= 1; y = 1 << 2 >> 3'
-    answers = ["48/2 = <<48/2=24>>24, .5*(3-1)=<<.5*(3-1)=1>>1", " ", None, code]
+    code = 'std::cout << "a"; std::cin >> b; y = 1 << 2 >> 3'
+    answers = [".5*48=<<.5*48=24>>24", " ", None, code]
     Path("x.json").write_text(json.dumps([{"question": "q", "answer": a} for a in answers]))
-    assert [a for _, a in read_rows("x.json", "t")] == ["48/2 = 24, .5*(3-1)=1", code]
+    assert [a for _, a in read_rows("x.json", "t")] == [".5*48=24", code]
     assert "x.json: 2 rows without an answer" in capsys.readouterr().out
 
 
 @cases("name, text, message", [
-    ("x.csv", "query,response\n", "is empty"), ("x.json", "{broken\n", "JSONDecodeError"),
-    ("x.json", "null", "TypeError"), ("x.parquet", "PAR1", "Arrow"), ("x.json", "", "is empty"),
-    ("x.json", '{"text": "a", "tag": 1}', "row 1: expected texts"),
-    ("x.json", '{"query": "q", "response": "a"}\n{"query": 1, "response": "b"}', "row 2")])
+    ("x.csv", "query,response\n", "no row"), ("x.json", "{broken\n", "JSONDecodeError"),
+    ("x.json", "3", "TypeError"), ("x.parquet", "PAR1", "Arrow"),
+    ("x.json", '[{"query": "q", "response": "a"}, {"query": 1, "response": "b"}]', "row 2")])
 def test_bad_data_is_one_clear_error(name, text, message, workdir):
     """Every way that a data file can be wrong must be one line that names it."""
     Path(name).write_text(text)
-    refused(f"--data {name}.*{message}", read_rows, name, "train")
+    refused(f"--data {name}: .*{message}", read_rows, name, "train")
 
 
 # --- eval_gsm8k.py: the Hub ---
 
-def failing(error):
-    def repo_info(*_, **__):
-        raise error.__new__(error)
-    return repo_info
-
-
-@cases("repo_info, words", [
-    (HfApi(endpoint="http://127.0.0.1:9").repo_info, "reached.*local: True.*DIR and.*FILE.*--demo"),
-    (lambda *_, **__: time.sleep(60), "cannot be reached"),
-    (failing(RepositoryNotFoundError), "local: False"), (failing(GatedRepoError), "local: False")])
-def test_a_hub_that_says_no_is_told_from_one_that_is_silent(repo_info, words, tiny, monkeypatch):
+@cases("failure, words", [
+    (OSError, "local: True.*cannot be reached.*DIR and.*FILE.*--demo"),
+    ("hangs", "cannot be reached"), (RepositoryNotFoundError, "local: False")])
+def test_a_hub_that_says_no_is_told_from_one_that_is_silent(failure, words, tiny, monkeypatch):
     """Silent, also where a name look-up hangs: the cache, then one line with the ways out."""
+    def repo_info(*_, **__):
+        asked.append(failure)
+        if failure == "hangs":
+            time.sleep(20)
+        raise failure.__new__(failure)
+
     def load_somewhere(name, local_files_only):
         raise OSError(f"local: {local_files_only}")
-    asked = []
-    monkeypatch.setattr(eval_gsm8k, "HfApi", lambda: asked.append("for what is here"))
+    asked, get, begin = [], ApplyResult.get, time.monotonic()
+    monkeypatch.setattr(HfApi, "repo_info", repo_info)
     assert load(tiny) and read_rows(str(tiny / "test.jsonl"), "test") and not asked
-    monkeypatch.setattr(eval_gsm8k, "HfApi", lambda: SimpleNamespace(repo_info=repo_info))
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load_somewhere)
-    join = threading.Thread.join
-    monkeypatch.setattr(threading.Thread, "join", lambda thread, wait: join(thread, wait / 20))
-    begin = time.monotonic()
-    refused(f"--model a/b: no such file or folder; .*{words}", load_model, "a/b", None, CPU)
-    if "reached" in words:
-        refused("--data a/b: no such file or folder; .*reached", read_rows, "a/b", "test")
-    assert time.monotonic() - begin < 20
+    monkeypatch.setattr(ApplyResult, "get", lambda self, timeout: get(self, timeout / 20))
+    refused(f"--model a/b: .*{words}", load_model, "a/b", None, CPU)
+    assert asked == [failure] and time.monotonic() - begin < 15
 
 
 # --- eval_gsm8k.py: device, dtype, model ---
@@ -1193,11 +1163,12 @@ def test_a_process_of_torchrun_touches_its_own_gpu_alone(monkeypatch):
     """Touching "cuda" first would open a context on GPU 0 in every process."""
     touched = []
     monkeypatch.setattr(eval_gsm8k, "WORLD", 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch, "empty", lambda *_, device: touched.append(str(device)))
-    devices = [eval_gsm8k.pick_device(name) for name in ("auto", "cuda")]
-    assert devices == [torch.device("cuda", 1)] * 2 and touched == ["cuda:1"] * 2
+    monkeypatch.setattr(torch, "empty", lambda _, device: touched.append(device) or IDS)
+    for name in ("auto", "cuda"):
+        eval_gsm8k.pick_device(name)
+    assert touched == ["cuda:1"] * 2
 
 
 def test_half_precision_without_units_is_the_user_s_choice(monkeypatch):
@@ -1214,15 +1185,14 @@ def test_models_are_loaded_as_asked_or_refused(tiny, workdir):
     model, tokenizer = load(tiny)
     model.bfloat16().save_pretrained("half")
     model.save_pretrained("partial", state_dict={"lm_head.weight": model.lm_head.weight})
-    for folder in ("half", "partial"):
-        tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained("partial")
+    tokenizer.save_pretrained("half")
     for dtype in DTYPES:
         assert load_model("half", dtype, CPU)[0].dtype == dtype
-    for name in (".", "./none", "partial"):
-        refused(f"--model {name}", load_model, name, torch.float32, CPU)
     tokenizer.eos_token = None
     tokenizer.save_pretrained("half")
-    refused("--model half: its tokenizer has no EOS", load_model, "half", torch.float32, CPU)
+    for name, words in (("./none", ""), ("partial", "model.embed"), ("half", "EOS")):
+        refused(f"--model {name}: .*{words}", load_model, name, torch.float32, CPU)
     for device in ("cuda:7", "gpu"):
         refused(f"--device {device}", eval_gsm8k.pick_device, device)
 
@@ -1252,16 +1222,16 @@ def test_a_batch_says_what_each_row_says_alone_and_rows_that_have_ended_leave_it
     """Padding, and the checkpoint's own settings (kept for --save-merged), must change no token."""
     model, tokenizer = load(tiny)
     lively(model)
-    prompts = test_prompts(tiny, 8)
+    prompts = [format_prompt(q) for q, _ in read_rows(str(tiny / "test.jsonl"), "test", 8)]
     assert len({len(encode_prompt(tokenizer, prompt)) for prompt in prompts}) > 1
     alone = [generate_alone(model, tokenizer, prompt, 40) for prompt in prompts]
     early = {token for said in alone for token in said[:6]}
     late = sorted({token for said in alone for token in said} - early)
-    eos, asks = [tokenizer.eos_token_id, *late[::5]], late[1::5]
+    eos, asks = [tokenizer.eos_token_id, *late[:1]], late[1::5]
 
     def say(ids, **_):
         return " ".join("Question:" if i in asks else str(i) for i in ids if i != eos[0])
-    tokenizer.decode, tokenizer.batch_decode = say, lambda rows: map(say, rows.tolist())
+    tokenizer.decode = say
     own = dict(eos_token_id=eos, do_sample=True, temperature=3.0, no_repeat_ngram_size=1,
                min_new_tokens=40, num_beams=3, pad_token_id=10**6)  # a pad without an embedding
     vars(model.generation_config).update(own)
@@ -1269,7 +1239,6 @@ def test_a_batch_says_what_each_row_says_alone_and_rows_that_have_ended_leave_it
     for said in alone:
         ends = [place for place, token in enumerate(said, 1) if token in eos + asks]
         wanted.append((say(said[:ends[0]] if ends else said), not ends))
-    assert [complete(model, tokenizer, [prompt], 1, 40)[0] for prompt in prompts] == wanted
     widths = []
     model.register_forward_pre_hook(
         lambda _, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True)
@@ -1287,9 +1256,9 @@ def test_models_without_a_cache_or_with_a_state_beside_it_answer_too(tiny, confi
     config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, 0
     model = lively(AutoModelForCausalLM.from_config(config).eval(), 0.3)
     prompts = ["Question: 1 +", "Question: 2 +"]  # of one length: GPT-1 counts padding as positions
-    for prompt, (text, _) in zip(prompts, complete(model, tokenizer, prompts, 2, 40)):
-        alone = generate_alone(model, tokenizer, prompt, 40)
-        assert text == tokenizer.decode(alone, skip_special_tokens=True)
+    alone = [generate_alone(model, tokenizer, prompt, 40) for prompt in prompts]
+    texts = [text for text, _ in complete(model, tokenizer, prompts, 2, 40)]
+    assert texts == tokenizer.batch_decode(alone, skip_special_tokens=True)
 
 
 def test_rows_beyond_the_model_s_positions_are_refused(tiny):
@@ -1297,7 +1266,7 @@ def test_rows_beyond_the_model_s_positions_are_refused(tiny):
     model, tokenizer = load(tiny)
     model.config.max_position_embeddings = 40
     refused("40 positions.*--max-new-tokens", complete, model, tokenizer, ["a"], 1, 40)
-    refused("token id 1000000", eval_gsm8k.check_ids, model, [[10**6]])
+    refused("ids up to 1000000", eval_gsm8k.check_ids, model, [[10**6]])
 
 
 # --- eval_gsm8k.py: scores, and a run of evaluations ---
@@ -1314,33 +1283,32 @@ def test_intervals_and_exact_test_give_published_values():
 def test_shots_stand_in_the_prompt_and_are_not_scored(monkeypatch):
     """Every record must say what was asked, and counts must follow from the records."""
     monkeypatch.setattr(eval_gsm8k, "complete", lambda *args: [(args[2][0], True), ("or 5", False)])
-    rows = [("a?", "#### 1"), ("b?", "#### 1"), ("c?", "#### 5")]
-    records = eval_gsm8k.answer(None, None, rows, shots=1)
+    records = eval_gsm8k.answer(None, None, [("a?", "#### 1"), ("b?", "2"), ("c?", "#### 5")], 1)
     assert records[0]["completion"] == "Question: a?\nAnswer: #### 1\n\nQuestion: b?\nAnswer:"
     counts = {"n": 2, "correct": 0, "correct_flexible": 1, "no_answer": 2, "truncated": 1,
               "accuracy_flexible": 0.5, "p_value": 1}
     assert counts.items() <= eval_gsm8k.summarise(records, records).items()
 
 
-def test_evaluation_writes_scores_for_base_and_every_checkpoint(tiny, workdir):
+def test_evaluation_writes_scores_for_base_and_every_checkpoint(tiny, workdir, capsys):
     """A run folder stands for its checkpoints, by number. What it says must be in the files."""
     for step in ("step_999000", "step_1000000"):
-        save_random_adapter(tiny, f"checkpoints/run/{step}")
-    scores = evaluate(tiny, "--adapter", "checkpoints/run")
-    assert [name for name, _ in scores] == ["base", "run-step_999000", "run-step_1000000"]
-    for name, result in scores:
-        assert json.loads(Path(f"eval_results/{name}-test.json").read_text()) == result
+        saved(Path("checkpoints/run", step), lambda: load(tiny)[0])
+    evaluate(tiny, "--adapter", "checkpoints/run")
+    names = ["base", "run-step_999000", "run-step_1000000"]
+    assert re.findall("(?m)^(.*): .* of 16", capsys.readouterr().out) == names
+    for name in names:
+        result = json.loads(Path(f"eval_results/{name}-test.json").read_text())
         assert ("p_value" in result) == (result["adapter"] is not None) == (name != "base")
         assert result["n"] == len(records_of(name)) == 16
-    assert {"model", "data", "correct", "accuracy", "ci95", "correct_flexible", "no_answer",
-            "accuracy_flexible", "truncated", "seconds"} < set(result)
+    assert {"model", "data", "accuracy", "ci95", "correct_flexible", "seconds"} < set(result)
     assert records_of("base")[0]["reference"].isdigit() and list(Path("eval_results").glob("*.png"))
 
 
 @cases("flags", [[], ["--nf4"]])
 def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny, workdir):
     """transformers must load it, with the logits of base and adapter."""
-    save_random_adapter(tiny, "adapter")
+    saved(Path("adapter"), lambda: load(tiny)[0], r=4)
     evaluate(tiny, "--adapter", "adapter", "--save-merged", "merged", *flags)
     assert records_of("adapter") == records_of("adapter-merged") != records_of("base")
     model, ids = load_model(str(tiny / "base"), torch.float32, CPU, bool(flags))[0], IDS % 40
@@ -1350,11 +1318,10 @@ def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny, workdi
 
 
 @cases("flags, message", [
-    ("--nb-samples 4", "base-test.json holds another.*give another --out"),
-    ("--nb-samples 3 --shots 1", "holds another"), ("--adapter a a", "one name"),
-    ("--save-merged merged", "exactly one adapter"), ("--data x.json", "has no number"),
-    ("--adapter a --save-merged eval_results", "empty"), ("--shots 16 --out b", "no problem"),
-    ("--adapter nowhere --out b", "nowhere is no adapter")])
+    ("--nb-samples 4", "base-test.json is another"), ("--adapter a a --out b", "a-test"),
+    ("--adapter nowhere --out b", "is no adapter"), ("--save-merged merged", "exactly one adapter"),
+    ("--adapter a --save-merged eval_results", "empty"), ("--data x.json", "a number"),
+    ("--shots 16 --out b", "a problem")])
 def test_bad_runs_and_another_evaluation_in_place_of_one_are_refused(flags, message, tiny, workdir,
                                                                      monkeypatch):
     """It must come before an hour of generation. The same evaluation may be done again."""
@@ -1365,26 +1332,13 @@ def test_bad_runs_and_another_evaluation_in_place_of_one_are_refused(flags, mess
     refused(message, evaluate, tiny, *flags.split())
 
 
-def test_processes_share_the_batches(tiny, monkeypatch):
-    """Each must complete some of the prompts, and all together every prompt once."""
-    (model, tokenizer), shares = load(tiny), []
-    monkeypatch.setattr(eval_gsm8k, "WORLD", 2)
-    monkeypatch.setattr(eval_gsm8k, "gather", lambda mine: shares.append([*mine]) or [{0: 0, 1: 0}])
-    for rank in (0, 1):
-        monkeypatch.setattr(eval_gsm8k, "RANK", rank)
-        complete(model, tokenizer, test_prompts(tiny, 2), 1, 2)
-    assert sorted(shares) == [[0], [1]]
-
-
 def test_two_processes_score_like_one(tiny, workdir):
     """JSON and completions must be those of one process, but for the seconds."""
-    save_random_adapter(tiny, "adapter")
+    saved(Path("adapter"), lambda: load(tiny)[0], r=4)
     flags = ["--adapter", "adapter", "--batch-size", "3", "--out"]
     evaluate(tiny, *flags, "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               "2", "--", str(HERE / "eval_gsm8k.py"), *evaluation(tiny, *flags, "two")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.count("scores and completions are in") == 1, done.stderr
+    done = torchrun(HERE / "eval_gsm8k.py", evaluation(tiny, *flags, "two"))
+    assert done.stdout.count("16 problems, scores in two/") == 1, done.stderr
     one, two = ({path.name: re.sub('"seconds": .*', "", path.read_text())
                  for path in Path(out).glob("*.json*")} for out in ("one", "two"))
     assert one == two and len(one) == 4
@@ -1392,8 +1346,7 @@ def test_two_processes_score_like_one(tiny, workdir):
 
 # --- eval_gsm8k.py: the edge ---
 
-@cases("flags, culprit", [
-    (["--batch-size", "0"], "--batch-size"), (["--seed", "two"], "--seed"), (["--r", "4"], "--r")])
+@cases("flags, culprit", [(["--batch-size", "0"], "--batch-size"), (["--r", "4"], "--r")])
 def test_bad_flags_are_one_line_and_exit_code_2(flags, culprit, capsys):
     """argparse must name the flag, without a usage block. NaN and infinity are never in range."""
     with pytest.raises(SystemExit) as stopped:
@@ -1405,7 +1358,7 @@ def test_bad_flags_are_one_line_and_exit_code_2(flags, culprit, capsys):
 
 
 @cases("error, code, line", [
-    (ValueError("two\nlines"), 2, "x.py: two lines\n"), (ValueError(), 2, "x.py: ValueError: no"),
+    (ValueError("two\nlines"), 2, "x.py: two lines\n"), (ValueError(), 2, "x.py: ValueError"),
     (RuntimeError("MPS: out of memory"), 2, "--nf4"), (torch.OutOfMemoryError(), 2, "--nf4"),
     (KeyboardInterrupt(), 130, "")])
 def test_errors_end_in_one_line(error, code, line, capsys):
