@@ -217,7 +217,7 @@ def pick_device(name):
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if WORLD > 1 and name.startswith("cuda"):  # "cuda" alone opens a context on GPU 0
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch's ways to say no
@@ -258,10 +258,12 @@ def pick_dtype(name, device):
 
 
 def peak_memory(device):
-    """Peak bytes of CUDA's allocator, elsewhere of the process."""
+    """Peak bytes of CUDA's allocator, elsewhere of the process; 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # Unix only
+    if sys.platform == "win32":
+        return 0
+    import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -328,7 +330,7 @@ def complete_batch(model, tokenizer, prompts, eos, max_new_tokens):
     longest. A state (Mamba) has no rows that could leave.
     """
     piece = max_new_tokens if model._is_stateful else 16
-    # Padded by length: the ids cannot tell padding from an EOS.
+    # Padded by length: ids cannot tell padding from an EOS.
     width = max(map(len, prompts.values()))
     ids = [[eos[0]] * (width - len(prompt)) + prompt for prompt in prompts.values()]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts.values()]
@@ -395,7 +397,7 @@ def answer(model, tokenizer, rows, shots=0, batch_size=16, max_new_tokens=256):
 
 
 def summarise(records, base=None):
-    """Counts, accuracies as fractions, 95% interval, and an exact p against the base's records."""
+    """Counts, accuracies, 95% interval, and an exact p against the base's records."""
     n, correct = len(records), [record["correct"] for record in records]
     flexible = sum(record["correct_flexible"] for record in records)
     result = dict(
@@ -445,7 +447,7 @@ def plan(args):
 
 def main(args):
     """Score the base, each adapter, and the merged model."""
-    # Refuse what can be refused here, not after an hour of generation.
+    # Refuse here what can be refused, not after an hour.
     evaluations = plan(args)
     torch.manual_seed(args.seed)
     device = join_processes(pick_device(args.device))
