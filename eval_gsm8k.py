@@ -301,7 +301,7 @@ def check_ids(model, encoded, more=0):
 # --- generation ---
 
 def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
-    """Greedy completions in the order of the prompts: [(text, cut off by max_new_tokens)]."""
+    """Greedy completions, in the order of the prompts: [(text, cut off)]."""
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     check_ids(model, encoded, max_new_tokens)
     own = model.generation_config
