@@ -136,7 +136,7 @@ def read_rows(data, split, nb_samples=None):
         if Path(data).exists():
             table = read_file(Path(data))
         else:
-            import datasets  # here, because importing it takes seconds
+            import datasets  # here: importing it takes seconds
             datasets.config.HF_HUB_OFFLINE = local
             subset = "main" if data.endswith("gsm8k") else None  # GSM8K has two
             table = datasets.load_dataset(data, subset, split=split)
