@@ -9,10 +9,10 @@
 One experiment is one folder, --out: sst2.jsonl has a line per finished run, which is not repeated;
 sst2.png the curves; r8-s0/ adapter and head of r=8 and seed 0, as PEFT saves them.
 
-Weights are fp32 under autocast: full fine-tuning trains them, and bf16 would round small steps away.
-SST-2 validation has 872 rows: at 93% one run's 95% interval is +/- 1.7 points. All ranks and targets
-share one alpha and lr, and the update is scaled by alpha / r: neither the rank (Sec. 7.2) nor the
-weights (Sec. 7.1) are compared alone.
+Weights are fp32 under autocast: full fine-tuning, the baseline, trains them all. SST-2 validation
+has 872 rows: at 93% one run's 95% interval is +/- 1.7 points. All ranks and targets share one alpha
+and lr, and the update is scaled by alpha / r: neither rank (Sec. 7.2) nor targets (Sec. 7.1) are
+compared alone.
 """
 import argparse
 import csv
@@ -30,8 +30,8 @@ from functools import cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-# Huge pages for tensors on a Linux CPU: without them training takes up to twice the memory, in gaps
-# that tensors of changing length leave. torch reads this once.
+# Huge pages on a Linux CPU: without them tensors of changing length leave gaps, and training takes
+# up to twice the memory. torch reads this once.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import pandas  # comes with datasets
@@ -67,17 +67,17 @@ def at_least(low, kind=int):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        prog="train_sst2.py", description=__doc__, usage=argparse.SUPPRESS,  # errors in one line
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS)  # errors in one line
     add, rate, count = parser.add_argument, at_least(1e-12, float), at_least(1)
-    add("--model", help="Hub id or folder (default: roberta-base, or what --adapter names)")
+    add("--model", help="Hub id or folder (default: roberta-base, or the adapter's)")
     add("--data", default="nyu-mll/glue", help="Hub id, or folder of train and validation files")
     add("--targets", nargs="+", help="layers to adapt (default: query and value)")
     add("--head", nargs="+", help="modules trained in full (default: the classifier)")
-    add("--adapter", metavar="DIR", help="score this saved adapter and stop")
-    add("--compare", nargs=2, metavar="DIR", help="Sec. 7.2 and 7.3 on two adapters of one base")
-    add("--ranks", nargs="*", type=count, default=[8], help="a LoRA run each")
-    add("--seeds", nargs="+", type=at_least(0), default=[0], help="a run each")
+    add("--adapter", metavar="DIR", help="score a saved adapter")
+    add("--compare", nargs=2, metavar="DIR", help="Sec. 7.2 and 7.3 on two adapters")
+    add("--ranks", nargs="*", type=count, default=[8])
+    add("--seeds", nargs="+", type=at_least(0), default=[0])
     add("--alpha", type=rate, default=16.0, help="released script: 16; Table 9: 8")
     add("--dropout", type=at_least(0, float), default=0.05, help="on the adapter's input")
     add("--lr", type=rate, default=5e-4, help="peak, of LoRA runs (Table 9: 5e-4)")
@@ -85,17 +85,17 @@ def parse_args(argv=None):
     add("--full-lr", type=rate, default=5e-5, help="peak, of full fine-tuning")
     add("--epochs", type=count, default=3)
     add("--batch-size", type=count, default=32, help="sentences per micro-batch")
-    add("--grad-accum", type=count, default=1, help="micro-batches per optimizer step")
+    add("--grad-accum", type=count, default=1, help="micro-batches per step")
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
-    add("--max-length", type=at_least(3), default=128, help="tokens; longer sentences are cut")
+    add("--max-length", type=at_least(3), default=128, help="tokens; the rest is cut")
     add("--nb-samples", type=count, help="train on N sentences drawn with seed 0")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--out", default="runs/sst2", help="folder of the experiment")
-    add("--demo", action="store_true", help="all of it, in demo-sst2; heeds the first of --seeds")
+    add("--demo", action="store_true", help="in demo-sst2; heeds the first of --seeds")
     args = parser.parse_args(argv)
     if not args.ranks and not args.full_finetune:
-        parser.error("--ranks names no rank: give at least one, or --full-finetune")
+        parser.error("--ranks: give a rank, or --full-finetune")
     return args
 
 
@@ -119,13 +119,8 @@ def hub_problem(name, kind):
 
 @contextmanager
 def loading(flag, name, kind=None):
-    """Turn a failure inside into one line. Yield whether to do without the Hub.
-
-    The Hub is asked for names of a kind, model or dataset, that are no folder.
-    """
-    problem = None
-    if kind and not Path(name).is_dir():
-        problem = hub_problem(name, kind)
+    """Turn a failure into one line. Yield whether the Hub cannot serve a name that is no folder."""
+    problem = hub_problem(name, kind) if kind and not Path(name).is_dir() else None
     try:
         yield problem is not None
     except Exception as error:
@@ -138,7 +133,8 @@ def pretrained(kind, name, **options):
         return kind.from_pretrained(name, local_files_only=offline, **options)
 
 
-def read_folder(folder, split):
+def read_sentences(data, split):
+    """Return [(sentence, 0 or 1)] of a split. Raise ValueError for what cannot be read."""
     text = partial(pandas.read_csv, dtype=str, keep_default_na=False)  # null, NA are sentences
     readers = {
         ".jsonl": partial(pandas.read_json, dtype=False, lines=True),
@@ -146,18 +142,12 @@ def read_folder(folder, split):
         ".csv": text,
         # GLUE's own files quote nothing: a row may begin with a lone quotation mark.
         ".tsv": partial(text, sep="\t", quoting=csv.QUOTE_NONE)}
-    for suffix, read in readers.items():
-        path = Path(folder, split + suffix)
-        if path.exists():
-            return read(path)
-    raise ValueError(f"has no {split} file: {', '.join(readers)}")
-
-
-def read_sentences(data, split):
-    """Return [(sentence, 0 or 1)] of a split. Raise ValueError for what cannot be read."""
     with loading("--data", data, "dataset") as offline:
         if Path(data).is_dir():
-            table = read_folder(data, split)
+            paths = [path for path in Path(data).glob(f"{split}.*") if path.suffix in readers]
+            if len(paths) != 1:
+                raise ValueError(f"expected one {split} file, {', '.join(readers)}")
+            table = readers[paths[0].suffix](paths[0])
         else:
             import datasets  # takes seconds
             datasets.config.HF_HUB_OFFLINE = offline
@@ -191,18 +181,18 @@ def load_encoder(args, r, seed):
     torch.manual_seed(random.Random(seed).getrandbits(32))
     model, info = pretrained(transformers.AutoModelForSequenceClassification, args.model,
                              num_labels=2, dtype=torch.float32, output_loading_info=True)
-    targets, head = ["query", "value"], ["classifier"]
+    targets = ["query", "value"]
     if model.config.model_type == "distilbert":
-        targets, head = ["q_lin", "v_lin"], ["pre_classifier", "classifier"]
+        targets = ["q_lin", "v_lin"]
+    head = args.head or [name for name, module in model.named_children()
+                         if module is not model.base_model and list(module.parameters())]
     for key in info["missing_keys"]:
-        if not any(module in key for module in head + (args.head or [])):
-            raise ValueError(f"--model {args.model} has no {key}: name its module in --head to "
-                             "train it from a random start")
+        if not any(module in key for module in head):
+            raise ValueError(f"--model {args.model} has no {key}: name its module in --head")
     model.to(args.device)
     config = None
     if r is not None:
-        config = LoRAConfig(r, args.alpha, args.dropout, args.targets or targets,
-                            also_train=args.head or head)
+        config = LoRAConfig(r, args.alpha, args.dropout, args.targets or targets, also_train=head)
         inject_lora(model, config)
     if args.checkpoint_activations:
         checkpoint_blocks(model)
@@ -218,8 +208,7 @@ def cut(items, size):
 def epoch_windows(examples, batch_size, grad_accum, rng):
     """Shuffle an epoch into windows, one per optimizer step: lists of micro-batches.
 
-    Sentences are sorted by length within pools of 50 windows, which saves most padding. 4 x 8 gives
-    the windows of 1 x 32.
+    Sentences are sorted by length in pools of 50 windows, to save padding.
     """
     size = batch_size * grad_accum
     windows = []
@@ -244,24 +233,22 @@ def settle(args):
 
 
 def pick_dtype(name, device):
-    """Return the dtype of matrix products: by default the half precision that is native."""
+    """Return the dtype of matrix products. auto: the half precision that is native, or fp32."""
     native = "float32"
     if device.type == "cuda":
         native = "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
     elif device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
         native = "bfloat16"
-    if name == "auto":
-        return native
-    if device.type == "cpu" and name not in ("float32", native):
-        warnings.warn(f"--dtype {name}: not native to this CPU, {native} is faster")
-    return name
+    if device.type == "cpu" and name not in ("auto", "float32", native):
+        warnings.warn(f"--dtype {name} is slow on this CPU, {native} is not")
+    return native if name == "auto" else name
 
 
 class LossScaler:
-    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740, Sec. 3.2).
+    """Dynamic loss scaling (Micikevicius et al. 2018, Sec. 3.2): below 6e-8 fp16 gradients vanish.
 
-    Gradients below 6e-8 vanish in fp16: the loss is multiplied by `scale`, the fp32 gradients are
-    divided by it. An overflow halves the scale, `interval` good steps in a row double it.
+    Scale the loss, unscale the fp32 gradients. An overflow halves the scale, `interval` good steps
+    in a row double it.
     """
 
     def __init__(self, enabled, scale=2.0**16, interval=2000):
@@ -280,17 +267,16 @@ class LossScaler:
         self.skips = 0 if finite else self.skips + 1
         if self.enabled and not finite:
             self.scale /= 2
-        elif self.enabled and self.good_steps == self.interval:
+        elif self.enabled and self.good_steps % self.interval == 0:
             self.scale *= 2
-            self.good_steps = 0
 
 
 def checkpoint_blocks(model):
     """Keep only each block's input; backward runs the block again (Chen et al. 2016)."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     for block in max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())):
-        # use_reentrant=True drops the gradients of a block whose input needs none: over frozen
-        # embeddings nothing would train.
+        # use_reentrant=True would train nothing over frozen embeddings: their output needs no
+        # gradient.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
@@ -411,19 +397,20 @@ def train(args, data, r, seed):
             _, accuracy, val_loss = evaluate(model, data["validation"], args.dtype)
             history.append({"epoch": step * args.epochs / steps, "accuracy": accuracy,
                             "train_loss": statistics.fmean(losses or [math.nan]), "loss": val_loss})
-            bar.write("  " + ", ".join(f"{key} {value:.3f}" for key, value in history[-1].items()))
+            bar.write("  ".join(f"{key} {value:.3f}" for key, value in history[-1].items()))
             losses = []
 
     if config:
         save_adapter(model, config, Path(args.out, f"r{r}-s{seed}"))
-    flags = ["model", "data", "head", "epochs", "batch_size", "grad_accum", "max_length",
-             "nb_samples", "dtype"]
-    flags += ["lr", "alpha", "dropout", "targets"] if config else ["full_lr"]
+    flags = ("model data head epochs batch_size grad_accum max_length nb_samples dtype "
+             + ("lr alpha dropout targets" if config else "full_lr"))
     n = len(data["validation"])
-    return {**{flag: getattr(args, flag) for flag in flags}, "r": r, "seed": seed,
-            "adapter_parameters": adapter, "trainable": trainable, "total": total, **history[-1],
-            "n": n, "ci95": wilson_interval(accuracy, n), "skipped": skipped, "seconds": seconds,
-            "peak_memory_gb": peak_memory(args.device), "history": history}, model
+    run = {flag: getattr(args, flag) for flag in flags.split()}
+    run |= {"r": r, "seed": seed, "adapter_parameters": adapter, "trainable": trainable,
+            "total": total, **history[-1], "n": n, "ci95": wilson_interval(accuracy, n),
+            "skipped": skipped, "seconds": seconds, "peak_memory_gb": peak_memory(args.device),
+            "history": history}
+    return run, model
 
 
 # --- one experiment: its folder, table and picture ---
@@ -477,12 +464,11 @@ def report(runs, picture):
     table["name"] = [name_of(run["r"]) for run in runs]
     ranks = table.groupby("name", sort=False)
     low, high = runs[0]["ci95"]
-    print(f"\nn = {runs[0]['n']}, one run's 95% interval is +/- {50 * (high - low):.1f} points: "
-          "smaller differences are noise")
+    print(f"\nn = {runs[0]['n']}: differences within +/- {50 * (high - low):.1f} points are noise (95%)")
     print(ranks.agg(
         adapter=("adapter_parameters", "first"), trainable=("trainable", "first"),
         accuracy=("accuracy", "mean"), spread=("accuracy", "std"), loss=("loss", "mean"),
-        seconds=("seconds", "mean"), GiB=("peak_memory_gb", "mean"), seeds=("seed", "count"),
+        seconds=("seconds", "mean"), GiB=("peak_memory_gb", "max"), seeds=("seed", "count"),
     ).to_string(float_format="{:.4g}".format))
     if not Figure:
         return
@@ -528,8 +514,8 @@ def score_adapter(args):
 def subspace_similarity(first, second):
     """Return phi(A1, A2, i, j) of Eq. 4 for all i and j: A (r1, k) and (r2, k) -> (r1, r2).
 
-    phi is ||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j), U the right singular vectors of A. 1 means
-    that one subspace holds the other, max(i, j) / k is chance.
+    phi is ||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j), U the right singular vectors of A: 1 if one
+    subspace holds the other, max(i, j) / k by chance.
     """
     U1, U2 = (torch.linalg.svd(A, full_matrices=False).Vh.T for A in (first, second))  # (k, r)
     overlap = (U1.T @ U2).square().cumsum(0).cumsum(1)  # at (i, j): over the first i and j
@@ -539,10 +525,8 @@ def subspace_similarity(first, second):
 
 
 def amplification(W, dW, r):
-    """Return the columns of Table 7: ||W||, ||dW||, ||U^T W V|| thrice, and the factor (Sec. 7.3).
-
-    U and V are the top r singular directions of dW, of W, and of a random matrix. The factor is
-    ||dW|| / ||U^T W V|| with those of dW: how much more they weigh in dW than in W.
+    """Return Table 7: ||W||, ||dW||, ||U^T W V|| with the top r singular directions of dW, of W and
+    of a random matrix, and the amplification factor ||dW|| / ||U^T W V||, with those of dW.
     """
     projections = []
     for source in (dW, W, torch.randn_like(W)):
@@ -558,6 +542,7 @@ def chosen(kind, names, values):
 
 
 def print_table(title, columns, rows):
+    rows = {name: row.tolist() for name, row in rows.items()}
     table = pandas.DataFrame.from_dict(rows, orient="index", columns=columns)
     print(f"\n{title}\n" + table.to_string(float_format="{:.2f}".format))
 
@@ -575,19 +560,17 @@ def compare(args):
         raise ValueError("--compare: the adapters share no layer")
     torch.manual_seed(0)  # of the random matrices
 
-    maps = {}  # {name: phi of all (i, j)}
+    maps = {}
     for kind, names in kinds.items():
         A1, A2 = ([adapter[name].lora_A for name in names] for adapter in adapters)
         maps |= chosen(kind, names, list(map(subspace_similarity, A1, A2)))
-        random = subspace_similarity(torch.randn_like(A1[0]), torch.randn_like(A2[0]))
-        maps[f"random, {kind}"] = random
+        maps[f"random, {kind}"] = subspace_similarity(*map(torch.randn_like, (A1[0], A2[0])))
         (r1, k), r2 = A1[0].shape, len(A2[0])
         larger = torch.maximum(torch.arange(r1)[:, None], torch.arange(r2)) + 1
-        maps[f"chance, max(i, j) / k, {kind}"] = larger / k
-    pairs = sorted({(1, 1), (1, r2), (r1, r2)})
+        maps[f"chance max(i, j) / k, {kind}"] = larger / k
     print_table("Subspace similarity phi(i, j) (Eq. 4), i of {}, j of {}".format(*args.compare),
-                [f"{i}, {j}" for i, j in pairs],
-                {name: [float(phi[i - 1, j - 1]) for i, j in pairs] for name, phi in maps.items()})
+                ["1, 1", f"1, {r2}", f"{r1}, {r2}"],
+                {name: phi[[0, 0, -1], [0, -1, -1]] for name, phi in maps.items()})
 
     for folder, adapter in zip(args.compare, adapters):
         rows = {}
@@ -598,8 +581,7 @@ def compare(args):
                 values.append(amplification(W, layer.delta(), len(layer.lora_A)))
             rows |= chosen(kind, names, values)
         print_table(f"Amplification (Table 7) of {folder}, r={len(layer.lora_A)}",
-                    ["|W|", "|dW|", "|U'WV|: dW", "W", "random", "factor"],
-                    {name: row.tolist() for name, row in rows.items()})
+                    ["|W|", "|dW|", "|U'WV|: dW", "W", "random", "factor"], rows)
     if Figure:
         draw_maps(args, maps, len(kinds))
     return maps
@@ -610,70 +592,51 @@ def draw_maps(args, maps, rows):
     figure = Figure(figsize=(16, 2.5 * rows), layout="constrained")
     grid = figure.subplots(rows, math.ceil(len(maps) / rows), squeeze=False)
     for axes, (name, phi) in zip(grid.flat, maps.items()):
-        i, j = phi.shape
-        image = axes.imshow(phi, vmin=0, vmax=1, aspect="auto", origin="lower",
-                            extent=(0.5, j + 0.5, 0.5, i + 0.5))
+        image = axes.matshow(phi.numpy(), vmin=0, vmax=1, aspect="auto")
         axes.set_title(name.split("encoder.")[-1], fontsize=7)
-        axes.set(xlabel="j", ylabel="i")
-    figure.colorbar(image, ax=grid, label="phi(i, j)")
+    figure.colorbar(image, ax=grid, label="phi: i - 1 down, j - 1 across")
     names = [Path(folder).resolve().name for folder in args.compare]
     picture = Path(args.out, f"compare-{'-'.join(names)}.png")
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=120)
+    figure.savefig(picture)
     print(f"written: {picture}")
 
 
 # --- demo ---
 
-GOOD = ["lovely", "superb", "moving", "witty"]
-BAD = ["dull", "awful", "clumsy", "stale"]
+GOOD = "lovely superb charming moving fresh witty".split()
+BAD = "dull awful clumsy stale flat tired".split()
 WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the music was but story .".split() + GOOD + BAD
 
 
-def demo_sentences(rng, count, about):
-    """Return lines of a .jsonl file. The label: is the story good, or, about any, one of them?"""
-    lines = []
-    for _ in range(count):
-        music, story = rng.choices(GOOD + BAD, k=2)
-        good = story in GOOD or (about == "any" and music in GOOD)
-        sentence = f"the music was {music} but the story was {story} ."
-        lines.append(json.dumps({"sentence": sentence, "label": int(good)}))
-    return "\n".join(lines)
-
-
-def save_demo_base(folder, seed=0):
-    """Write a BERT of 100,000 random weights and a tokenizer of whole words."""
+def write_demo(folder, seed, train=1500, validation=500):
+    """Write an untrained BERT (base/) and sentences whose label is whether the story is good."""
     torch.manual_seed(seed)
     config = transformers.BertConfig(
         vocab_size=len(WORDS), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=256, max_position_embeddings=32)
-    transformers.BertModel(config).save_pretrained(folder)
+    transformers.BertModel(config).save_pretrained(folder / "base")
     vocab = {word: i for i, word in enumerate(WORDS)}
-    transformers.BertTokenizer(vocab=vocab, model_max_length=32).save_pretrained(folder)
+    transformers.BertTokenizer(vocab=vocab, model_max_length=32).save_pretrained(folder / "base")
+    rng = random.Random(seed)
+    for split, count in [("train", train), ("validation", validation)]:
+        pairs = [rng.choices(GOOD + BAD, k=2) for _ in range(count)]
+        table = pandas.DataFrame({
+            "sentence": [f"the music was {music} but the story was {story} ."
+                         for music, story in pairs],
+            "label": [int(story in GOOD) for _, story in pairs]})
+        table.to_json(folder / f"{split}.jsonl", orient="records", lines=True)
 
 
 def demo(seed):
-    """Pretrain an encoder to see whether anything is good, then adapt it to judge the story."""
-    folder, rng = Path("demo-sst2"), random.Random(seed)
+    """Teach an untrained encoder to judge the story, not the music."""
+    folder = Path("demo-sst2")
     torch.set_num_threads(1)  # for tensors this small a second thread costs more than it computes
-    for name, count in [("any/train", 6000), ("any/validation", 200),
-                        ("story/train", 2000), ("story/validation", 500)]:
-        path = folder / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(demo_sentences(rng, count, path.parent.name))
-    save_demo_base(folder / "base", seed)
-    (folder / "story/sst2.jsonl").unlink(missing_ok=True)  # so that its runs are made again
-    flags = f"--model {folder}/base --dtype float32 --device cpu --full-finetune --full-lr 1e-3"
-
-    print("1. Pretraining: is anything good?", flush=True)
-    args = parse_args(f"{flags} --data {folder}/any --epochs 1".split())
-    settle(args)
-    _, model = train(args, read_data(args, "train", "validation"), None, seed)
-    model.base_model.save_pretrained(folder / "base")
-
-    flags += (f" --data {folder}/story --out {folder}/story --ranks 1 4 --lr 5e-3 "
-              f"--seeds {seed} {seed + 1}")
-    print(f"2. Is the story good?  python train_sst2.py {flags}", flush=True)
+    write_demo(folder, seed)
+    (folder / "sst2.jsonl").unlink(missing_ok=True)  # so that its runs are made again
+    flags = (f"--model {folder}/base --data {folder} --out {folder} --ranks 1 4 --lr 1e-2 "
+             f"--full-finetune --full-lr 1e-3 --seeds {seed} {seed + 1} --dtype float32")
+    print(f"python train_sst2.py {flags}", flush=True)
     return main(parse_args(flags.split()))
 
 
