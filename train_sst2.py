@@ -181,9 +181,8 @@ def load_encoder(args, r, seed):
     torch.manual_seed(random.Random(seed).getrandbits(32))
     model, info = pretrained(transformers.AutoModelForSequenceClassification, args.model,
                              num_labels=2, dtype=torch.float32, output_loading_info=True)
-    targets = ["query", "value"]
-    if model.config.model_type == "distilbert":
-        targets = ["q_lin", "v_lin"]
+    distilbert = model.config.model_type == "distilbert"
+    targets = args.targets or (["q_lin", "v_lin"] if distilbert else ["query", "value"])
     head = args.head or [name for name, module in model.named_children()
                          if module is not model.base_model and list(module.parameters())]
     for key in info["missing_keys"]:
@@ -192,7 +191,7 @@ def load_encoder(args, r, seed):
     model.to(args.device)
     config = None
     if r is not None:
-        config = LoRAConfig(r, args.alpha, args.dropout, args.targets or targets, also_train=head)
+        config = LoRAConfig(r, args.alpha, args.dropout, targets, also_train=head)
         inject_lora(model, config)
     if args.checkpoint_activations:
         checkpoint_blocks(model)
@@ -221,27 +220,23 @@ def epoch_windows(examples, batch_size, grad_accum, rng):
 # --- mixed precision, recomputation ---
 
 def settle(args):
-    """Settle device and dtype."""
+    """Settle device and dtype: auto is the device's own half precision, or fp32."""
     with loading("--device", args.device):
         if args.device == "auto":
             args.device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         args.device = torch.zeros(1, device=args.device).device
-    args.dtype = pick_dtype(args.dtype, args.device)
-    print(f"{args.device}: fp32 weights, matrix products in {args.dtype}")
-    if args.checkpoint_activations and args.device.type == "mps":
-        raise ValueError("--checkpoint-activations: on MPS torch recomputes other dropout masks")
-
-
-def pick_dtype(name, device):
-    """Return the dtype of matrix products. auto: the half precision that is native, or fp32."""
-    native = "float32"
-    if device.type == "cuda":
-        native = "bfloat16" if torch.cuda.get_device_capability(device)[0] >= 8 else "float16"
-    elif device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
+    kind, native = args.device.type, "float32"
+    if kind == "cuda":
+        native = "bfloat16" if torch.cuda.get_device_capability(args.device)[0] >= 8 else "float16"
+    elif kind == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
         native = "bfloat16"
-    if device.type == "cpu" and name not in ("auto", "float32", native):
-        warnings.warn(f"--dtype {name} is slow on this CPU, {native} is not")
-    return native if name == "auto" else name
+    if args.dtype == "auto":
+        args.dtype = native
+    if kind == "cpu" and args.dtype not in ("float32", native):
+        warnings.warn(f"--dtype {args.dtype} is slow on this CPU, {native} is not")
+    print(f"{args.device}: fp32 weights, matrix products in {args.dtype}")
+    if kind == "mps" and args.checkpoint_activations:
+        raise ValueError("--checkpoint-activations: on MPS torch recomputes other dropout masks")
 
 
 class LossScaler:
@@ -461,10 +456,11 @@ def report(runs, picture):
     """Print a row per rank. Draw its seeds' mean in a band from the lowest to the highest."""
     table = pandas.DataFrame(runs)
     table["accuracy"] *= 100
-    table["name"] = [name_of(run["r"]) for run in runs]
-    ranks = table.groupby("name", sort=False)
+    table["rank"] = [name_of(run["r"]) for run in runs]
+    ranks = table.groupby("rank", sort=False)
     low, high = runs[0]["ci95"]
-    print(f"\nn = {runs[0]['n']}: differences within +/- {50 * (high - low):.1f} points are noise (95%)")
+    print(f"\nn = {runs[0]['n']}, 95% interval of one run +/- {50 * (high - low):.1f} points: "
+          "smaller differences are noise")
     print(ranks.agg(
         adapter=("adapter_parameters", "first"), trainable=("trainable", "first"),
         accuracy=("accuracy", "mean"), spread=("accuracy", "std"), loss=("loss", "mean"),
@@ -562,10 +558,10 @@ def compare(args):
 
     maps = {}
     for kind, names in kinds.items():
-        A1, A2 = ([adapter[name].lora_A for name in names] for adapter in adapters)
-        maps |= chosen(kind, names, list(map(subspace_similarity, A1, A2)))
-        maps[f"random, {kind}"] = subspace_similarity(*map(torch.randn_like, (A1[0], A2[0])))
-        (r1, k), r2 = A1[0].shape, len(A2[0])
+        pairs = [[adapter[name].lora_A for adapter in adapters] for name in names]
+        maps |= chosen(kind, names, [subspace_similarity(*pair) for pair in pairs])
+        maps[f"random, {kind}"] = subspace_similarity(*map(torch.randn_like, pairs[0]))
+        (r1, k), r2 = pairs[0][0].shape, len(pairs[0][1])
         larger = torch.maximum(torch.arange(r1)[:, None], torch.arange(r2)) + 1
         maps[f"chance max(i, j) / k, {kind}"] = larger / k
     print_table("Subspace similarity phi(i, j) (Eq. 4), i of {}, j of {}".format(*args.compare),
@@ -582,15 +578,10 @@ def compare(args):
             rows |= chosen(kind, names, values)
         print_table(f"Amplification (Table 7) of {folder}, r={len(layer.lora_A)}",
                     ["|W|", "|dW|", "|U'WV|: dW", "W", "random", "factor"], rows)
-    if Figure:
-        draw_maps(args, maps, len(kinds))
-    return maps
-
-
-def draw_maps(args, maps, rows):
-    """Draw phi as in Fig. 3 and 4: a row for each kind of layer."""
-    figure = Figure(figsize=(16, 2.5 * rows), layout="constrained")
-    grid = figure.subplots(rows, math.ceil(len(maps) / rows), squeeze=False)
+    if not Figure:
+        return maps
+    figure = Figure(figsize=(16, 2.5 * len(kinds)), layout="constrained")  # as Fig. 3 and 4
+    grid = figure.subplots(len(kinds), math.ceil(len(maps) / len(kinds)), squeeze=False)
     for axes, (name, phi) in zip(grid.flat, maps.items()):
         image = axes.matshow(phi.numpy(), vmin=0, vmax=1, aspect="auto")
         axes.set_title(name.split("encoder.")[-1], fontsize=7)
@@ -600,6 +591,7 @@ def draw_maps(args, maps, rows):
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture)
     print(f"written: {picture}")
+    return maps
 
 
 # --- demo ---
@@ -635,7 +627,8 @@ def demo(seed):
     write_demo(folder, seed)
     (folder / "sst2.jsonl").unlink(missing_ok=True)  # so that its runs are made again
     flags = (f"--model {folder}/base --data {folder} --out {folder} --ranks 1 4 --lr 1e-2 "
-             f"--full-finetune --full-lr 1e-3 --seeds {seed} {seed + 1} --dtype float32")
+             f"--full-finetune --full-lr 1e-3 --seeds {seed} {seed + 1} --device cpu "
+             "--dtype float32")
     print(f"python train_sst2.py {flags}", flush=True)
     return main(parse_args(flags.split()))
 
