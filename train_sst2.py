@@ -16,6 +16,7 @@ compared alone.
 """
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -177,7 +178,7 @@ def read_data(args, *splits):
 
 def load_encoder(args, r, seed):
     """Return (pretrained encoder under a fresh head, its LoRAConfig). With r None there is none."""
-    # For the head's start, A's, every dropout mask. torch's CPU generator uses 32 bits of a seed.
+    # For head, A and dropout masks. torch's CPU generator uses 32 bits of a seed.
     torch.manual_seed(random.Random(seed).getrandbits(32))
     model, info = pretrained(transformers.AutoModelForSequenceClassification, args.model,
                              num_labels=2, dtype=torch.float32, output_loading_info=True)
@@ -270,8 +271,7 @@ def checkpoint_blocks(model):
     """Keep only each block's input; backward runs the block again (Chen et al. 2016)."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     for block in max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())):
-        # use_reentrant=True would train nothing over frozen embeddings: their output needs no
-        # gradient.
+        # use_reentrant=True trains nothing over frozen embeddings.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
@@ -336,7 +336,7 @@ def train(args, data, r, seed):
           f"train, {trainable / total:.2%} of {total:,}", flush=True)
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(args.device)
-    flag, peak_lr = ("--lr", args.lr) if config else ("--full-lr", args.full_lr)
+    peak_lr = args.lr if config else args.full_lr
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=peak_lr, weight_decay=0.01)
     scaler = LossScaler(enabled=args.dtype == "float16")
@@ -383,11 +383,10 @@ def train(args, data, r, seed):
         skipped += not finite
         if scaler.skips == (20 if scaler.enabled else 1):
             raise ValueError(f"{name_of(r)}: loss {loss:g}, gradient norm {norm:g} at step {step}: "
-                             f"try a lower {flag}")
+                             f"try a lower {'--lr' if config else '--full-lr'}")
         seconds += time.perf_counter() - start
 
         # 5. Log, and evaluate four times an epoch.
-        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
         if step % every == 0 or step == steps:
             _, accuracy, val_loss = evaluate(model, data["validation"], args.dtype)
             history.append({"epoch": step * args.epochs / steps, "accuracy": accuracy,
@@ -439,16 +438,16 @@ def main(args):
     path = Path(args.out, "sst2.jsonl")
     runs = read_runs(args, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for r in args.ranks + [None] * args.full_finetune:
-        for seed in args.seeds:
-            if any((run["r"], run["seed"]) == (r, seed) for run in runs):
-                print(f"{name_of(r)}, seed {seed}: in {path} already")
-                continue
-            runs.append(train(args, data, r, seed)[0])
+    wanted = itertools.product(args.ranks + [None] * args.full_finetune, args.seeds)
+    finished = [(run["r"], run["seed"]) for run in runs]
+    for r, seed in wanted:
+        if (r, seed) not in finished:
+            run, _ = train(args, data, r, seed)
+            runs.append(run)
             with open(path, "a", encoding="utf8") as file:
-                file.write(json.dumps(runs[-1]) + "\n")
+                file.write(json.dumps(run) + "\n")
     report(runs, path.with_suffix(".png"))
-    print(f"written: {path}, beside it the picture and the adapters")
+    print(f"{path} has {len(runs)} runs; beside it the picture and the adapters")
     return runs
 
 
@@ -586,8 +585,8 @@ def compare(args):
         image = axes.matshow(phi.numpy(), vmin=0, vmax=1, aspect="auto")
         axes.set_title(name.split("encoder.")[-1], fontsize=7)
     figure.colorbar(image, ax=grid, label="phi: i - 1 down, j - 1 across")
-    names = [Path(folder).resolve().name for folder in args.compare]
-    picture = Path(args.out, f"compare-{'-'.join(names)}.png")
+    first, second = (Path(folder).resolve().name for folder in args.compare)
+    picture = Path(args.out, f"compare-{first}-{second}.png")
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture)
     print(f"written: {picture}")
