@@ -582,9 +582,10 @@ def compare(args):
     figure = Figure(figsize=(16, 2.5 * len(kinds)), layout="constrained")  # as Fig. 3 and 4
     grid = figure.subplots(len(kinds), math.ceil(len(maps) / len(kinds)), squeeze=False)
     for axes, (name, phi) in zip(grid.flat, maps.items()):
-        image = axes.matshow(phi.numpy(), vmin=0, vmax=1, aspect="auto")
+        image = axes.imshow(phi.numpy(), vmin=0, vmax=1, aspect="auto",
+                            extent=(0.5, r2 + 0.5, r1 + 0.5, 0.5))
         axes.set_title(name.split("encoder.")[-1], fontsize=7)
-    figure.colorbar(image, ax=grid, label="phi: i - 1 down, j - 1 across")
+    figure.colorbar(image, ax=grid, label="phi: i down, j across")
     first, second = (Path(folder).resolve().name for folder in args.compare)
     picture = Path(args.out, f"compare-{first}-{second}.png")
     picture.parent.mkdir(parents=True, exist_ok=True)
@@ -627,7 +628,7 @@ def demo(seed):
     (folder / "sst2.jsonl").unlink(missing_ok=True)  # so that its runs are made again
     flags = (f"--model {folder}/base --data {folder} --out {folder} --ranks 1 4 --lr 1e-2 "
              f"--full-finetune --full-lr 1e-3 --seeds {seed} {seed + 1} --device cpu "
-             "--dtype float32")
+             "--dtype float32 --epochs 2")
     print(f"python train_sst2.py {flags}", flush=True)
     return main(parse_args(flags.split()))
 
