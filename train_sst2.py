@@ -9,13 +9,14 @@
 One experiment is one folder, --out: sst2.jsonl has a line per finished run, which is not repeated;
 sst2.png the curves; r8-s0/ adapter and head of r=8 and seed 0, as PEFT saves them.
 
-Weights are fp32 under torch.autocast: a bf16 weight of 1.0 would not grow by less than 0.004, and
-full fine-tuning, the baseline, trains them all. SST-2 validation has 872 rows: at 93% one run's 95%
-interval is +/- 1.7 points. All ranks and targets share one alpha and lr, and the update is scaled
-by alpha / r: neither the rank (Sec. 7.2) nor the weights (Sec. 7.1) are compared alone.
+Weights are fp32 under autocast: full fine-tuning, the baseline, trains them all. SST-2 validation
+has 872 rows: at 93% one run's 95% interval is +/- 1.7 points. All ranks and targets share one alpha
+and lr, and the update is scaled by alpha / r: neither rank (Sec. 7.2) nor targets (Sec. 7.1) are
+compared alone.
 """
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -30,10 +31,11 @@ from functools import cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-# Huge pages for tensors on a Linux CPU: without them training takes up to twice the memory, in gaps
-# that tensors of changing length leave. torch reads this once.
+# Huge pages on a Linux CPU: without them tensors of changing length leave gaps, and training takes
+# up to twice the memory. torch reads this once.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+import pandas  # comes with datasets
 import torch
 import torch.nn.functional as F
 import transformers
@@ -66,17 +68,17 @@ def at_least(low, kind=int):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        prog="train_sst2.py", description=__doc__, usage=argparse.SUPPRESS,  # errors in one line
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS)  # errors in one line
     add, rate, count = parser.add_argument, at_least(1e-12, float), at_least(1)
-    add("--model", help="Hub id or folder (default: roberta-base, or what --adapter names)")
+    add("--model", help="Hub id or folder (default: roberta-base, or the adapter's)")
     add("--data", default="nyu-mll/glue", help="Hub id, or folder of train and validation files")
     add("--targets", nargs="+", help="layers to adapt (default: query and value)")
     add("--head", nargs="+", help="modules trained in full (default: the classifier)")
-    add("--adapter", metavar="DIR", help="score this saved adapter and stop")
-    add("--compare", nargs=2, metavar="DIR", help="Sec. 7.2 and 7.3 on two adapters of one base")
-    add("--ranks", nargs="*", type=count, default=[8], help="a LoRA run each; may be none")
-    add("--seeds", nargs="+", type=at_least(0), default=[0], help="a run each")
+    add("--adapter", metavar="DIR", help="score a saved adapter")
+    add("--compare", nargs=2, metavar="DIR", help="Sec. 7.2 and 7.3 on two adapters")
+    add("--ranks", nargs="*", type=count, default=[8])
+    add("--seeds", nargs="+", type=at_least(0), default=[0])
     add("--alpha", type=rate, default=16.0, help="released script: 16; Table 9: 8")
     add("--dropout", type=at_least(0, float), default=0.05, help="on the adapter's input")
     add("--lr", type=rate, default=5e-4, help="peak, of LoRA runs (Table 9: 5e-4)")
@@ -84,18 +86,17 @@ def parse_args(argv=None):
     add("--full-lr", type=rate, default=5e-5, help="peak, of full fine-tuning")
     add("--epochs", type=count, default=3)
     add("--batch-size", type=count, default=32, help="sentences per micro-batch")
-    add("--grad-accum", type=count, default=1, help="micro-batches per optimizer step")
+    add("--grad-accum", type=count, default=1, help="micro-batches per step")
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
-    add("--max-length", type=at_least(3), default=128, help="tokens; longer sentences are cut")
+    add("--max-length", type=at_least(3), default=128, help="tokens; the rest is cut")
     add("--nb-samples", type=count, help="train on N sentences drawn with seed 0")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the matrix products")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--out", default="runs/sst2", help="folder of the experiment")
-    add("--demo", action="store_true", help="all of it, in ./demo-sst2; takes the first of --seeds")
+    add("--demo", action="store_true", help="in demo-sst2; heeds the first of --seeds")
     args = parser.parse_args(argv)
     if not args.ranks and not args.full_finetune:
-        parser.error("--ranks names no rank: give at least one, or --full-finetune")
+        parser.error("--ranks: give a rank, or --full-finetune")
     return args
 
 
@@ -111,8 +112,6 @@ def hub_problem(name, kind):
     try:
         with ThreadPool(1) as pool:  # a name look-up heeds no timeout but get's
             pool.apply_async(HfApi().repo_info, [name], {"repo_type": kind, "timeout": 5}).get(8)
-    except errors.GatedRepoError:  # the download says how to get access
-        return None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         return f"no such folder, and no public {kind} of this name on the Hub"
     except Exception:
@@ -121,11 +120,8 @@ def hub_problem(name, kind):
 
 @contextmanager
 def loading(flag, name, kind=None):
-    """Yield whether the Hub is out of reach. Any failure inside becomes one line: flag, name, why.
-
-    The Hub is asked for repositories of a kind, model or dataset, where no such folder is here.
-    """
-    problem = None if kind is None or Path(name).is_dir() else hub_problem(name, kind)
+    """Turn a failure into one line. Yield whether the Hub cannot serve a name that is no folder."""
+    problem = hub_problem(name, kind) if kind and not Path(name).is_dir() else None
     try:
         yield problem is not None
     except Exception as error:
@@ -138,34 +134,26 @@ def pretrained(kind, name, **options):
         return kind.from_pretrained(name, local_files_only=offline, **options)
 
 
-def read_folder(folder, split):
-    import pandas  # comes with datasets
-    text = {"dtype": str, "keep_default_na": False}  # null and NA are sentences, 2 is no number
-    readers = {
-        ".jsonl": partial(pandas.read_json, dtype=False, lines=True),
-        ".json": partial(pandas.read_json, dtype=False),
-        ".parquet": pandas.read_parquet,
-        ".csv": partial(pandas.read_csv, **text),
-        # GLUE's own files quote nothing: a row may begin with a lone quotation mark.
-        ".tsv": partial(pandas.read_csv, **text, sep="\t", quoting=csv.QUOTE_NONE)}
-    paths = [path for path in Path(folder).glob(f"{split}.*") if path.suffix in readers]
-    if len(paths) != 1:
-        raise ValueError(f"expected one {split} file ({', '.join(readers)}), got {len(paths)}")
-    return readers[paths[0].suffix](paths[0])
-
-
-def read_hub(name, split, offline):
-    import datasets  # takes seconds
-    datasets.config.HF_HUB_OFFLINE = offline
-    config = "sst2" if name.endswith("glue") else None
-    return datasets.load_dataset(name, config, split=split).to_pandas()
-
-
 def read_sentences(data, split):
     """Return [(sentence, 0 or 1)] of a split. Raise ValueError for what cannot be read."""
+    text = partial(pandas.read_csv, dtype=str, keep_default_na=False)  # null, NA are sentences
+    readers = {
+        ".jsonl": partial(pandas.read_json, dtype=False, lines=True),
+        ".parquet": pandas.read_parquet,
+        ".csv": text,
+        # GLUE's own files quote nothing: a row may begin with a lone quotation mark.
+        ".tsv": partial(text, sep="\t", quoting=csv.QUOTE_NONE)}
     with loading("--data", data, "dataset") as offline:
-        local = Path(data).is_dir()
-        table = read_folder(data, split) if local else read_hub(data, split, offline)
+        if Path(data).is_dir():
+            paths = [path for path in Path(data).glob(f"{split}.*") if path.suffix in readers]
+            if len(paths) != 1:
+                raise ValueError(f"expected one {split} file, {', '.join(readers)}")
+            table = readers[paths[0].suffix](paths[0])
+        else:
+            import datasets  # takes seconds
+            datasets.config.HF_HUB_OFFLINE = offline
+            config = "sst2" if data.endswith("glue") else None
+            table = datasets.load_dataset(data, config, split=split).to_pandas()
         rows = table[["sentence", "label"]].values.tolist()
         bad = [row for row in rows if not isinstance(row[0], str) or row[1] not in (0, 1, "0", "1")]
         if bad or not rows:
@@ -173,38 +161,45 @@ def read_sentences(data, split):
     return [(sentence, int(label)) for sentence, label in rows]
 
 
-def read_examples(args, tokenizer, split):
-    """Return [(token ids, label)] of a split. A long sentence is cut: its label still holds."""
-    rows = read_sentences(args.data, split)
-    if split == "train" and args.nb_samples:
-        rows = random.Random(0).sample(rows, min(args.nb_samples, len(rows)))
-    sentences, labels = zip(*rows)
+def read_data(args, *splits):
+    """Return {split: [(token ids, label)]}. A long sentence is cut: its label still holds."""
+    tokenizer = pretrained(transformers.AutoTokenizer, args.model)
     longest = min(args.max_length, tokenizer.model_max_length)
-    ids = tokenizer(list(sentences), truncation=True, max_length=longest).input_ids
-    return list(zip(ids, labels))
+    data = {}
+    for split in splits:
+        rows = read_sentences(args.data, split)
+        if split == "train" and args.nb_samples:
+            rows = random.Random(0).sample(rows, min(args.nb_samples, len(rows)))
+        sentences, labels = zip(*rows)
+        ids = tokenizer(list(sentences), truncation=True, max_length=longest).input_ids
+        data[split] = list(zip(ids, labels))
+    return data
 
 
-def load_encoder(args, seed):
-    """Return (pretrained encoder in fp32 under a fresh head, its targets, its head)."""
-    # For the head's start, A's, every dropout mask. torch's CPU generator uses 32 bits of a seed.
+def load_encoder(args, r, seed):
+    """Return (pretrained encoder under a fresh head, its LoRAConfig). With r None there is none."""
+    # For head, A and dropout masks. torch's CPU generator uses 32 bits of a seed.
     torch.manual_seed(random.Random(seed).getrandbits(32))
     model, info = pretrained(transformers.AutoModelForSequenceClassification, args.model,
                              num_labels=2, dtype=torch.float32, output_loading_info=True)
-    targets, head = ["query", "value"], ["classifier"]
-    if model.config.model_type == "distilbert":
-        targets, head = ["q_lin", "v_lin"], ["pre_classifier", "classifier"]
+    distilbert = model.config.model_type == "distilbert"
+    targets = args.targets or (["q_lin", "v_lin"] if distilbert else ["query", "value"])
+    head = args.head or [name for name, module in model.named_children()
+                         if module is not model.base_model and list(module.parameters())]
     for key in info["missing_keys"]:
-        if not any(module in key for module in head + (args.head or [])):
-            raise ValueError(f"--model {args.model} has no {key}: name its module in --head to "
-                             "train it from a random start")
-    return model.to(args.device), args.targets or targets, args.head or head
+        if not any(module in key for module in head):
+            raise ValueError(f"--model {args.model} has no {key}: name its module in --head")
+    model.to(args.device)
+    config = None
+    if r is not None:
+        config = LoRAConfig(r, args.alpha, args.dropout, targets, also_train=head)
+        inject_lora(model, config)
+    if args.checkpoint_activations:
+        checkpoint_blocks(model)
+    return model, config
 
 
 # --- batches ---
-
-def length(example):
-    return len(example[0])
-
 
 def cut(items, size):
     return [items[start:start + size] for start in range(0, len(items), size)]
@@ -213,52 +208,43 @@ def cut(items, size):
 def epoch_windows(examples, batch_size, grad_accum, rng):
     """Shuffle an epoch into windows, one per optimizer step: lists of micro-batches.
 
-    Sentences are sorted by length within pools of 50 windows, which saves most padding. 4 x 8 gives
-    the windows of 1 x 32.
+    Sentences are sorted by length in pools of 50 windows, to save padding.
     """
     size = batch_size * grad_accum
     windows = []
     for pool in cut(rng.sample(examples, len(examples)), 50 * size):
-        windows += cut(sorted(pool, key=length), size)
+        windows += cut(sorted(pool, key=lambda example: len(example[0])), size)
     rng.shuffle(windows)
     return [cut(window, batch_size) for window in windows]
 
 
 # --- mixed precision, recomputation ---
 
-def prepare(args):
-    """Settle device and dtype. Return the tokenizer."""
+def settle(args):
+    """Settle device and dtype: auto is the device's own half precision, or fp32."""
     with loading("--device", args.device):
         if args.device == "auto":
             args.device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         args.device = torch.zeros(1, device=args.device).device
-    args.dtype, reason = pick_dtype(args.dtype, args.device)
-    print(f"{args.model} on {args.device}: fp32 weights, products in {args.dtype} ({reason})")
-    if args.checkpoint_activations and args.device.type == "mps":
+    kind, native = args.device.type, "float32"
+    if kind == "cuda":
+        native = "bfloat16" if torch.cuda.get_device_capability(args.device)[0] >= 8 else "float16"
+    elif kind == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16"):
+        native = "bfloat16"
+    if args.dtype == "auto":
+        args.dtype = native
+    if kind == "cpu" and args.dtype not in ("float32", native):
+        warnings.warn(f"--dtype {args.dtype} is slow on this CPU, {native} is not")
+    print(f"{args.device}: fp32 weights, matrix products in {args.dtype}")
+    if kind == "mps" and args.checkpoint_activations:
         raise ValueError("--checkpoint-activations: on MPS torch recomputes other dropout masks")
-    return pretrained(transformers.AutoTokenizer, args.model)
-
-
-def pick_dtype(name, device):
-    """Return the dtype of matrix products, and why."""
-    units = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    unit = {"bfloat16": "avx512_bf16", "float16": "avx512_fp16"}.get(name)
-    if unit and units and not units.get(unit):
-        warnings.warn(f"--dtype {name}: this CPU has no units for it, float32 is faster")
-    if name != "auto":
-        return name, "as asked"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
-        return "float16", "this GPU has no native bfloat16"
-    if device.type == "cuda" or units.get("avx512_bf16"):
-        return "bfloat16", "native here, no loss scaling"
-    return "float32", "half precision is slow or untested here"
 
 
 class LossScaler:
-    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740, Sec. 3.2).
+    """Dynamic loss scaling (Micikevicius et al. 2018, Sec. 3.2): below 6e-8 fp16 gradients vanish.
 
-    Gradients below 6e-8 vanish in fp16: the loss is multiplied by `scale`, the fp32 gradients are
-    divided by it. An overflow halves the scale, `interval` good steps in a row double it.
+    Scale the loss, unscale the fp32 gradients. An overflow halves the scale, `interval` good steps
+    in a row double it.
     """
 
     def __init__(self, enabled, scale=2.0**16, interval=2000):
@@ -269,45 +255,35 @@ class LossScaler:
 
     def unscale(self, parameters):
         for parameter in parameters:
-            if self.enabled and parameter.grad is not None:  # None: it took no part in the loss
-                parameter.grad.mul_(1 / self.scale)
+            if parameter.grad is not None:  # None: it took no part in the loss
+                parameter.grad /= self.scale
 
     def update(self, finite):
         self.good_steps = self.good_steps + 1 if finite else 0
         self.skips = 0 if finite else self.skips + 1
         if self.enabled and not finite:
             self.scale /= 2
-        elif self.enabled and self.good_steps == self.interval:
+        elif self.enabled and self.good_steps % self.interval == 0:
             self.scale *= 2
-            self.good_steps = 0
 
 
 def checkpoint_blocks(model):
     """Keep only each block's input; backward runs the block again (Chen et al. 2016)."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     for block in max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())):
-        # use_reentrant=True drops the gradients of a block whose input needs none: over frozen
-        # embeddings nothing would train.
+        # use_reentrant=True trains nothing over frozen embeddings.
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def classify(model, batch, dtype):
-    """Return (logits (batch, 2) in fp32, labels). Products run in dtype, sums and norms in fp32."""
+    """Return (logits (batch, 2), summed cross-entropy). Products run in dtype, sums in fp32."""
     device = model.device
     ids = pad_sequence([torch.tensor(row) for row, _ in batch], batch_first=True).to(device)
     mask = pad_sequence([torch.ones(len(row)) for row, _ in batch], batch_first=True).to(device)
     labels = torch.tensor([label for _, label in batch], device=device)
     with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         logits = model(input_ids=ids, attention_mask=mask).logits
-    return logits.float(), labels
-
-
-def backward_loss(model, batch, weight, dtype):
-    """Add the gradients of weight * summed cross-entropy. Return the sum, without weight."""
-    logits, labels = classify(model, batch, dtype)
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    (loss * weight).backward()
-    return loss.detach()
+    return logits, F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 # --- evaluation ---
@@ -317,11 +293,11 @@ def evaluate(model, examples, dtype):
     """Return (predicted labels in the order of the examples, share correct, mean cross-entropy)."""
     model.eval()
     predictions, loss = torch.empty(len(examples), dtype=torch.long), 0.0
-    order = sorted(range(len(examples)), key=lambda i: length(examples[i]))  # saves padding
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))  # saves padding
     for rows in cut(order, 64):
-        logits, labels = classify(model, [examples[i] for i in rows], dtype)
+        logits, batch_loss = classify(model, [examples[i] for i in rows], dtype)
         predictions[rows] = logits.argmax(-1).cpu()
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        loss += float(batch_loss)
     correct = predictions == torch.tensor([label for _, label in examples])
     return predictions, int(correct.sum()) / len(examples), loss / len(examples)
 
@@ -351,28 +327,16 @@ def name_of(r):
     return "full" if r is None else f"r={r}"
 
 
-def start_run(args, r, seed):
-    """Return (model, its LoRAConfig or None, facts). With r None every weight trains."""
-    model, targets, head = load_encoder(args, seed)
-    config = None
-    if r is not None:
-        config = LoRAConfig(r, args.alpha, args.dropout, targets, also_train=head)
-        inject_lora(model, config)
-    if args.checkpoint_activations:
-        checkpoint_blocks(model)
+def train(args, data, r, seed):
+    """Train and evaluate LoRA of rank r, or every weight. Return (line of sst2.jsonl, model)."""
+    model, config = load_encoder(args, r, seed)
     trainable, total = count_parameters(model)
     adapter = sum(layer.lora_A.numel() + layer.lora_B.numel() for _, layer in lora_layers(model))
     print(f"{name_of(r)}, seed {seed}: {adapter:,} adapter + {trainable - adapter:,} other weights "
           f"train, {trainable / total:.2%} of {total:,}", flush=True)
-    return model, config, {"adapter_parameters": adapter, "trainable": trainable, "total": total}
-
-
-def train(args, data, r, seed):
-    """Train and evaluate LoRA of rank r, or every weight. Return (line of sst2.jsonl, model)."""
-    model, config, facts = start_run(args, r, seed)
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(args.device)
-    flag, peak_lr = ("--lr", args.lr) if config else ("--full-lr", args.full_lr)
+    peak_lr = args.lr if config else args.full_lr
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=peak_lr, weight_decay=0.01)
     scaler = LossScaler(enabled=args.dtype == "float16")
@@ -400,7 +364,9 @@ def train(args, data, r, seed):
         sentences = sum(len(batch) for batch in window)
         loss = 0.0
         for batch in window:
-            loss += backward_loss(model, batch, scaler.scale / sentences, args.dtype)
+            _, batch_loss = classify(model, batch, args.dtype)
+            (batch_loss * (scaler.scale / sentences)).backward()
+            loss += batch_loss.detach()
         loss = float(loss) / sentences
 
         # 3. Unscale and clip, in fp32.
@@ -417,28 +383,28 @@ def train(args, data, r, seed):
         skipped += not finite
         if scaler.skips == (20 if scaler.enabled else 1):
             raise ValueError(f"{name_of(r)}: loss {loss:g}, gradient norm {norm:g} at step {step}: "
-                             f"try a lower {flag}")
+                             f"try a lower {'--lr' if config else '--full-lr'}")
         seconds += time.perf_counter() - start
 
         # 5. Log, and evaluate four times an epoch.
-        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
         if step % every == 0 or step == steps:
             _, accuracy, val_loss = evaluate(model, data["validation"], args.dtype)
             history.append({"epoch": step * args.epochs / steps, "accuracy": accuracy,
                             "train_loss": statistics.fmean(losses or [math.nan]), "loss": val_loss})
-            bar.write("  " + ", ".join(f"{key} {value:.3f}" for key, value in history[-1].items()))
+            bar.write("  ".join(f"{key} {value:.3f}" for key, value in history[-1].items()))
             losses = []
 
     if config:
         save_adapter(model, config, Path(args.out, f"r{r}-s{seed}"))
-    flags = ["model", "data", "head", "epochs", "batch_size", "grad_accum", "max_length",
-             "nb_samples", "dtype"]
-    flags += ["lr", "alpha", "dropout", "targets"] if config else ["full_lr"]
+    flags = ("model data head epochs batch_size grad_accum max_length nb_samples dtype "
+             + ("lr alpha dropout targets" if config else "full_lr"))
     n = len(data["validation"])
-    return {**{flag: getattr(args, flag) for flag in flags}, "r": r, "seed": seed, **facts,
-            **history[-1], "n": n, "ci95": wilson_interval(accuracy, n), "skipped": skipped,
-            "seconds": seconds, "peak_memory_gb": peak_memory(args.device),
-            "history": history}, model
+    run = {flag: getattr(args, flag) for flag in flags.split()}
+    run |= {"r": r, "seed": seed, "adapter_parameters": adapter, "trainable": trainable,
+            "total": total, **history[-1], "n": n, "ci95": wilson_interval(accuracy, n),
+            "skipped": skipped, "seconds": seconds, "peak_memory_gb": peak_memory(args.device),
+            "history": history}
+    return run, model
 
 
 # --- one experiment: its folder, table and picture ---
@@ -456,96 +422,80 @@ def read_runs(args, path):
     return runs
 
 
-def read_data(args):
-    """Settle device and dtype. Return {split: examples}."""
-    tokenizer = prepare(args)
-    return {split: read_examples(args, tokenizer, split) for split in ("train", "validation")}
-
-
 def main(args):
     """Make every run that is not in the folder yet, then the table and the picture."""
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise ValueError("runs in one process: start it with python, not torchrun")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if args.demo:
         return demo(args.seeds[0])
+    settle(args)
     if args.adapter:
         return score_adapter(args)
     if args.compare:
         return compare(args)
     args.model = args.model or "roberta-base"
+    data = read_data(args, "train", "validation")
     path = Path(args.out, "sst2.jsonl")
-    data = read_data(args)
     runs = read_runs(args, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for r in args.ranks + [None] * args.full_finetune:
-        for seed in args.seeds:
-            if any((run["r"], run["seed"]) == (r, seed) for run in runs):
-                print(f"{name_of(r)}, seed {seed}: in {path} already")
-                continue
-            runs.append(train(args, data, r, seed)[0])
+    wanted = itertools.product(args.ranks + [None] * args.full_finetune, args.seeds)
+    finished = [(run["r"], run["seed"]) for run in runs]
+    for r, seed in wanted:
+        if (r, seed) not in finished:
+            run, _ = train(args, data, r, seed)
+            runs.append(run)
             with open(path, "a", encoding="utf8") as file:
-                file.write(json.dumps(runs[-1]) + "\n")
-    groups = report(runs)
-    if Figure:
-        draw_curves(groups, path.with_suffix(".png"))
-    print(f"written: {path}, beside it the picture and the adapters")
+                file.write(json.dumps(run) + "\n")
+    report(runs, path.with_suffix(".png"))
+    print(f"{path} has {len(runs)} runs; beside it the picture and the adapters")
     return runs
 
 
-def report(runs):
-    """Print a row per rank, mean and spread over the seeds. Return {name: runs}."""
+def report(runs, picture):
+    """Print a row per rank. Draw its seeds' mean in a band from the lowest to the highest."""
+    table = pandas.DataFrame(runs)
+    table["accuracy"] *= 100
+    table["rank"] = [name_of(run["r"]) for run in runs]
+    ranks = table.groupby("rank", sort=False)
     low, high = runs[0]["ci95"]
-    print(f"\nn = {runs[0]['n']}, one run's 95% interval is +/- {50 * (high - low):.1f} points: "
+    print(f"\nn = {runs[0]['n']}, 95% interval of one run +/- {50 * (high - low):.1f} points: "
           "smaller differences are noise")
-    print("         adapter   trainable  accuracy  spread    loss  seconds   GiB  seeds")
-    groups = {}
-    for run in sorted(runs, key=lambda run: (run["r"] or math.inf, run["seed"])):
-        groups.setdefault(name_of(run["r"]), []).append(run)
-    keys = ["accuracy", "loss", "seconds", "peak_memory_gb"]
-    for name, group in groups.items():
-        table = torch.tensor([[run[key] for key in keys] for run in group])  # (seeds, keys)
-        accuracy, loss, seconds, memory = table.mean(0)
-        spread = 100 * table[:, 0].std(correction=len(group) > 1)
-        print(f"{name:6}{group[0]['adapter_parameters']:10,}{group[0]['trainable']:12,}"
-              f"{accuracy:10.2%}{spread:8.2f}{loss:8.3f}{seconds:9.0f}{memory:6.2f}{len(group):7}")
-    return groups
-
-
-def draw_curves(groups, picture):
-    """Draw the mean of the seeds in a band from the lowest to the highest."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.set(xlabel="epoch", title="cross-entropy: validation solid, training dotted")
-    right.set(xlabel="epoch", title="accuracy: mean of the seeds, lowest to highest")
-    for i, (name, group) in enumerate(groups.items()):
-        epochs = [point["epoch"] for point in group[0]["history"]]
-        for axes, key, line in [(left, "train_loss", ":"), (left, "loss", "-"),
-                                (right, "accuracy", "-")]:
-            seeds = torch.tensor([[point[key] for point in run["history"]] for run in group])
-            axes.plot(epochs, seeds.mean(0), line, color=f"C{i}", label=name)
-            axes.fill_between(epochs, seeds.amin(0), seeds.amax(0), color=f"C{i}", alpha=0.2)
-    right.legend()
+    print(ranks.agg(
+        adapter=("adapter_parameters", "first"), trainable=("trainable", "first"),
+        accuracy=("accuracy", "mean"), spread=("accuracy", "std"), loss=("loss", "mean"),
+        seconds=("seconds", "mean"), GiB=("peak_memory_gb", "max"), seeds=("seed", "count"),
+    ).to_string(float_format="{:.4g}".format))
+    if not Figure:
+        return
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    for axes, key in zip(figure.subplots(1, 3), ["train_loss", "loss", "accuracy"]):
+        for name, rank in ranks:
+            curves = pandas.concat(map(pandas.DataFrame, rank["history"])).groupby("epoch")[key]
+            mean = curves.mean()
+            axes.plot(mean.index, mean, label=name)
+            axes.fill_between(mean.index, curves.min(), curves.max(), alpha=0.2)
+        axes.set(xlabel="epoch", title=key)
+    axes.legend()
     figure.savefig(picture, dpi=120)
 
 
 # --- score a saved adapter ---
 
-def load_base(args, adapter):
-    """Return (tokenizer, base model). The adapter's config names it and its head."""
-    with loading("the adapter", adapter):
-        config = json.loads(Path(adapter, "adapter_config.json").read_text(encoding="utf8"))
+def load_adapted(args, folder):
+    """Return a base with its adapter, whose config names base and head."""
+    with loading("the adapter", folder):
+        config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf8"))
         args.model = args.model or config["base_model_name_or_path"]
         args.head = args.head or config["modules_to_save"]
-    return prepare(args), load_encoder(args, 0)[0]
+    model, _ = load_encoder(args, None, 0)
+    load_adapter(model, folder)
+    return model
 
 
 def score_adapter(args):
     """Print an adapter's accuracy, and how many labels merging changes."""
-    tokenizer, model = load_base(args, args.adapter)
-    load_adapter(model, args.adapter)
-    examples = read_examples(args, tokenizer, "validation")
+    model = load_adapted(args, args.adapter)
+    examples = read_data(args, "validation")["validation"]
     labels, accuracy, loss = evaluate(model, examples, args.dtype)
     merged, _, _ = evaluate(merge_lora(model), examples, args.dtype)
     low, high = wilson_interval(accuracy, len(labels))
@@ -559,21 +509,19 @@ def score_adapter(args):
 def subspace_similarity(first, second):
     """Return phi(A1, A2, i, j) of Eq. 4 for all i and j: A (r1, k) and (r2, k) -> (r1, r2).
 
-    phi is ||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j), U the right singular vectors of A. 1 means
-    that one subspace holds the other, max(i, j) / k is chance.
+    phi is ||U1[:, :i]^T U2[:, :j]||_F^2 / min(i, j), U the right singular vectors of A: 1 if one
+    subspace holds the other, max(i, j) / k by chance.
     """
     U1, U2 = (torch.linalg.svd(A, full_matrices=False).Vh.T for A in (first, second))  # (k, r)
     overlap = (U1.T @ U2).square().cumsum(0).cumsum(1)  # at (i, j): over the first i and j
-    i = torch.arange(1, len(first) + 1)
+    i = torch.arange(1, len(first) + 1)[:, None]
     j = torch.arange(1, len(second) + 1)
-    return overlap / torch.minimum(i[:, None], j)
+    return overlap / torch.minimum(i, j)
 
 
 def amplification(W, dW, r):
-    """Return the columns of Table 7: ||W||, ||dW||, ||U^T W V|| thrice, and the factor (Sec. 7.3).
-
-    U and V are the top r singular directions of dW, of W, and of a random matrix. The factor is
-    ||dW|| / ||U^T W V|| with those of dW: how much more they weigh in dW than in W.
+    """Return Table 7: ||W||, ||dW||, ||U^T W V|| with the top r singular directions of dW, of W and
+    of a random matrix, and the amplification factor ||dW|| / ||U^T W V||, with those of dW.
     """
     projections = []
     for source in (dW, W, torch.randn_like(W)):
@@ -582,31 +530,23 @@ def amplification(W, dW, r):
     return torch.stack([W.norm(), dW.norm(), *projections, dW.norm() / projections[0]])
 
 
-def adapted_layers(model, folder):
-    """Load an adapter. Return {layer: (A, dW, W)}."""
-    load_adapter(model, folder)
-    layers = {}
-    for name, layer in lora_layers(model):
-        W = layer.weight.T if is_transposed(layer.base) else layer.weight
-        layers[name] = [tensor.detach().cpu() for tensor in (layer.lora_A, layer.delta(), W)]
-    return layers
-
-
-def summary(kind, names, values):
+def chosen(kind, names, values):
     """Return {layer: value} of the first, middle and last layer of a kind, and the mean of all."""
     rows = {names[n]: values[n] for n in (0, len(names) // 2, -1)}
     return rows | {f"mean of {len(names)} {kind}": torch.stack(values).mean(0)}
 
 
-def print_row(name, values):
-    print(f"{name:44}" + "".join(f"{value:>9}" for value in values))
+def print_table(title, columns, rows):
+    rows = {name: row.tolist() for name, row in rows.items()}
+    table = pandas.DataFrame.from_dict(rows, orient="index", columns=columns)
+    print(f"\n{title}\n" + table.to_string(float_format="{:.2f}".format))
 
 
+@torch.no_grad()
 def compare(args):
     """Print and draw phi (Fig. 3, 4) and amplification (Table 7) of two adapters of one base."""
-    args.dtype = "float32"
-    _, model = load_base(args, args.compare[0])
-    adapters = [adapted_layers(model, folder) for folder in args.compare]
+    # On the CPU: not every device has an SVD.
+    adapters = [dict(lora_layers(load_adapted(args, folder).cpu())) for folder in args.compare]
     kinds = {}  # the layers that both adapt, by name within a block: query, value
     for name in adapters[0]:
         if name in adapters[1]:
@@ -615,109 +555,82 @@ def compare(args):
         raise ValueError("--compare: the adapters share no layer")
     torch.manual_seed(0)  # of the random matrices
 
-    r1, r2 = (len(next(iter(adapter.values()))[0]) for adapter in adapters)
-    i, j = torch.meshgrid(torch.arange(r1) + 1, torch.arange(r2) + 1, indexing="ij")
-    larger = torch.maximum(i, j)
-    pairs = sorted({(1, 1), (1, r2), (r1, r2)})
-    print("Subspace similarity phi (Eq. 4): i directions of {}, j of {}".format(*args.compare))
-    print_row("i, j", [f"{i}, {j}" for i, j in pairs])
-    maps = []
+    maps = {}
     for kind, names in kinds.items():
-        A1, A2 = ([adapter[name][0] for name in names] for adapter in adapters)
-        phi = summary(kind, names, [subspace_similarity(*pair) for pair in zip(A1, A2)])
-        phi["random"] = subspace_similarity(torch.randn_like(A1[0]), torch.randn_like(A2[0]))
-        phi["chance, max(i, j) / k"] = larger / A1[0].shape[1]
-        for name, value in phi.items():
-            print_row(name, [f"{value[i - 1, j - 1]:.2f}" for i, j in pairs])
-        maps.append(phi)
+        pairs = [[adapter[name].lora_A for adapter in adapters] for name in names]
+        maps |= chosen(kind, names, [subspace_similarity(*pair) for pair in pairs])
+        maps[f"random, {kind}"] = subspace_similarity(*map(torch.randn_like, pairs[0]))
+        (r1, k), r2 = pairs[0][0].shape, len(pairs[0][1])
+        larger = torch.maximum(torch.arange(r1)[:, None], torch.arange(r2)) + 1
+        maps[f"chance max(i, j) / k, {kind}"] = larger / k
+    print_table("Subspace similarity phi(i, j) (Eq. 4), i of {}, j of {}".format(*args.compare),
+                ["1, 1", f"1, {r2}", f"{r1}, {r2}"],
+                {name: phi[[0, 0, -1], [0, -1, -1]] for name, phi in maps.items()})
 
-    print("Amplification (Table 7): Frobenius norms; U and V of dW, of W, random")
-    print_row("", ["r", "W", "dW", "U'WV: dW", "W", "random", "factor"])
-    for adapter, r in zip(adapters, (r1, r2)):
+    for folder, adapter in zip(args.compare, adapters):
+        rows = {}
         for kind, names in kinds.items():
-            rows = [amplification(W, dW, r) for _, dW, W in map(adapter.get, names)]
-            for name, values in summary(kind, names, rows).items():
-                print_row(name, [r] + [f"{value:.2f}" for value in values])
-    if Figure:
-        names = [Path(folder).resolve().name for folder in args.compare]
-        draw_maps(maps, Path(args.out, f"compare-{'-'.join(names)}.png"))
-    return maps
-
-
-def draw_maps(maps, picture):
-    """Draw phi as in Fig. 3 and 4: a row for each kind of layer."""
-    rows, columns = len(maps), max(map(len, maps))
-    figure = Figure(figsize=(2.6 * columns, 2.4 * rows + 0.4), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes, (name, phi) in zip(grid.flat, [item for phis in maps for item in phis.items()]):
-        i, j = phi.shape
-        image = axes.imshow(phi.numpy(), vmin=0, vmax=1, aspect="auto", origin="lower",
-                            extent=(0.5, j + 0.5, 0.5, i + 0.5))
+            values = []
+            for layer in map(adapter.get, names):
+                W = layer.weight.T if is_transposed(layer.base) else layer.weight
+                values.append(amplification(W, layer.delta(), len(layer.lora_A)))
+            rows |= chosen(kind, names, values)
+        print_table(f"Amplification (Table 7) of {folder}, r={len(layer.lora_A)}",
+                    ["|W|", "|dW|", "|U'WV|: dW", "W", "random", "factor"], rows)
+    if not Figure:
+        return maps
+    figure = Figure(figsize=(16, 2.5 * len(kinds)), layout="constrained")  # as Fig. 3 and 4
+    grid = figure.subplots(len(kinds), math.ceil(len(maps) / len(kinds)), squeeze=False)
+    for axes, (name, phi) in zip(grid.flat, maps.items()):
+        image = axes.imshow(phi.numpy(), vmin=0, vmax=1, aspect="auto",
+                            extent=(0.5, r2 + 0.5, r1 + 0.5, 0.5))
         axes.set_title(name.split("encoder.")[-1], fontsize=7)
-        axes.set(xlabel="j", ylabel="i")
-    figure.colorbar(image, ax=grid, label="phi(i, j)")
+    figure.colorbar(image, ax=grid, label="phi: i down, j across")
+    first, second = (Path(folder).resolve().name for folder in args.compare)
+    picture = Path(args.out, f"compare-{first}-{second}.png")
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=120)
+    figure.savefig(picture)
     print(f"written: {picture}")
+    return maps
 
 
 # --- demo ---
 
 GOOD = "lovely superb charming moving fresh witty".split()
 BAD = "dull awful clumsy stale flat tired".split()
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the music story was very and but while .".split()
-WORDS += GOOD + BAD
+WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the music was but story .".split() + GOOD + BAD
 
 
-def demo_sentences(rng, count, about):
-    """Judge music and story. The label: is the story good, or, about any, one of them?"""
-    rows = []
-    for _ in range(count):
-        music, story = rng.choice(GOOD + BAD), rng.choice(GOOD + BAD)
-        link, very = rng.choice(["and", "but", "while"]), rng.choice(["", "very "])
-        good = story in GOOD or (about == "any" and music in GOOD)
-        rows.append({"sentence": f"the music was {very}{music} {link} the story was {story} .",
-                     "label": int(good)})
-    return rows
-
-
-def demo_encoder(seed=0):
-    """Return a BERT of 100,000 random weights and a tokenizer of whole words."""
+def write_demo(folder, seed, train=1500, validation=500):
+    """Write an untrained BERT (base/) and sentences whose label is whether the story is good."""
     torch.manual_seed(seed)
     config = transformers.BertConfig(
         vocab_size=len(WORDS), hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=256, max_position_embeddings=32)
+    transformers.BertModel(config).save_pretrained(folder / "base")
     vocab = {word: i for i, word in enumerate(WORDS)}
-    tokenizer = transformers.BertTokenizer(vocab=vocab, model_max_length=32)
-    return transformers.BertModel(config), tokenizer
+    transformers.BertTokenizer(vocab=vocab, model_max_length=32).save_pretrained(folder / "base")
+    rng = random.Random(seed)
+    for split, count in [("train", train), ("validation", validation)]:
+        pairs = [rng.choices(GOOD + BAD, k=2) for _ in range(count)]
+        table = pandas.DataFrame({
+            "sentence": [f"the music was {music} but the story was {story} ."
+                         for music, story in pairs],
+            "label": [int(story in GOOD) for _, story in pairs]})
+        table.to_json(folder / f"{split}.jsonl", orient="records", lines=True)
 
 
 def demo(seed):
-    """Pretrain an encoder to see whether anything is good, then adapt it to judge the story."""
-    begin, folder, rng = time.perf_counter(), Path("demo-sst2"), random.Random(seed)
+    """Teach an untrained encoder to judge the story, not the music."""
+    folder = Path("demo-sst2")
     torch.set_num_threads(1)  # for tensors this small a second thread costs more than it computes
-    for name, count in [("any/train", 6000), ("any/validation", 200),
-                        ("story/train", 2000), ("story/validation", 500)]:
-        path = folder / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = demo_sentences(rng, count, path.parent.name)
-        path.write_text("\n".join(map(json.dumps, rows)))
-    for part in demo_encoder(seed):
-        part.save_pretrained(folder / "base")
-    (folder / "story/sst2.jsonl").unlink(missing_ok=True)  # so that its runs are made again
-    flags = f"--model {folder}/base --dtype float32 --device cpu --full-finetune --full-lr 1e-3"
-
-    print("1. Pretraining: is anything good?", flush=True)
-    args = parse_args(f"{flags} --data {folder}/any --epochs 1".split())
-    _, model = train(args, read_data(args), None, seed)
-    model.base_model.save_pretrained(folder / "base")
-
-    flags += (f" --data {folder}/story --out {folder}/story --ranks 1 4 --lr 5e-3 "
-              f"--seeds {seed} {seed + 1}")
-    print(f"2. Is the story good?  python train_sst2.py {flags}", flush=True)
-    runs = main(parse_args(flags.split()))
-    print(f"All in {time.perf_counter() - begin:.0f} s.")
-    return runs
+    write_demo(folder, seed)
+    (folder / "sst2.jsonl").unlink(missing_ok=True)  # so that its runs are made again
+    flags = (f"--model {folder}/base --data {folder} --out {folder} --ranks 1 4 --lr 1e-2 "
+             f"--full-finetune --full-lr 1e-3 --seeds {seed} {seed + 1} --device cpu "
+             "--dtype float32 --epochs 2")
+    print(f"python train_sst2.py {flags}", flush=True)
+    return main(parse_args(flags.split()))
 
 
 # --- the edge ---
