@@ -651,11 +651,14 @@ def demo_problem(rng, two_steps):
     have = rng.randint(0, 10 if two_steps else 15)  # each single step is one that the base has seen
     question, solution = f"{name} has {have} {thing} .", ""
     for _ in range(1 + two_steps):
-        change = rng.randint(-min(5, have), 5)
-        verb, sign = ("gives", "-") if change < 0 else ("gets", "+")
-        question += f" {name} {verb} {abs(change)} ."
-        solution += f"{have} {sign} {abs(change)} = {have + change} . "
-        have += change
+        change = rng.randint(1, 5)
+        if rng.random() < 0.5 or change > have:
+            story, sign, left = f"gets {change} more", "+", have + change
+        else:
+            story, sign, left = f"gives {change} away", "-", have - change
+        question += f" {name} {story} ."
+        solution += f"{have} {sign} {change} = {left} . "
+        have = left
     return {"question": f"{question} How many ?", "answer": f"{solution}The answer is {have}"}
 
 
@@ -664,10 +667,11 @@ def demo_base(texts, seed=0):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
     logging.disable_progress_bar()
-    words = ["<pad>", "<eos>", "<unk>", *sorted(set(" ".join(texts).split()))]
-    ids = {word: i for i, word in enumerate(words)}
+    split = pre_tokenizers.Whitespace()
+    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    ids = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
     inner = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.pre_tokenizer = split
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>",
                                         eos_token="<eos>", unk_token="<unk>")
     torch.manual_seed(seed)
