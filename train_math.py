@@ -6,10 +6,8 @@
     python eval_gsm8k.py --adapter checkpoints/lora-r8-MetaMathQA  # score every checkpoint
     torchrun --nproc-per-node 2 -- train_math.py                   # the same run on two GPUs
 
-Written are checkpoints/RUN/step_000500/ (the adapter in PEFT's format, and the trainer's state)
-and runs/RUN/ (metrics.jsonl with a line per step, TensorBoard events, loss.png).
-
-Start reading at train(): the loop is one screen, and what it calls is written by hand.
+Written: checkpoints/RUN/step_000500/ (adapter in PEFT's format, trainer's state) and runs/RUN/
+(metrics.jsonl with a line per step, TensorBoard events, loss.png). Start reading at train().
 """
 import hashlib
 import io
@@ -26,7 +24,6 @@ import warnings
 from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -42,7 +39,7 @@ import eval_gsm8k
 from eval_gsm8k import (BASE_MODEL, RANK, WORLD, Parser, check_ids, checkpoints, encode_prompt,
                         first_line, format_prompt, gather, join_processes, load_model, number,
                         peak_memory, pick_device, pick_dtype, read_rows, run_script)
-from lora import (LoRAConfig, NF4Linear, count_parameters, disable_lora, inject_lora, load_adapter,
+from lora import (LoRAConfig, count_parameters, disable_lora, inject_lora, load_adapter,
                   save_adapter)
 
 GiB = 2**30
@@ -54,40 +51,38 @@ def parse_args(argv=None):
     parser = Parser(prog="train_math.py", description=__doc__,
                     formatter_class=RawDescriptionHelpFormatter)
     add, count = parser.add_argument, number(int, 1)
-    add("--model", default=BASE_MODEL, help="Hub id or folder of the base model")
+    add("--model", default=BASE_MODEL, help="Hub id or folder")
     add("--data", default="meta-math/MetaMathQA", help="Hub id, or .jsonl/.json/.parquet/.csv")
-    add("--nb-samples", type=count, default=10000, help="train on the first N rows")
-    add("--epochs", type=count, default=3, help="passes over the data")
+    add("--nb-samples", type=count, default=10000, help="of the data, its first")
+    add("--epochs", type=count, default=3)
     add("--max-steps", type=count, help="stop after N steps, the schedule ending there")
-    add("--r", type=number(int, 1, 2**16), default=8, help="rank (Hu et al., Sec. 4.1)")
+    add("--r", type=number(int, 1, 2**16), default=8, help="rank")
     add("--alpha", type=number(float, 1e-6), default=16.0, help="the update is scaled by alpha / r")
     add("--dropout", type=number(float, 0, 0.99), default=0.05, help="on the adapter's input")
-    add("--targets", nargs="+", default=["q_proj", "v_proj"],
-        help="name endings of the layers to adapt, or all-linear")
+    add("--targets", nargs="+", default=["q_proj", "v_proj"], help="name endings, or all-linear")
     add("--rslora", action="store_true", help="scale by alpha / sqrt(r) (arXiv:2312.03732)")
-    add("--lr", type=number(float, 1e-12, 1), default=3e-4, help="peak learning rate of AdamW")
+    add("--lr", type=number(float, 1e-12, 1), default=3e-4, help="AdamW's, at its peak")
     add("--warmup-steps", type=number(int, 0), default=100, help="at most a tenth of all steps")
-    add("--weight-decay", type=number(float, 0, 1), default=0.0, help="AdamW's, on what trains")
-    add("--clip", type=number(float, 1e-6), default=1.0, help="largest norm of the gradient")
+    add("--weight-decay", type=number(float, 0, 1), default=0.0)
+    add("--clip", type=number(float, 1e-6), default=1.0, help="largest gradient norm")
     add("--batch-size", type=count, default=1, help="rows per micro-batch")
     add("--grad-accum", type=count, default=8, help="micro-batches per optimizer step")
-    add("--max-length", type=number(int, 2), default=512, help="tokens; longer rows are dropped")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="storage and compute of the frozen base")
+    add("--max-length", type=number(int, 2), default=512, help="longer rows are dropped")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--nf4", action="store_true", help="hold the base's linear layers in 4 bits (QLoRA)")
     add("--checkpoint-activations", action=BooleanOptionalAction,
-        help="recompute each block in backward (default: if its activations would not fit)")
+        help="recompute blocks in backward (default: if needed)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--vram", type=number(float, 0.6), metavar="GB",
-        help="pretend that the card has GB, of which context and driver take 0.5")
+        help="pretend that the card has GB, 0.5 of them for CUDA's context")
     add("--run-name", help="default: lora-r{r}-{data}")
-    add("--save-every", type=count, default=500, help="steps between checkpoints")
-    add("--resume", action="store_true", help="continue this run from its newest whole checkpoint")
+    add("--save-every", type=count, default=500, help="steps")
+    add("--resume", action="store_true", help="continue from the newest whole checkpoint")
     add("--seed", type=number(int, 0, 2**31), default=0, help="order of the data, A, dropout")
     add("--demo", action="store_true", help="train and score a tiny model; takes --seed alone")
     args = parser.parse_args(argv)
     name = args.run_name or f"lora-r{args.r}-{Path(args.data).stem}"
-    args.run_name = re.sub(r"[^A-Za-z0-9._-]", "_", name)  # one folder
+    args.run_name = re.sub(r"[^\w.-]", "_", name)  # one folder
     return args
 
 
@@ -148,9 +143,9 @@ def collate(examples, device):
 class LossScaler:
     """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740, Sec. 3.2).
 
-    Gradients below 6e-8 vanish in fp16: the loss is multiplied by `scale` before backward, and the
-    adapter's fp32 gradients are divided by it. If one is not finite, the step is skipped and the
-    scale halves; after `interval` good steps in a row it doubles. In bf16 and fp32 it is 1.
+    Gradients below 6e-8 vanish in fp16: the loss is multiplied by `scale`, and the adapter's fp32
+    gradients are divided by it. If one is not finite, the step is skipped and the scale halves;
+    after `interval` good steps in a row it doubles. In bf16 and fp32 it is 1.
     """
 
     def __init__(self, enabled, scale=2.0**16, interval=2000):
@@ -194,12 +189,12 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise NotImplementedError("attention with a cap, sinks or a position bias")
     b, h, n, c = query.shape
-    g = key.shape[1]
+    group = h // key.shape[1]
     if query.device.type != "cpu":
         # Below compute capability 8 torch's fused kernels take no grouped heads: without this,
         # scores of (b, h, n, n) would be in memory.
-        if h > g:
-            key, value = (x.repeat_interleave(h // g, dim=1) for x in (key, value))
+        if group > 1:
+            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout,
                                              is_causal=attention_mask is None, scale=scaling)
         return out.transpose(1, 2).contiguous(), None
@@ -209,15 +204,12 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         attention_mask = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
     bias = torch.zeros_like(attention_mask, dtype=query.dtype)
     bias = bias.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
-    bias = bias[:, 0].repeat(1, h // g, 1)  # (1 or b, h/g n, n)
-    if len(bias) > 1:
-        bias = bias.repeat_interleave(g, dim=0)  # (b g, h/g n, n)
-    rows = query.reshape(b * g, h // g * n, c)
-    columns = key.reshape(b * g, n, c).transpose(1, 2)
-    scores = torch.baddbmm(bias, rows, columns, alpha=scaling or c**-0.5)  # (b g, h/g n, n)
+    rows = (query * (scaling or c**-0.5)).reshape(b, -1, group * n, c)
+    scores = rows @ key.transpose(2, 3)  # (b, g, h/g n, n)
+    scores += bias.repeat(1, 1, group, 1)  # in place: scores are the largest tensors here
     weights = F.dropout(F.softmax(scores, dim=-1), dropout)
-    out = torch.bmm(weights, value.reshape(b * g, n, -1))
-    return out.view(b, h, n, -1).transpose(1, 2).contiguous(), None
+    out = (weights @ value).view(b, h, n, -1)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def use_attention(model):
@@ -267,22 +259,22 @@ def check_head(model, ids):
     ids = torch.tensor([ids], device=model.device)
     head, last = model.get_output_embeddings(), slice(-16, None)  # positions to compare
     own = model(input_ids=ids, use_cache=False).logits[:, last].float()
+    fp32 = model.dtype == torch.float32
 
-    def agrees(in_fp32, in_half):
+    def agrees(tolerance):
         try:
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, last]
         except (AttributeError, NotImplementedError):  # no hidden states; a cap or sinks
             return False
         logits = head(hidden.to(head.weight.dtype)).float()
-        tolerance = in_fp32 if model.dtype == torch.float32 else in_half
         return bool((logits - own).norm() <= tolerance * own.norm())  # False for NaN
 
-    if not agrees(1e-5, 0.01):  # the rounding of one product
-        raise ValueError(f"{type(model).__name__} changes what its output head gives (a scale, a "
-                         f"cap: not supported here), or overflows in {model.dtype}")
+    if not agrees(1e-5 if fp32 else 0.01):  # the rounding of one product
+        raise ValueError(f"{type(model).__name__} scales or caps its logits (not supported here), "
+                         f"or overflows in {model.dtype}")
     before = model.config._attn_implementation
     use_attention(model)
-    if not agrees(1e-4, 0.05):  # of all blocks: 0.01 in bf16 over 30
+    if not agrees(1e-4 if fp32 else 0.05):  # of all blocks: 0.01 in bf16 over 30
         model.set_attn_implementation(before)
 
 
@@ -291,6 +283,8 @@ def check_head(model, ids):
 def blocks(model):
     """Return the transformer blocks: of the model's module lists the one with most weights."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of blocks (a ModuleList)")
     return max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))
 
 
@@ -300,89 +294,68 @@ def checkpoint_blocks(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
+@torch.no_grad()
 def kept_by_block(model, length):
     """Return bytes of (a block's input, all that it keeps for backward) for a row of `length`."""
-    block, calls, kept = blocks(model)[0], [], {}
-    ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
-    hook = block.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
-    with torch.no_grad():
-        model.base_model(input_ids=ids, use_cache=False)
-    hook.remove()
-    _, (hidden, *args), kwargs = calls[0]  # several where layers share one block
+    block, kept = blocks(model)[0], {}
 
-    def keep(tensor):  # held until the end, so that no address comes twice
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage
+    def measure(_, args, kwargs):
+        hidden, *shared = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        hidden.requires_grad_()
+        with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
+            block.forward(*args, **kwargs)
+        for tensor in [*shared, *model.parameters()]:  # shared by all blocks, such as the mask
+            kept.pop(tensor.untyped_storage().data_ptr(), None)
+        kept["input"] = hidden.nbytes
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        block(hidden.requires_grad_(), *args, **kwargs)
-    # Not counted: the weights, and what all blocks share, such as the mask.
-    for tensor in [*model.parameters(), *tree_leaves((args, kwargs))]:
-        if isinstance(tensor, torch.Tensor):
-            kept.pop(tensor.untyped_storage().data_ptr(), None)
-    return hidden.nbytes, sum(storage.nbytes() for storage in kept.values())
+    hook = block.register_forward_pre_hook(measure, with_kwargs=True)
+    ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
+    model.base_model(input_ids=ids, use_cache=False)
+    hook.remove()
+    return kept.pop("input"), sum(kept.values())
 
 
-def memory_plan(model, batch_size, kept, whole):
-    """Return {what: bytes} at the peak of a training step.
-
-    A row leaves `kept` bytes in every block, and `whole` in the one whose backward runs. Both are
-    block 0's: too low where later blocks are larger (experts).
-    """
+def plan_memory(model, args, longest):
+    """Choose between keeping and recomputing activations; print and return the planned GiB."""
+    device, recompute, n = model.device, args.checkpoint_activations, len(blocks(model))
+    # All blocks count as the first: too little where later ones are larger (experts).
+    block_input, kept = (args.batch_size * size for size in kept_by_block(model, longest))
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
-    item = model.get_output_embeddings().weight.element_size()
-    packed = [m.out_features * m.in_features for m in model.modules() if isinstance(m, NF4Linear)]
-    # log-softmax and its two gradients in fp32, logits and their gradient in the base's dtype
-    logits = CHUNK * (12 + 2 * item)
-    # half of what a block keeps is alive as gradients; a dequantised layer and its index
-    gradients = batch_size * whole // 2 + max(packed, default=0) * (2 + item)
-    return {
-        "base weights": weights - trained,
-        "trained weights": trained,
-        "their gradients": trained,
-        "AdamW's moments": 2 * trained,
-        "activations": batch_size * ((len(blocks(model)) - 1) * kept + whole),
-        "logits, or gradients in a block": max(logits, gradients),
-    }
-
-
-def plan_memory(model, args, longest, batch_size):
-    """Choose between keeping and recomputing activations, print the plan; return it in GiB."""
-    device, recompute = model.device, args.checkpoint_activations
-    block_input, whole = kept_by_block(model, longest)
-    plan = memory_plan(model, batch_size, whole, whole)
-    weights = plan["base weights"] + plan["trained weights"]
-    need, free = sum(plan.values()) - weights, free_memory(device, args.vram)
+    plan = {"gradients and AdamW's moments": 3 * trained, "activations": n * kept,
+            # A chunk's logits at 20 bytes each, or half of what a block keeps.
+            "other gradients": max(20 * CHUNK, kept // 2)}
+    need, free = sum(plan.values()), free_memory(device)
     # torch does not restore the random state of MPS: backward would see another dropout mask.
     other_masks = device.type == "mps" and args.dropout > 0
+    if recompute and other_masks:
+        raise ValueError("--checkpoint-activations on mps needs --dropout 0")
     if recompute is None:
         recompute = 1.25 * need > free and not other_masks
-    elif recompute and other_masks:
-        raise ValueError("--checkpoint-activations on mps needs --dropout 0")
     if recompute:
         checkpoint_blocks(model)
-        plan = memory_plan(model, batch_size, block_input, whole)
+        plan["activations"] = (n - 1) * block_input + kept
+    plan["weights"] = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     if device.type != "cuda":
-        plan["Python and libraries"] = max(0, process_memory() - weights)
-    total = sum(plan.values()) / GiB
+        plan["Python and libraries"] = max(0, process_memory() - plan["weights"])
+    total, known = sum(plan.values()) / GiB, f"{free / GiB:.2f}" if free else "unknown"
     print("memory plan, GiB:", ", ".join(f"{what} {size / GiB:.3f}" for what, size in plan.items()))
-    known = f"{free / GiB:.2f}" if free else "unknown"
     print(f"in all {total:.2f}, activations {'recomputed' if recompute else 'kept'}: keeping takes "
           f"{need / GiB:.2f} beside the weights, free: {known}", flush=True)
     return total
 
 
-def free_memory(device, vram):
+def free_memory(device):
     """Return the bytes that can still be allocated, 0 if unknown."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        reserved = torch.cuda.memory_reserved(device)
-        if vram:
-            free = min(free, int((vram - 0.5) * GiB) - reserved)
-        return free + reserved - torch.cuda.memory_allocated(device)
-    free = 1024 * read_number("/proc/meminfo", r"MemAvailable: +(\d+)")
+        free, total = torch.cuda.mem_get_info(device)
+        limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)  # --vram
+        within = min(free + torch.cuda.memory_reserved(device), limit)
+        return within - torch.cuda.memory_allocated(device)
+    free = read_number("/proc/meminfo", "MemAvailable:", 1024)
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if limit := read_number(path):  # of a container
             free = min(free, limit - process_memory())
@@ -390,23 +363,22 @@ def free_memory(device, vram):
 
 
 def process_memory():
-    """Return the bytes that the process holds (Linux; elsewhere its peak so far)."""
-    pages = read_number("/proc/self/statm", r" (\d+)")
-    return pages * os.sysconf("SC_PAGE_SIZE") if pages else peak_memory(torch.device("cpu"))
+    """Return the bytes that the process holds, 0 if unknown."""
+    return read_number("/proc/self/status", "VmRSS:", 1024)
 
 
-def read_number(path, pattern=r"(\d+)"):
+def read_number(path, name="", unit=1):
     """Return a number that Linux tells in a file, 0 if there is none."""
-    match = re.search(pattern, Path(path).read_text()) if Path(path).exists() else None
-    return int(match[1]) if match else 0
+    match = re.search(rf"{name}\s*(\d+)", Path(path).read_text()) if Path(path).exists() else None
+    return unit * int(match[1]) if match else 0
 
 
 def limit_vram(gb, device):
     """Cap the allocator, so that a big card runs out of memory where a small one would."""
-    own = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    own = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
     if gb * GiB > own:
         raise ValueError(f"--vram {gb:g}: {device} has {own / GiB:.1f} GiB of GPU memory")
-    torch.cuda.set_per_process_memory_fraction((gb - 0.5) * GiB / own, device.index)
+    torch.cuda.set_per_process_memory_fraction((gb - 0.5) * GiB / own, device)
 
 
 # --- checkpoints ---
@@ -436,14 +408,15 @@ def save_checkpoint(folder, model, config, state):
 
 
 def newest_state(folder):
-    """Return (folder, trainer state) of the newest checkpoint that can be read, or None."""
+    """Return (folder, trainer state) of the newest checkpoint that can be read."""
     for path in reversed(checkpoints(folder)):
         try:
             state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)
             load_file(path / "adapter_model.safetensors")
-            return path, state
+            return path, {key: state[key] for key in ("step", "identity", "scaler", "optimizer")}
         except Exception as error:  # cut off, half deleted, junk
             warnings.warn(f"{path} is damaged and passed over ({first_line(error)})")
+    raise ValueError(f"--resume: {folder} has no whole checkpoint to continue from")
 
 
 # --- training ---
@@ -451,7 +424,8 @@ def newest_state(folder):
 def train(model, examples, args, config=None, state=None):
     """Train what requires grad, on from a state; with a config, save. Return the last folder."""
     state = state or {"step": 0}
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    parameters = list(names)
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     scaler = LossScaler(enabled=model.dtype == torch.float16)
     lengths = [len(ids) for ids, _ in examples]
@@ -463,8 +437,7 @@ def train(model, examples, args, config=None, state=None):
         optimizer.load_state_dict(state["optimizer"])
         vars(scaler).update(state["scaler"])
     saved, stop = None, False
-    model.train()
-    with (open_log(args.run_name, step) as log, catch_signals() as caught,
+    with (open_log(Path("runs", args.run_name), step) as log, catch_signals() as caught,
           tqdm(total=steps, initial=step, unit="step", disable=RANK > 0 or None) as bar):
         while step < steps and not stop:
             start = time.perf_counter()
@@ -487,8 +460,9 @@ def train(model, examples, args, config=None, state=None):
                 batch = collate(window[n], model.device)
                 loss += backward_loss(model, batch, scaler.scale / targets)
             loss, stop = sum_over_processes(parameters, float(loss) / targets, bool(caught))
-            if step == state["step"]:
-                warn_untrained(model)
+            idle = [name for p, name in names.items() if p.grad is None]
+            if idle and step == state["step"]:  # what the text does not reach: a vision tower
+                warnings.warn(f"{len(idle)} weights had no gradient, such as {idle[0]}")
 
             # 3. Unscale and clip, in fp32.
             scaler.unscale(parameters)
@@ -528,13 +502,6 @@ def train(model, examples, args, config=None, state=None):
     return saved
 
 
-def warn_untrained(model):
-    """Name what the text did not reach: a vision tower, unused experts."""
-    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    if idle:
-        warnings.warn(f"{len(idle)} weights had no gradient in the first window, such as {idle[0]}")
-
-
 def sum_over_processes(parameters, loss, stop):
     """Sum the gradients, in place, and two numbers over all processes."""
     if WORLD == 1:
@@ -545,26 +512,25 @@ def sum_over_processes(parameters, loss, stop):
         dist.all_reduce(p.grad)
     numbers = torch.tensor([loss, stop], device=parameters[0].device)
     dist.all_reduce(numbers)
-    loss, stop = numbers.tolist()
-    return loss, bool(stop)
+    return numbers.tolist()
 
 
 @contextmanager
-def open_log(name, step):
+def open_log(folder, step):
     """Yield log(line): to metrics.jsonl, cut back to its first `step` lines, and to TensorBoard.
 
-    At the end loss.png is drawn: each step's loss and a running mean.
+    At the end loss.png is drawn.
     """
     if RANK > 0:
         yield lambda line: None
         return
-    path = Path("runs", name, "metrics.jsonl")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     path.write_text("".join(lines[:step]))
     try:
         from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(path.parent, purge_step=step + 1)  # hides what it has of later steps
+        board = SummaryWriter(folder, purge_step=step + 1)  # hides what it has of later steps
     except ImportError:
         board = None
 
@@ -583,12 +549,10 @@ def open_log(name, step):
         from matplotlib.figure import Figure
     except ImportError:
         return
-    losses = [line["loss"] for line in map(json.loads, open(path)) if not line["skipped"]]
     axes = Figure().subplots()
-    axes.plot(losses, color="0.8")
-    axes.plot(list(accumulate(losses, lambda mean, loss: 0.95 * mean + 0.05 * loss)))
-    axes.set(title=name, xlabel="optimizer step", ylabel="loss and its mean (nats per target)")
-    axes.figure.savefig(path.with_name("loss.png"))
+    axes.plot([json.loads(line)["loss"] or math.nan for line in open(path)])
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per target)")
+    axes.figure.savefig(folder / "loss.png")
 
 
 @contextmanager
@@ -617,11 +581,11 @@ def main(args):
     if args.demo:
         return demo(args.seed)
     folder = Path("checkpoints", args.run_name)
-    if checkpoints(folder) and not args.resume:
+    begun, state = None, {"step": 0}
+    if args.resume:
+        begun, state = newest_state(folder)
+    elif checkpoints(folder):
         raise ValueError(f"{folder} has checkpoints: add --resume, or give another --run-name")
-    begun, state = newest_state(folder) or (None, {"step": 0})
-    if args.resume and not begun:
-        raise ValueError(f"--resume: {folder} has no whole checkpoint to continue from")
     device = join_processes(pick_device(args.device))
     if args.vram:
         limit_vram(args.vram, device)
@@ -635,14 +599,15 @@ def main(args):
     check_ids(model, ids)
     check_head(model, longest)
 
-    # On resuming and in every process, the run must be the one that was begun, by rank 0.
+    # In every process and on resuming, the run must be the one that rank 0 began.
     identity = run_identity(model, examples, args)
-    state.setdefault("identity", identity)
-    wanted = gather({**state["identity"], "step": state["step"]})[0]
-    for key, value in {**identity, "step": state["step"]}.items():
-        if wanted.get(key, value) != value:
-            raise ValueError(f"{key} of this run was {wanted[key]}, is {value}: repeat the old "
+    run = {**identity, "step": state["step"]}
+    begun_as = gather(run | state.get("identity", {}))[0]
+    for key, value in run.items():
+        if begun_as.get(key, value) != value:
+            raise ValueError(f"{key} of this run was {begun_as[key]}, is {value}: repeat the old "
                              "one, or give another --run-name")
+    state["identity"] = identity
 
     config = LoRAConfig(args.r, args.alpha, args.dropout, args.targets, rslora=args.rslora)
     torch.manual_seed(args.seed)
@@ -651,31 +616,30 @@ def main(args):
         load_adapter(model, begun)
 
     trainable, total = count_parameters(model)
-    tokens, batch_size = sum(map(len, ids)), min(args.batch_size, len(ids))
+    tokens = sum(map(len, ids))
     print(f"{args.model} in {args.dtype}{' over NF4' * args.nf4} on {device} ({reason}), "
           f"attention {model.config._attn_implementation}\n"
           f"{len(names)} layers adapted ({names[0]} ...): {trainable:,} of {total:,} parameters "
           f"train ({trainable / total:.2%}), in float32\n"
           f"{len(ids):,} rows, {len(rows) - len(ids):,} dropped over {args.max_length} tokens; "
-          f"{tokens:,} tokens, about {tokens * batch_size * args.grad_accum // len(ids):,} a step")
+          f"{tokens * args.batch_size * args.grad_accum // len(ids):,} tokens a step")
     model.train()
-    planned = plan_memory(model, args, len(longest), batch_size)
+    planned = plan_memory(model, args, len(longest))
     last = train(model, examples, args, config, state) or begun  # a finished run has no step left
     print(f"peak memory {peak_memory(device) / GiB:.2f} GiB, planned {planned:.2f}. Written: "
-          f"{last}/, runs/{args.run_name}/metrics.jsonl\nscore it:  python eval_gsm8k.py "
-          f"--model {args.model} --adapter {folder} --dtype {args.dtype}{' --nf4' * args.nf4}")
+          f"{last}/, runs/{args.run_name}/metrics.jsonl")
     return last
 
 
 def run_identity(model, examples, args):
     """Return what makes a run: flags, data, base weights."""
-    flags = {f"--{key.replace('_', '-')}": value for key, value in vars(args).items()
-             if key not in MAY_CHANGE_ON_RESUME}
-    data = hashlib.sha256(repr(examples).encode())
+    identity = {f"--{key.replace('_', '-')}": value for key, value in vars(args).items()
+                if key not in MAY_CHANGE_ON_RESUME}
     base = hashlib.sha256()
     for tensor in [*model.parameters(), *model.buffers()]:  # a little of each
         base.update(tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return {**flags, "data": data.hexdigest()[:12], "base": base.hexdigest()[:12]}
+    data = hashlib.sha256(repr(examples).encode())
+    return {**identity, "data": data.hexdigest()[:12], "base": base.hexdigest()[:12]}
 
 
 # --- the demo: everything above, on a model and problems made here ---
@@ -725,41 +689,40 @@ def demo(seed):
             raise ValueError(f"--demo replaces ./{old}, and this is not its own: run it elsewhere")
         shutil.rmtree(old, ignore_errors=True)
     Path("demo").mkdir()
-    rng, texts = random.Random(seed), []
-    for name, held_out in (("one-step", 200), ("two-step", 400)):
+    rng = random.Random(seed)
+    for name in ("one-step", "two-step"):
         problems = {}
-        while len(problems) < 3000 + held_out:  # keyed by question: none is in both files
+        while len(problems) < 3400:  # keyed by question: none is in both files
             problem = demo_problem(rng, name == "two-step")
             problems[problem["question"]] = json.dumps(problem) + "\n"
-            texts.append(f"{format_prompt(problem['question'])} {problem['answer']}")
         lines = list(problems.values())
-        Path(f"demo/{name}-test.jsonl").write_text("".join(lines[:held_out]))
-        Path(f"demo/{name}-train.jsonl").write_text("".join(lines[held_out:]))
+        for part, chosen in (("test", lines[:400]), ("train", lines[400:])):
+            Path(f"demo/{name}-{part}.jsonl").write_text("".join(chosen))
     cpu = "--dtype float32 --device cpu"
     common = f"{cpu} --grad-accum 1 --dropout 0 --lr 3e-3 --seed {seed}"
 
     print("1. A base is pretrained on one-step problems, by the same loop")
-    args = parse_args("--data demo/one-step-train.jsonl --run-name demo-base --epochs 6 "
-                      f"--batch-size 64 {common}".split())
-    model, tokenizer = demo_base(texts, seed)
-    train(model, encode(read_rows(args.data, "train"), tokenizer, 512), args)
+    args = parse_args(f"--run-name demo-base --epochs 6 --batch-size 64 {common}".split())
+    rows = read_rows("demo/one-step-train.jsonl", "train")
+    model, tokenizer = demo_base([f"{format_prompt(q)} {a}" for q, a in rows], seed)
+    train(model, encode(rows, tokenizer, 512), args)
     model.save_pretrained("demo/base")
     tokenizer.save_pretrained("demo/base")
 
     flags = ("--model demo/base --data demo/two-step-train.jsonl --run-name demo "
              f"--targets all-linear --epochs 3 --batch-size 32 {common}")
-    print(f"\n2. LoRA teaches it two-step problems\npython train_math.py {flags}", flush=True)
+    print(f"2. LoRA teaches it two-step problems: train_math.py {flags}", flush=True)
     last = main(parse_args(flags.split()))
 
     flags = (f"--model demo/base --adapter {last} --data demo/two-step-test.jsonl "
              f"--save-merged demo/merged --batch-size 200 --max-new-tokens 40 {cpu}")
-    print(f"\n3. All are scored on held-out ones\npython eval_gsm8k.py {flags}", flush=True)
+    print(f"3. All are scored on held-out ones: eval_gsm8k.py {flags}", flush=True)
     eval_gsm8k.main(eval_gsm8k.parse_args(flags.split()))
 
-    print("\n4. The base's own task, with the adapter on and off", flush=True)
+    print("4. The base's own task, with the adapter on and off", flush=True)
     model, tokenizer = load_model("demo/base", torch.float32, torch.device("cpu"))
     load_adapter(model, last)
-    rows = read_rows("demo/one-step-test.jsonl", "test")
+    rows = read_rows("demo/one-step-test.jsonl", "test", 200)
     for name, switch in (("on ", nullcontext()), ("off", disable_lora(model))):
         with switch:
             records = eval_gsm8k.answer(model, tokenizer, rows, 0, 200, 40)
