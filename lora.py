@@ -331,7 +331,7 @@ def select(model, config):
     heads = match(modules, config.also_train, "module with weights")
     for name, head in heads.items():
         if list(head.buffers()):  # running statistics, or 4-bit weights
-            raise ValueError(f"also_train: {name} has buffers, which would not be saved")
+            raise ValueError(f"also_train: {name} has buffers, which are not saved")
     in_heads = set(chain.from_iterable(head.modules() for head in heads.values()))
     layers = {name: layer for name, layer in linear_layers(model).items() if layer not in in_heads}
     if config.targets == ("all-linear",):
@@ -407,7 +407,7 @@ def refuse_tied(model, modules):
 
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 
-# PEFT 0.21's options: honoured or harmless, and refused if set.
+# PEFT 0.21's options: honoured or harmless; refused if set.
 ACCEPTED = set("""
     peft_type r lora_alpha lora_dropout use_rslora init_lora_weights target_modules modules_to_save
     exclude_modules layers_to_transform layers_pattern fan_in_fan_out base_model_name_or_path
@@ -448,13 +448,14 @@ def save_adapter(model, config, folder):
             raise ValueError(f"{key} holds NaN or infinity")
     if not any(layer.lora_B.any() for layer in layers.values()):
         warnings.warn("nothing was trained: is the optimizer older than the adapter?")
+    by_ending = all(ends_in(name, config.targets) for name in layers)  # not all-linear
     options = {
         "peft_type": "LORA", "inference_mode": True, "bias": "none",
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
         "r": int(config.r), "lora_alpha": float(config.alpha),  # numpy's numbers are not JSON's
         "lora_dropout": float(config.dropout), "use_rslora": config.rslora,
-        "target_modules": list(layers),
+        "target_modules": list(config.targets if by_ending else layers),
         "modules_to_save": list(config.also_train) or None,
         "fan_in_fan_out": any(is_transposed(layer.base) for layer in layers.values())}
     tensors = {key: p.detach().to("cpu").contiguous() for key, p in parameters.items()}
@@ -489,7 +490,7 @@ def base_sample(model):
 
 
 def load_adapter(model, folder) -> LoRAConfig:
-    """Put a folder's adapter onto the model, in place of any other; return its config.
+    """Put a folder's adapter onto the model, replacing any other; return its config.
 
     Create the optimizer afterwards: loading replaces A and B. Nothing in the files is executed.
     Raises ValueError, with the model as it was, unless the file holds just what injecting its
@@ -516,8 +517,7 @@ def load_adapter(model, folder) -> LoRAConfig:
     for key, parameter in file_parameters(model, config.also_train).items():
         parameter.detach().copy_(tensors[key])
     here = torch.tensor(base_sample(model))
-    # Rounding to 4 bits moves the sample by about 10%, another seed by about 140%:
-    # a fine-tune of the same base is not noticed.
+    # Rounding to 4 bits moves the sample by about 10%, another seed by about 140%.
     if here.shape == sample.shape and (here - sample).norm() > 0.3 * sample.norm():
         warnings.warn(f"{folder} was trained on another base")
     return config
@@ -553,9 +553,9 @@ def read_adapter(model, folder):
         d, k = features(layer)
         expected[f"{PREFIX}{name}.lora_A.weight"] = (config.r, k)
         expected[f"{PREFIX}{name}.lora_B.weight"] = (d, config.r)
-        # PEFT saves the base of an adapted lm_head along: it has to be this model's own
+        # PEFT saves the base of an adapted lm_head along: it has to be this model's own,
         base = tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
-        # (what load_adapter will put back, if an old adapter trained it).
+        # before any adapter trained it.
         own = getattr(layer, "before_training", {}).get("weight", layer.weight)
         if base is not None and not torch.equal(base, own.to(base)):
             raise ValueError(f"{WEIGHTS} has another base weight for {name} than this model")

@@ -39,8 +39,7 @@ import eval_gsm8k
 from eval_gsm8k import (BASE_MODEL, RANK, WORLD, Parser, check_ids, checkpoints, encode_prompt,
                         first_line, format_prompt, gather, join_processes, load_model, number,
                         peak_memory, pick_device, pick_dtype, read_rows, run_script)
-from lora import (LoRAConfig, count_parameters, disable_lora, inject_lora, load_adapter,
-                  save_adapter)
+from lora import LoRAConfig, count_parameters, inject_lora, load_adapter, save_adapter
 
 GiB = 2**30
 
@@ -51,17 +50,17 @@ def parse_args(argv=None):
     parser = Parser(prog="train_math.py", description=__doc__,
                     formatter_class=RawDescriptionHelpFormatter)
     add, count = parser.add_argument, number(int, 1)
-    add("--model", default=BASE_MODEL, help="Hub id or folder")
+    add("--model", default=BASE_MODEL, help="Hub id or folder of the base model")
     add("--data", default="meta-math/MetaMathQA", help="Hub id, or .jsonl/.json/.parquet/.csv")
-    add("--nb-samples", type=count, default=10000, help="of the data, its first")
+    add("--nb-samples", type=count, default=10000, help="train on the first N rows")
     add("--epochs", type=count, default=3)
     add("--max-steps", type=count, help="stop after N steps, the schedule ending there")
-    add("--r", type=number(int, 1, 2**16), default=8, help="rank")
+    add("--r", type=number(int, 1, 2**16), default=8, help="rank (Sec. 4.1)")
     add("--alpha", type=number(float, 1e-6), default=16.0, help="the update is scaled by alpha / r")
     add("--dropout", type=number(float, 0, 0.99), default=0.05, help="on the adapter's input")
     add("--targets", nargs="+", default=["q_proj", "v_proj"], help="name endings, or all-linear")
     add("--rslora", action="store_true", help="scale by alpha / sqrt(r) (arXiv:2312.03732)")
-    add("--lr", type=number(float, 1e-12, 1), default=3e-4, help="AdamW's, at its peak")
+    add("--lr", type=number(float, 1e-12, 1), default=3e-4, help="peak learning rate")
     add("--warmup-steps", type=number(int, 0), default=100, help="at most a tenth of all steps")
     add("--weight-decay", type=number(float, 0, 1), default=0.0)
     add("--clip", type=number(float, 1e-6), default=1.0, help="largest gradient norm")
@@ -71,12 +70,12 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--nf4", action="store_true", help="hold the base's linear layers in 4 bits (QLoRA)")
     add("--checkpoint-activations", action=BooleanOptionalAction,
-        help="recompute blocks in backward (default: if needed)")
+        help="recompute each block in backward (default: if it is needed)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--vram", type=number(float, 0.6), metavar="GB",
         help="pretend that the card has GB, 0.5 of them for CUDA's context")
     add("--run-name", help="default: lora-r{r}-{data}")
-    add("--save-every", type=count, default=500, help="steps")
+    add("--save-every", type=count, default=500, help="steps between checkpoints")
     add("--resume", action="store_true", help="continue from the newest whole checkpoint")
     add("--seed", type=number(int, 0, 2**31), default=0, help="order of the data, A, dropout")
     add("--demo", action="store_true", help="train and score a tiny model; takes --seed alone")
@@ -300,6 +299,7 @@ def kept_by_block(model, length):
     block, kept = blocks(model)[0], {}
 
     def measure(_, args, kwargs):
+        hook.remove()  # where layers share one block, it is called again
         hidden, *shared = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         hidden.requires_grad_()
         with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -315,7 +315,6 @@ def kept_by_block(model, length):
     hook = block.register_forward_pre_hook(measure, with_kwargs=True)
     ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
     model.base_model(input_ids=ids, use_cache=False)
-    hook.remove()
     return kept.pop("input"), sum(kept.values())
 
 
@@ -682,7 +681,7 @@ def demo_base(texts, seed=0):
 
 
 def demo(seed):
-    """Pretrain a base on one-step problems, adapt it to two-step ones, score, merge, switch off."""
+    """Pretrain a base on one-step problems, adapt it to two-step ones, score it on both, merge."""
     begin, ours = time.perf_counter(), Path("demo/one-step-train.jsonl").exists()
     for old in ("demo", "checkpoints/demo"):
         if Path(old).exists() and not ours:
@@ -690,14 +689,14 @@ def demo(seed):
         shutil.rmtree(old, ignore_errors=True)
     Path("demo").mkdir()
     rng = random.Random(seed)
-    for name in ("one-step", "two-step"):
+    for task in ("one-step", "two-step"):
         problems = {}
         while len(problems) < 3400:  # keyed by question: none is in both files
-            problem = demo_problem(rng, name == "two-step")
+            problem = demo_problem(rng, task == "two-step")
             problems[problem["question"]] = json.dumps(problem) + "\n"
         lines = list(problems.values())
-        for part, chosen in (("test", lines[:400]), ("train", lines[400:])):
-            Path(f"demo/{name}-{part}.jsonl").write_text("".join(chosen))
+        Path(f"demo/{task}-test.jsonl").write_text("".join(lines[:400]))
+        Path(f"demo/{task}-train.jsonl").write_text("".join(lines[400:]))
     cpu = "--dtype float32 --device cpu"
     common = f"{cpu} --grad-accum 1 --dropout 0 --lr 3e-3 --seed {seed}"
 
@@ -714,19 +713,11 @@ def demo(seed):
     print(f"2. LoRA teaches it two-step problems: train_math.py {flags}", flush=True)
     last = main(parse_args(flags.split()))
 
-    flags = (f"--model demo/base --adapter {last} --data demo/two-step-test.jsonl "
-             f"--save-merged demo/merged --batch-size 200 --max-new-tokens 40 {cpu}")
-    print(f"3. All are scored on held-out ones: eval_gsm8k.py {flags}", flush=True)
-    eval_gsm8k.main(eval_gsm8k.parse_args(flags.split()))
-
-    print("4. The base's own task, with the adapter on and off", flush=True)
-    model, tokenizer = load_model("demo/base", torch.float32, torch.device("cpu"))
-    load_adapter(model, last)
-    rows = read_rows("demo/one-step-test.jsonl", "test", 200)
-    for name, switch in (("on ", nullcontext()), ("off", disable_lora(model))):
-        with switch:
-            records = eval_gsm8k.answer(model, tokenizer, rows, 0, 200, 40)
-        print(eval_gsm8k.describe(f"one-step, adapter {name}", eval_gsm8k.summarise(records)))
+    for task, merge in (("two-step", "--save-merged demo/merged"), ("one-step", "")):
+        flags = (f"--model demo/base --adapter {last} --data demo/{task}-test.jsonl {merge} "
+                 f"--batch-size 200 --max-new-tokens 40 {cpu}")
+        print(f"3. Held-out {task} problems: eval_gsm8k.py {flags}", flush=True)
+        eval_gsm8k.main(eval_gsm8k.parse_args(flags.split()))
     print(f"data and models are in demo/; {time.perf_counter() - begin:.0f} s in all")
     return last
 
