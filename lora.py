@@ -159,7 +159,7 @@ class LoRALinear(nn.Module):
         if self.merged:
             raise RuntimeError(f"cannot {action} while merged: call unmerge_lora(model) first")
 
-    # for model code that reads layer.weight
+    # For code that reads layer.weight.
     weight = property(lambda self: self.base.weight)
     bias = property(lambda self: self.base.bias)
 
@@ -296,7 +296,7 @@ def require_lora(model):
 
 
 def strip_lora(model):
-    """Replace every wrapper by its base, merged or not; return the model, still frozen.
+    """Replace every wrapper by its base, merged or not; return the frozen model.
 
     Modules of also_train stay as trained.
     """
@@ -356,7 +356,7 @@ def match(modules, endings, kind):
 
 
 def ends_in(name, endings):
-    """Compare whole dotted parts: q_proj is not the end of eq_proj."""
+    """Compare whole dotted parts: q_proj is no end of eq_proj."""
     return f".{name}".endswith(tuple(f".{ending}" for ending in endings))
 
 
@@ -483,7 +483,7 @@ def file_parameters(model, also_train):
 
 
 def base_sample(model):
-    """Return 64 weights of the last adapted layer, to tell bases apart; [] if not floats."""
+    """Return 64 weights of the last adapted layer, a fingerprint; [] if not floats."""
     layer = list(require_lora(model).values())[-1]
     plain = layer.weight.dtype in FLOATS and not layer.weight.is_meta
     return layer.weight.flatten()[:64].tolist() if plain else []

@@ -1343,6 +1343,18 @@ def test_two_processes_score_like_one(tiny, workdir):
     assert one == two and len(one) == 4
 
 
+@cases("text, judged", [
+    ("48/2 = 24 and 24 x 3 = 70", [1, 0]), ("2 + 3 * 4 = 14", [1]), ("$1,000-$5=$995", [1]),
+    ("10/3 = 3.33, or 3.3", [1]), ("10/3 = 3", [0]), ("5/0 = 1", [0]), ("(2 + 3) * 4 = 9", []),
+    ("20% * 5 = 1", []), ("2 * 3 = 6%", [])])
+def test_arithmetic_steps_are_judged_by_their_exact_value(text, judged):
+    """Precedence must hold, rounding is right as written, and parts of a step are none."""
+    spec = importlib.util.spec_from_file_location("analysis", HERE / "bench/gsm8k_analysis.py")
+    analysis = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(analysis)
+    assert analysis.judge_steps(text) == judged
+
+
 # --- eval_gsm8k.py: the edge ---
 
 @cases("flags, culprit", [(["--batch-size", "0"], "--batch-size"), (["--r", "4"], "--r")])
