@@ -159,7 +159,7 @@ class LoRALinear(nn.Module):
         if self.merged:
             raise RuntimeError(f"cannot {action} while merged: call unmerge_lora(model) first")
 
-    # For code that reads layer.weight.
+    # for code that reads layer.weight
     weight = property(lambda self: self.base.weight)
     bias = property(lambda self: self.base.bias)
 
@@ -430,7 +430,7 @@ def save_adapter(model, config, folder):
     Raises RuntimeError while merged; ValueError for NaN, for another r or scaling than injected,
     and for a parameter that trains but would not be saved.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):  # they prefix the names
         model = getattr(model, "_orig_mod", None) or model.module
     layers = require_lora(model)
@@ -463,7 +463,7 @@ def save_adapter(model, config, folder):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     parts = {name: folder / f"{name}.part" for name in (WEIGHTS, CONFIG)}
-    save_file(tensors, parts[WEIGHTS], metadata)
+    parts[WEIGHTS].write_bytes(save(tensors, metadata))
     parts[CONFIG].write_text(json.dumps(options, indent=2))
     (folder / CONFIG).unlink(missing_ok=True)  # a crash here leaves no adapter, not a mixed one
     for name, part in parts.items():
