@@ -198,7 +198,7 @@ def loading(flag, name, kind):
 def hub_answers(name, kind):
     """Ask the Hub for a repository, once: transformers and datasets would retry for a minute."""
     try:
-        with ThreadPool(1) as pool:  # only get() ends a name look-up that hangs
+        with ThreadPool(1) as pool:  # get's timeout also ends a name look-up that hangs
             pool.apply_async(HfApi().repo_info, [name], {"repo_type": kind, "timeout": 5}).get(8)
     except Exception as error:  # a proxy, a certificate, HF_HUB_OFFLINE
         return isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError)
@@ -523,7 +523,7 @@ def run_script(name, main, parse_args):
     except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk
         message = " ".join(str(error).split()) or first_line(error)
     except RuntimeError as error:
-        if not re.search("out of memory|OutOfMemory|allocate memory|ALLOC_FAILED", repr(error)):
+        if not re.search("out of memory|OutOfMemory|allocate|ALLOC_FAILED", repr(error)):
             raise
         message = (f"out of memory ({first_line(error)}): try --nf4, --dtype float16, a smaller "
                    "--batch-size; in training --checkpoint-activations, a smaller --max-length")

@@ -47,8 +47,7 @@ GiB = 2**30
 # --- command line ---
 
 def parse_args(argv=None):
-    parser = Parser(prog="train_math.py", description=__doc__,
-                    formatter_class=RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add, count = parser.add_argument, number(int, 1)
     add("--model", default=BASE_MODEL, help="Hub id or folder of the base model")
     add("--data", default="meta-math/MetaMathQA", help="Hub id, or .jsonl/.json/.parquet/.csv")
@@ -70,7 +69,7 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--nf4", action="store_true", help="hold the base's linear layers in 4 bits (QLoRA)")
     add("--checkpoint-activations", action=BooleanOptionalAction,
-        help="recompute each block in backward (default: if it is needed)")
+        help="recompute each block in backward (default: unless the plan fits)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--vram", type=number(float, 0.6), metavar="GB",
         help="pretend that the card has GB, 0.5 of them for CUDA's context")
@@ -186,7 +185,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     one is not enough, (b, 1, n, n), True where to look.
     """
     if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise NotImplementedError("attention with a cap, sinks or a position bias")
+        raise NotImplementedError("a cap, sinks or a position bias in attention")
     b, h, n, c = query.shape
     group = h // key.shape[1]
     if query.device.type != "cpu":
@@ -269,11 +268,11 @@ def check_head(model, ids):
         return bool((logits - own).norm() <= tolerance * own.norm())  # False for NaN
 
     if not agrees(1e-5 if fp32 else 0.01):  # the rounding of one product
-        raise ValueError(f"{type(model).__name__} scales or caps its logits (not supported here), "
-                         f"or overflows in {model.dtype}")
+        raise ValueError(f"{type(model).__name__} scales or caps its logits or shows no hidden "
+                         f"states (not supported here), or overflows in {model.dtype}")
     before = model.config._attn_implementation
     use_attention(model)
-    if not agrees(1e-4 if fp32 else 0.05):  # of all blocks: 0.01 in bf16 over 30
+    if not agrees(1e-4 if fp32 else 0.05):  # of all blocks: 0.01 in bf16 over 30 of them
         model.set_attn_implementation(before)
 
 
@@ -321,7 +320,7 @@ def kept_by_block(model, length):
 def plan_memory(model, args, longest):
     """Choose between keeping and recomputing activations; print and return the planned GiB."""
     device, recompute, n = model.device, args.checkpoint_activations, len(blocks(model))
-    # All blocks count as the first: too little where later ones are larger (experts).
+    # All blocks count as the first: too low where later ones are larger (experts).
     block_input, kept = (args.batch_size * size for size in kept_by_block(model, longest))
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     plan = {"gradients and AdamW's moments": 3 * trained, "activations": n * kept,
@@ -401,7 +400,7 @@ def save_checkpoint(folder, model, config, state):
         os.fsync(file.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
-    steps = checkpoints(folder.parent)  # later than this one are damaged ones, passed over
+    steps = checkpoints(folder.parent)  # any later folder is a damaged checkpoint
     for old in steps[:steps.index(folder)][:-1]:
         (old / "trainer_state.pt").unlink(missing_ok=True)
 
@@ -412,6 +411,7 @@ def newest_state(folder):
         try:
             state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)
             load_file(path / "adapter_model.safetensors")
+            json.loads((path / "adapter_config.json").read_text())
             return path, {key: state[key] for key in ("step", "identity", "scaler", "optimizer")}
         except Exception as error:  # cut off, half deleted, junk
             warnings.warn(f"{path} is damaged and passed over ({first_line(error)})")
@@ -496,6 +496,7 @@ def train(model, examples, args, config=None, state=None):
                         **state, "step": step, "scaler": vars(scaler),
                         "optimizer": optimizer.state_dict()})
     if stop and step < steps:
+        gather(saved)  # torchrun ends all when one exits, and rank 0 may be saving
         print(f"stopped: the same command with --resume goes on from {saved}")
         sys.exit(128 + (caught or [signal.SIGTERM])[0])  # 130 for Ctrl-C, 143 for SIGTERM
     return saved
@@ -556,7 +557,7 @@ def open_log(folder, step):
 
 @contextmanager
 def catch_signals():
-    """Yield a list that notes Ctrl-C and SIGTERM: the step is finished. A second one cuts it."""
+    """Yield a list that notes Ctrl-C and SIGTERM: the step is finished. A second one ends it."""
     caught = []
 
     def note(signum, _):
@@ -601,7 +602,7 @@ def main(args):
     # In every process and on resuming, the run must be the one that rank 0 began.
     identity = run_identity(model, examples, args)
     run = {**identity, "step": state["step"]}
-    begun_as = gather(run | state.get("identity", {}))[0]
+    begun_as = gather(run | state.get("identity", {}))[0]  # the saved one, if there is one
     for key, value in run.items():
         if begun_as.get(key, value) != value:
             raise ValueError(f"{key} of this run was {begun_as[key]}, is {value}: repeat the old "
@@ -631,7 +632,7 @@ def main(args):
 
 
 def run_identity(model, examples, args):
-    """Return what makes a run: flags, data, base weights."""
+    """Return what must not change on resuming: flags, data, base weights."""
     identity = {f"--{key.replace('_', '-')}": value for key, value in vars(args).items()
                 if key not in MAY_CHANGE_ON_RESUME}
     base = hashlib.sha256()

@@ -33,22 +33,21 @@ from functools import cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-# Huge pages on a Linux CPU: without them tensors of changing length leave gaps, and training takes
-# up to twice the memory. torch reads this once.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 import pandas  # comes with datasets
 import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import HfApi, errors
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from lora import (LoRAConfig, count_parameters, inject_lora, is_transposed, load_adapter,
                   lora_layers, merge_lora, save_adapter)
+
+# Huge pages for tensors (Linux), or training takes up to twice the memory.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 try:
     from matplotlib.figure import Figure
@@ -112,7 +111,7 @@ def first_line(error):
 def hub_problem(name, kind):
     """Ask the Hub for a repository, once. Return what is wrong, or None."""
     try:
-        with ThreadPool(1) as pool:  # a name look-up heeds no timeout but get's
+        with ThreadPool(1) as pool:  # get's timeout also ends a name look-up that hangs
             pool.apply_async(HfApi().repo_info, [name], {"repo_type": kind, "timeout": 5}).get(8)
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         return f"no such folder, and no public {kind} of this name on the Hub"
@@ -122,7 +121,7 @@ def hub_problem(name, kind):
 
 @contextmanager
 def loading(flag, name, kind=None):
-    """Turn a failure into one line. Yield whether the Hub cannot serve a name that is no folder."""
+    """Turn a failure into one line. Yield True if only local files can be read."""
     problem = hub_problem(name, kind) if kind and not Path(name).exists() else None
     try:
         yield problem is not None
@@ -197,7 +196,7 @@ def load_encoder(args, r, seed):
         config = LoRAConfig(r, args.alpha, args.dropout, targets, also_train=head)
         inject_lora(model, config)
     if args.checkpoint_activations:
-        checkpoint_blocks(model)
+        model.activation_checkpointing_enable()
     return model, config
 
 
@@ -267,14 +266,6 @@ class LossScaler:
             self.scale /= 2
         elif self.enabled and self.good_steps % self.interval == 0:
             self.scale *= 2
-
-
-def checkpoint_blocks(model):
-    """Keep only each block's input; backward runs the block again (Chen et al. 2016)."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    for block in max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters())):
-        # use_reentrant=True trains nothing over frozen embeddings.
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def classify(model, batch, dtype):
@@ -440,10 +431,8 @@ def main(args):
     path = Path(args.out, "sst2.jsonl")
     runs = read_runs(args, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    wanted = itertools.product(args.ranks + [None] * args.full_finetune, args.seeds)
-    finished = [(run["r"], run["seed"]) for run in runs]
-    for r, seed in wanted:
-        if (r, seed) not in finished:
+    for r, seed in itertools.product(args.ranks + [None] * args.full_finetune, args.seeds):
+        if (r, seed) not in [(run["r"], run["seed"]) for run in runs]:
             run, _ = train(args, data, r, seed)
             runs.append(run)
             with open(path, "a", encoding="utf8") as file:
@@ -644,10 +633,10 @@ def run_script():
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         return main(parse_args())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk
         message = first_line(error)
     except RuntimeError as error:
-        if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+        if not re.search("out of memory|allocate|ALLOC_FAILED", str(error)):
             raise
         message = "out of memory: try --checkpoint-activations, or a smaller --batch-size"
     except KeyboardInterrupt:
