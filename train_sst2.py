@@ -378,6 +378,7 @@ def train(args, data, r, seed):
             raise ValueError(f"{name_of(r)}: loss {loss:g}, gradient norm {norm:g} at step {step}: "
                              f"try a lower {'--lr' if config else '--full-lr'}")
         seconds += time.perf_counter() - start
+        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}", refresh=False)
 
         # 5. Log, and evaluate four times an epoch.
         if step % every == 0 or step == steps:
@@ -449,8 +450,7 @@ def report(runs, picture):
     table["rank"] = [name_of(run["r"]) for run in runs]
     ranks = table.groupby("rank", sort=False)
     low, high = runs[0]["ci95"]
-    print(f"\nn = {runs[0]['n']}, 95% interval of one run +/- {50 * (high - low):.1f} points: "
-          "smaller differences are noise")
+    print(f"\nn = {runs[0]['n']}: the 95% interval of one run is +/- {50 * (high - low):.1f} points")
     print(ranks.agg(
         adapter=("adapter_parameters", "first"), trainable=("trainable", "first"),
         accuracy=("accuracy", "mean"), spread=("accuracy", "std"), loss=("loss", "mean"),

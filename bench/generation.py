@@ -65,8 +65,9 @@ def main(args):
             torch.nn.init.normal_(layer.lora_B, std=1e-4)
         for state, change in (("unmerged", unmerge_lora), ("merged", merge_lora)):
             change(model)
-            taken, tokens, _ = run(args.batches[-1])
-            speeds[f"{state}, batch {args.batches[-1]}"].append(tokens / taken)
+            for batch_size in sorted({args.batches[0], args.batches[-1]}):
+                taken, tokens, _ = run(batch_size)
+                speeds[f"{state}, batch {batch_size}"].append(tokens / taken)
         unmerge_lora(model)
         strip_lora(model)
         if args.harness:
