@@ -450,7 +450,7 @@ def report(runs, picture):
     table["rank"] = [name_of(run["r"]) for run in runs]
     ranks = table.groupby("rank", sort=False)
     low, high = runs[0]["ci95"]
-    print(f"\nn = {runs[0]['n']}: the 95% interval of one run is +/- {50 * (high - low):.1f} points")
+    print(f"\nn = {runs[0]['n']}: one run's 95% interval is +/- {50 * (high - low):.1f} points")
     print(ranks.agg(
         adapter=("adapter_parameters", "first"), trainable=("trainable", "first"),
         accuracy=("accuracy", "mean"), spread=("accuracy", "std"), loss=("loss", "mean"),
