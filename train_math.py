@@ -24,6 +24,7 @@ import warnings
 from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -519,7 +520,7 @@ def sum_over_processes(parameters, loss, stop):
 def open_log(folder, step):
     """Yield log(line): to metrics.jsonl, cut back to its first `step` lines, and to TensorBoard.
 
-    At the end loss.png is drawn.
+    At the end loss.png is drawn, with a running mean.
     """
     if RANK > 0:
         yield lambda line: None
@@ -549,8 +550,10 @@ def open_log(folder, step):
         from matplotlib.figure import Figure
     except ImportError:
         return
+    losses = [line["loss"] for line in map(json.loads, open(path)) if not line["skipped"]]
     axes = Figure().subplots()
-    axes.plot([json.loads(line)["loss"] or math.nan for line in open(path)])
+    axes.plot(losses, color="0.8")
+    axes.plot(list(accumulate(losses, lambda mean, loss: 0.95 * mean + 0.05 * loss)))
     axes.set(xlabel="optimizer step", ylabel="loss (nats per target)")
     axes.figure.savefig(folder / "loss.png")
 
