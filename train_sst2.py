@@ -459,13 +459,14 @@ def report(runs, picture):
     if not Figure:
         return
     figure = Figure(figsize=(14, 4), layout="constrained")
-    for axes, key in zip(figure.subplots(1, 3), ["train_loss", "loss", "accuracy"]):
+    titles = {"train_loss": "training loss", "loss": "validation loss", "accuracy": "accuracy"}
+    for axes, (key, title) in zip(figure.subplots(1, 3), titles.items()):
         for name, rank in ranks:
             curves = pandas.concat(map(pandas.DataFrame, rank["history"])).groupby("epoch")[key]
             mean = curves.mean()
             axes.plot(mean.index, mean, label=name)
             axes.fill_between(mean.index, curves.min(), curves.max(), alpha=0.2)
-        axes.set(xlabel="epoch", title=key)
+        axes.set(xlabel="epoch", title=title)
     axes.legend()
     figure.savefig(picture, dpi=120)
 

@@ -14,18 +14,18 @@ from pathlib import Path
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
-def describe(key, lora, full, scale, unit):
+def describe(key, lora, full, scale, unit, digits):
     seeds = sorted(lora.keys() & full.keys())
     values = [[scale * runs[seed][key] for seed in seeds] for runs in (lora, full)]
     for name, column in zip(("LoRA", "full"), values):
-        listed = ", ".join(f"{value:.2f}" for value in column)
-        print(f"{key}, {name}: {statistics.fmean(column):.2f}{unit} +/- "
-              f"{statistics.stdev(column):.2f} (standard deviation), seeds {seeds}: {listed}")
+        listed = ", ".join(f"{value:.{digits}f}" for value in column)
+        print(f"{key}, {name}: {statistics.fmean(column):.{digits}f}{unit} +/- "
+              f"{statistics.stdev(column):.{digits}f} (standard deviation), seeds {seeds}: {listed}")
     differences = [a - b for a, b in zip(*values)]
     mean = statistics.fmean(differences)
     half = T_975[len(seeds)] * statistics.stdev(differences) / math.sqrt(len(seeds))
-    print(f"{key}, LoRA minus full: {mean:+.2f}{unit}, 95% interval {mean - half:+.2f} to "
-          f"{mean + half:+.2f}, {len(seeds)} pairs")
+    print(f"{key}, LoRA minus full: {mean:+.{digits}f}{unit}, 95% interval "
+          f"{mean - half:+.{digits}f} to {mean + half:+.{digits}f}, {len(seeds)} pairs")
 
 
 def main(args):
@@ -35,12 +35,8 @@ def main(args):
         (full if run["r"] is None else lora)[run["seed"]] = run
     if len(lora.keys() & full.keys()) not in T_975:
         raise SystemExit("expected 2 to 10 seeds that both LoRA and full fine-tuning have")
-    describe("accuracy", lora, full, 100, " points")
-    describe("loss", lora, full, 1, "")
-    for name, runs in (("LoRA", lora), ("full", full)):
-        seconds = statistics.median(run["seconds"] for run in runs.values())
-        trainable = next(iter(runs.values()))["trainable"]
-        print(f"{name}: {trainable:,} weights train, {seconds:.0f} s a run (median)")
+    describe("accuracy", lora, full, 100, " points", 2)
+    describe("loss", lora, full, 1, "", 3)
 
 
 if __name__ == "__main__":
