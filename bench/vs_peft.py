@@ -53,7 +53,8 @@ def run_peft(args):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = examples(args, tokenizer)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=half if tuned else torch.float32)
-    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=args.targets,
+    targets = args.targets[0] if args.targets == ["all-linear"] else args.targets
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=targets,
                                              task_type="CAUSAL_LM"))
     if tuned:
         model.enable_input_require_grads()
