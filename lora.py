@@ -553,9 +553,9 @@ def read_adapter(model, folder):
         d, k = features(layer)
         expected[f"{PREFIX}{name}.lora_A.weight"] = (config.r, k)
         expected[f"{PREFIX}{name}.lora_B.weight"] = (d, config.r)
-        # PEFT saves the base of an adapted lm_head along: it has to be this model's own,
+        # PEFT saves the base of an adapted lm_head along. It has to be this model's own, as
+        # it was before any adapter trained it.
         base = tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
-        # before any adapter trained it.
         own = getattr(layer, "before_training", {}).get("weight", layer.weight)
         if base is not None and not torch.equal(base, own.to(base)):
             raise ValueError(f"{WEIGHTS} has another base weight for {name} than this model")
@@ -701,7 +701,7 @@ def quantize_nf4(model, skip=("lm_head",)) -> list[str]:
 
 
 def refuse_odd(layer):
-    """Raise ValueError unless this is nn.Linear or Conv1D with finite floats in memory."""
+    """Raise ValueError unless this is nn.Linear or Conv1D with finite floats."""
     weight = layer.weight
     plain = type(layer) is nn.Linear or is_transposed(layer)
     if not plain or weight.is_meta or weight.dtype not in FLOATS or not weight.isfinite().all():
