@@ -302,9 +302,10 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     check_ids(model, encoded, max_new_tokens)
     own = model.generation_config
-    eos = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    eos = sorted({tokenizer.eos_token_id, *eos} - {None})
+    stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    eos = [tokenizer.eos_token_id, *{*stops} - {None}]
     # The checkpoint's own settings may ask for sampling, and its pad id may have no embedding.
+    # The tokenizer's EOS pads: decoding skips it.
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, eos_token_id=eos, pad_token_id=eos[0], return_dict_in_generate=True)
     # Like lengths share a batch, to save padding. The longest first: out-of-memory comes soon.
