@@ -112,8 +112,8 @@ def extract_answer(completion, flexible=False):
     return numbers[-1] if numbers else None
 
 
-# A sign (in 10-5 the minus is an operator), a number, and a denominator that is not 0.
-NUMBER = re.compile(r"((?<![\w)])-)?\$?([0-9]*\.?[0-9]+)(?: ?/ ?(0*[1-9][0-9]*))?")
+# A sign (in 10-5 the minus is an operator), a number, a denominator: a whole number, not 0.
+NUMBER = re.compile(r"((?<![\w)])-)?\$?([0-9]*\.?[0-9]+)(?: ?/ ?(0*[1-9][0-9]*)(?!\.?[0-9]))?")
 sys.set_int_max_str_digits(0)  # a model may repeat one digit thousands of times
 
 

@@ -1025,7 +1025,7 @@ def test_quantising_leaves_what_it_must():
     ("The answer is 3. The answer is:\n4,2", "4"), ("#### none\n#### 5,0123", "5 5"),
     ("#### 7\nThe answer is: 8\n\nQuestion: next\nAnswer: The answer is 9", "8"),
     ("#### 10\n#### 11", "10 11"), ("10-5=5, 20-30", "- 30"), ("20 - 30", "- 30"),
-    ("it is -3.", "- -3"), ("Question: #### 5", "-"),
+    ("it is -3.", "- -3"), ("Question: #### 5", "-"), ("48/2.5", "- 2.5"),
     pytest.param(f"#### -0.{'9' * 5000}", f"-0.{'9' * 5000}", id="no digit is rounded away")])
 def test_strict_answers_need_a_marker_and_flexible_ones_do_not(text, answers):
     """A number behind a marker must win. Flexible, the last one counts where there is none."""
