@@ -22,7 +22,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
 LLAMA3 = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192)
 SHAPES = {
     "TinyLlama-1.1B": dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632,
