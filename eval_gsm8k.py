@@ -100,28 +100,28 @@ def extract_answer(completion, flexible=False):
     Flexible: the last "#### n" instead, else the last number.
     """
     text = completion.split("Question:")[0]  # after which the model asks itself
+    # The lookahead leaves the rest of the line to the next match.
     said = re.findall(r"the answer is[: \n]*(?=(.*))", text, re.IGNORECASE)
-    hashed = re.findall(r"####\s*([^\s#]+)", text)  # one word
-    marked = said[-1:] + (hashed[::-1] if flexible else hashed)
-    numbers = [first for place in marked for first in find_numbers(place)[:1]]
+    hashed = re.findall(r"####\s*([^\s#]+)", text)
     if flexible:
-        numbers += find_numbers(text)[-1:]
-    return next(iter(numbers), None)
+        hashed.reverse()
+    for place in said[-1:] + hashed:
+        if numbers := find_numbers(place):
+            return numbers[0]
+    numbers = find_numbers(text) if flexible else []
+    return numbers[-1] if numbers else None
 
 
-SIGN = r"((?<![\w)])-)?"  # in 10-5 the minus is an operator
-UNSIGNED = r"([0-9]*\.?[0-9]+)"
-NOT_0 = r"(?=0*\.?0*[1-9])"
-NUMBER = re.compile(rf"{SIGN}[$\u20ac\u00a3]? ?{UNSIGNED}(?: ?/ ?{NOT_0}{UNSIGNED})?")
+# A sign (in 10-5 the minus is an operator), a number, a denominator: a whole number, not 0.
+NUMBER = re.compile(r"((?<![\w)])-)?\$?([0-9]*\.?[0-9]+)(?: ?/ ?(0*[1-9][0-9]*)(?!\.?[0-9]))?")
 sys.set_int_max_str_digits(0)  # a model may repeat one digit thousands of times
 
 
 def find_numbers(text):
     """Every number in a text, exact."""
-    text = re.sub(r"\\d?frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", text).replace("\u2212", "-")
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)  # 1,234 is one number, 1,2 are two
-    found = NUMBER.findall(text)
-    return [Fraction(sign + top) / Fraction(bottom or 1) for sign, top, bottom in found]
+    return [Fraction(sign + number) / int(denominator or 1)
+            for sign, number, denominator in NUMBER.findall(text)]
 
 
 # --- data ---
@@ -178,31 +178,28 @@ def read_file(path):
 
 # --- the Hub ---
 
-@contextmanager
-def loading(flag, name, kind):
-    """Yield whether only local files can be read. What fails inside becomes one line."""
-    exists = Path(name).exists()
-    local = exists or not hub_answers(name, kind)
-    try:
-        yield local
-    except Exception as error:
-        reason = first_line(error)
-        if not exists:
-            reason += "; no such file or folder"
-        if local and not exists:
-            reason += (", and the Hub cannot be reached: use --model DIR and --data FILE, "
-                       "or train_math.py --demo")
-        raise ValueError(f"{flag} {name}: {reason}") from None
-
-
-def hub_answers(name, kind):
-    """Ask the Hub for a repository, once: transformers and datasets would retry for a minute."""
+def hub_problem(name, kind):
+    """Ask the Hub once (its libraries would retry for a minute). Return what is wrong, or None."""
     try:
         with ThreadPool(1) as pool:  # get's timeout also ends a name look-up that hangs
             pool.apply_async(HfApi().repo_info, [name], {"repo_type": kind, "timeout": 5}).get(8)
-    except Exception as error:  # a proxy, a certificate, HF_HUB_OFFLINE
-        return isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError)
-    return True
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        return f"no such file or folder, and no such {kind} on the Hub"
+    except Exception:  # a proxy, a certificate, HF_HUB_OFFLINE
+        return "no such file or folder, and the Hub cannot be reached; try train_math.py --demo"
+
+
+@contextmanager
+def loading(flag, name, kind):
+    """Turn a failure into one line. Yield True if only local files can be read."""
+    problem = None if Path(name).exists() else hub_problem(name, kind)
+    try:
+        yield problem is not None
+    except Exception as error:
+        reason = first_line(error)
+        if problem:
+            reason = f"{problem} ({reason})"
+        raise ValueError(f"{flag} {name}: {reason}") from None
 
 
 def first_line(error):
@@ -216,8 +213,8 @@ def pick_device(name):
     """The device of --device. Under torchrun, "cuda" is this process's own GPU."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if WORLD > 1 and name.startswith("cuda"):  # "cuda" alone opens a context on GPU 0
-        name = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
+    if WORLD > 1 and name.startswith("cuda"):  # "cuda" alone would also take memory on GPU 0
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:  # torch's ways to say no
@@ -305,9 +302,10 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     check_ids(model, encoded, max_new_tokens)
     own = model.generation_config
-    eos = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    eos = sorted({tokenizer.eos_token_id, *eos} - {None})
+    stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    eos = [tokenizer.eos_token_id, *{*stops} - {None}]
     # The checkpoint's own settings may ask for sampling, and its pad id may have no embedding.
+    # The tokenizer's EOS pads: decoding skips it.
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, eos_token_id=eos, pad_token_id=eos[0], return_dict_in_generate=True)
     # Like lengths share a batch, to save padding. The longest first: out-of-memory comes soon.
@@ -350,7 +348,7 @@ def complete_batch(model, tokenizer, prompts, eos, max_new_tokens):
         rows = [rows[place] for place in keep]
         ids = out.sequences[keep]
         mask = torch.cat([mask[keep], mask.new_ones(len(keep), piece)], 1)
-        if rows and out.past_key_values.get_seq_length():  # GPT-1 caches nothing
+        if rows:
             cache = out.past_key_values
             cache.reorder_cache(torch.tensor(keep, device=model.device))
     return completions
@@ -413,10 +411,10 @@ def summarise(records, base=None):
 
 def describe(name, result):
     """A result in one line."""
-    n, (low, high) = result["n"], result["ci95"]
-    line = (f"{name}: {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {n}  "
-            f"flexible {result['accuracy_flexible']:.1%}  no answer {result['no_answer'] / n:.1%}  "
-            f"cut off {result['truncated'] / n:.1%}")
+    low, high = result["ci95"]
+    line = (f"{name}: {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {result['n']}  "
+            f"flexible {result['accuracy_flexible']:.1%}  no answer {result['no_answer']}  "
+            f"cut off {result['truncated']}")
     if "p_value" in result:
         line += f"  p {result['p_value']:.2g} against the base"
     return line
@@ -430,8 +428,8 @@ def checkpoints(run):
     return sorted(steps, key=lambda path: int(path.name[5:]))
 
 
-def plan(args):
-    """[(name, adapter folder)]: the base, then each adapter, of a run each checkpoint."""
+def plan(args, settings):
+    """{score file: (name, settings)}: the base, each adapter or checkpoint, the merged model."""
     evaluations = [("base", None)]
     for folder in args.adapter:
         for path in checkpoints(folder) or [Path(folder)]:
@@ -442,20 +440,6 @@ def plan(args):
             raise ValueError("--save-merged takes exactly one adapter, and an empty folder")
         name, folder = evaluations[-1]
         evaluations.append((f"{name}-merged", folder))
-    return evaluations
-
-
-def main(args):
-    """Score the base, each adapter, and the merged model."""
-    # Refuse here what can be refused, not after an hour.
-    evaluations = plan(args)
-    torch.manual_seed(args.seed)
-    device = join_processes(pick_device(args.device))
-    dtype, reason = pick_dtype(args.dtype, device)
-    rows = read_rows(args.data, "test", args.nb_samples and args.nb_samples + args.shots)
-    settings = dict(
-        model=args.model, data=args.data, dtype=str(dtype)[6:], nf4=args.nf4, shots=args.shots,
-        max_new_tokens=args.max_new_tokens, n=len(rows) - args.shots)
     runs = {}
     for name, folder in evaluations:
         path = Path(args.out, f"{name}-{Path(args.data).stem}.json")
@@ -464,19 +448,33 @@ def main(args):
         if path in runs or not result.items() <= old.items():
             raise ValueError(f"{path} is another evaluation's: rename a folder, or change --out")
         runs[path] = name, result
+    return runs
+
+
+def main(args):
+    """Score the base, each adapter, and the merged model."""
+    torch.manual_seed(args.seed)
+    device = join_processes(pick_device(args.device))
+    dtype, reason = pick_dtype(args.dtype, device)
+    rows = read_rows(args.data, "test", args.nb_samples and args.nb_samples + args.shots)
+    settings = dict(
+        model=args.model, data=args.data, dtype=str(dtype)[6:], nf4=args.nf4, shots=args.shots,
+        max_new_tokens=args.max_new_tokens, n=len(rows) - args.shots)
+    runs = plan(args, settings)
     os.makedirs(args.out, exist_ok=True)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
-    for _, folder in evaluations[1:]:
-        load_adapter(model, folder)
+    for _, result in runs.values():  # a broken adapter ends the run now, not after an hour
+        if result["adapter"]:
+            load_adapter(model, result["adapter"])
     strip_lora(model)
 
     print(f"{args.model} on {device} in {dtype} ({reason}): {settings['n']} problems, "
           f"scores in {args.out}/", flush=True)
-    base = None
+    base, last = None, [*runs][-1]
     for path, (name, result) in runs.items():
         if result["adapter"]:
             load_adapter(model, result["adapter"])
-        if args.save_merged and path == [*runs][-1]:
+        if args.save_merged and path == last:
             model = strip_lora(merge_lora(model))
             dequantize_nf4(model)  # with --nf4, the layers without an adapter
             if RANK == 0:
@@ -492,7 +490,7 @@ def main(args):
             path.with_suffix(".jsonl").write_text("".join(lines))
             path.write_text(json.dumps(result, indent=2) + "\n")
     if RANK == 0:
-        plot(path.with_suffix(".png"), runs.values())
+        plot(last.with_suffix(".png"), runs.values())
 
 
 def plot(path, runs):

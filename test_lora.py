@@ -1017,68 +1017,32 @@ def test_quantising_leaves_what_it_must():
         refused("no linear layer to quantise", quantize_nf4, layers[:3])
 
 
-# --- eval_gsm8k.py: helpers ---
-
-def lively(model, std=0.5):
-    """Larger weights: an untrained model then does not repeat one word."""
-    torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            parameter.detach().normal_(std=std)
-    return model
-
-
-def evaluation(tiny, *flags):
-    common = ["--model", tiny / "base", "--data", tiny / "test.jsonl", "--max-new-tokens", "8",
-              "--dtype", "float32", "--device", "cpu"]
-    return [str(flag) for flag in [*common, *flags]]
-
-
-def evaluate(tiny, *flags):
-    eval_gsm8k.main(eval_gsm8k.parse_args(evaluation(tiny, *flags)))
-
-
-def records_of(name):
-    return [json.loads(line) for line in open(f"eval_results/{name}-test.jsonl")]
-
-
 # --- eval_gsm8k.py: prompt and answer ---
 
 @cases("text, answers", [
     ("#### 1,234", "1234"), ("The answer is: $29.00.", "29"), ("#### -$5", "-5"),
-    ("#### .5", "1/2"), ("#### \u22125", "-5"), ("#### 3/1.5", "2"), ("#### 1/0.0", "1"),
-    (r"The answer is: \boxed{18}", "18"), (r"The answer is -\frac{3}{4}", "-3/4"),
-    ("So the answer is 3. The answer is 4.", "4"), ("The answer is:\n1,2 and 3", "1"),
+    ("#### .5", "1/2"), ("#### 1/0", "1"), (r"the answer is \boxed{6/8}", "3/4"),
+    ("The answer is 3. The answer is:\n4,2", "4"), ("#### none\n#### 5,0123", "5 5"),
     ("#### 7\nThe answer is: 8\n\nQuestion: next\nAnswer: The answer is 9", "8"),
-    ("#### none\n#### 5,0123", "5 5"), ("#### 10\n#### 11", "10 11"), ("#### none\n5", "- 5"),
-    ("10-5=5 and 20-30", "- 30"), ("it is -3.", "- -3"), ("Question: #### 5", "-")])
+    ("#### 10\n#### 11", "10 11"), ("10-5=5, 20-30", "- 30"), ("20 - 30", "- 30"),
+    ("it is -3.", "- -3"), ("Question: #### 5", "-"), ("48/2.5", "- 2.5"),
+    pytest.param(f"#### -0.{'9' * 5000}", f"-0.{'9' * 5000}", id="no digit is rounded away")])
 def test_strict_answers_need_a_marker_and_flexible_ones_do_not(text, answers):
     """A number behind a marker must win. Flexible, the last one counts where there is none."""
     wanted = [None if word == "-" else Fraction(word) for word in answers.split() * 2]
     assert [extract_answer(text), extract_answer(text, flexible=True)] == wanted[:2]
 
 
-def test_numbers_of_any_length_compare_exactly():
-    """No digit may be rounded away, before or behind the point; thousands must be written too."""
-    long = "9" * 40
-    assert extract_answer(f"#### {long}") == int(long) != extract_answer(f"#### {long[:-1]}8")
-    assert extract_answer(f"#### -0.{long}") != extract_answer(f"#### -0.{long}1")
-    assert str(extract_answer("#### 1/" + "7" * 5000)) == "1/" + "7" * 5000
-
-
 def harness(text, flexible):
     """The two published filters of lm-evaluation-harness's gsm8k task, and its exact_match."""
     pattern = r"(-?[$0-9.,]{2,})|(-?[0-9]+)" if flexible else r"#### (\-?[0-9\.\,]+)"
-    found = [match[match.lastindex] for match in re.finditer(pattern, text)] or ["[invalid]"]
-    answer = found[-1 if flexible else 0].strip()
-    for ignored in (",", r"\$", r"(?s).*#### ", r"\.$"):
-        answer = re.sub(ignored, "", answer)
-    return answer.lower()
+    found = [match[0] for match in re.finditer(pattern, text)] or ["[invalid]"]
+    return re.sub(r",|\$|(?s:.*)#### |\.$", "", found[-1 if flexible else 0])
 
 
 def test_scores_equal_lm_evaluation_harness():
-    """On completions that end in "#### n" both modes must score as the two published filters."""
-    endings = ["18", "-5", "1,080", "0.5", "12,345,678.25", "7", "18."]
+    """On 56 completions that end in "#### n" both modes must score as the two published filters."""
+    endings = ["18", "-5", "1,080", "0.5", "12,345,678.25", "7", "18.", "100"]
     for steps in ("", "He pays $1,250.50 for 3-4 of 12. ", "48/2 = 24 clips, 50%. x = -3; y = .5 ",
                   "First #### 7\nno, ", "#### none so far, -8 ", "10-5=5... 1/2 of 18 is 9.\n",
                   "\u00bd and 3\u00b2, $5 each; "):
@@ -1088,26 +1052,18 @@ def test_scores_equal_lm_evaluation_harness():
             assert same == (harness(text, mode) == harness(reference, False)), (text, other, mode)
 
 
-def test_prompt_has_bos_once_and_never_eos():
-    """An EOS at the end of the prompt would end it before the answer."""
-    def tokenizer(text):
-        return SimpleNamespace(input_ids=[1, *map(ord, text), 2])
-    tokenizer.eos_token_id = 2
-    assert encode_prompt(tokenizer, "ab") == [1, 97, 98]
-
-
-# --- eval_gsm8k.py: data ---
+# --- eval_gsm8k.py: data, the Hub ---
 
 def test_rows_of_all_schemas_and_kinds_of_file(workdir):
     """MetaMathQA, GSM8K and Alpaca rows must come out as question and answer, text as text."""
-    for row, wanted in (({"query": "2024-01-01", "response": "r"}, ("2024-01-01", "r")),
-                        ({"question": "q", "answer": "r\u2028s"}, ("q", "r\u2028s")),
-                        ({"instruction": "do", "input": "it", "output": "so"}, ("do\nit", "so"))):
-        Path("x.jsonl").write_text((json.dumps(row, ensure_ascii=False) + "\r\n") * 3)
-        Path("x.json").write_text(json.dumps([row, row]))
-        assert read_rows("x.jsonl", "train", 2) == read_rows("x.json", "train") == [wanted] * 2
-    Path("x.csv").write_text('\ufeffquestion,answer\nhow many?,2\nNA,"b,\nc"\n', encoding="utf8")
-    assert read_rows("x.csv", "train") == [("how many?", "2"), ("NA", "b,\nc")]
+    rows = [{"query": "2024-01-01", "response": "r"}, {"question": "q", "answer": "r\u2028s"},
+            {"instruction": "do", "input": "it", "output": "so"}]
+    wanted = [("2024-01-01", "r"), ("q", "r\u2028s"), ("do\nit", "so")]
+    Path("x.json").write_text(json.dumps(rows))
+    Path("x.jsonl").write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert read_rows("x.json", "train") == wanted and read_rows("x.jsonl", "train", 2) == wanted[:2]
+    Path("x.csv").write_text('\ufeffquestion,answer\nNA,"b,\n2"\n', encoding="utf8")
+    assert read_rows("x.csv", "train") == [("NA", "b,\n2")]
     from pyarrow import parquet, table
     parquet.write_table(table({"query": ["q"], "response": ["r"]}), "x[0].parquet")
     assert read_rows("x[0].parquet", "train") == [("q", "r")]
@@ -1124,62 +1080,47 @@ def test_empty_answers_are_dropped_and_only_calculator_marks_removed(workdir, ca
 
 @cases("name, text, message", [
     ("x.csv", "query,response\n", "no row"), ("x.json", "{broken\n", "JSONDecodeError"),
-    ("x.json", "3", "TypeError"), ("x.parquet", "PAR1", "Arrow"),
-    ("x.json", '[{"query": "q", "response": "a"}, {"query": 1, "response": "b"}]', "row 2")])
+    ("x.parquet", "PAR1", "Arrow"), ("x.json", '[{"query": 1, "response": "b"}]', "row 1")])
 def test_bad_data_is_one_clear_error(name, text, message, workdir):
-    """Every way that a data file can be wrong must be one line that names it."""
+    """An empty, broken or foreign data file must be one line that names it."""
     Path(name).write_text(text)
     refused(f"--data {name}: .*{message}", read_rows, name, "train")
 
 
-# --- eval_gsm8k.py: the Hub ---
-
 @cases("failure, words", [
-    (OSError, "cannot be reached"), ("hangs", "cannot be reached"),
-    (RepositoryNotFoundError, "no such")])
+    (OSError, ".* cannot be reached"), ("hangs", ".* cannot be reached"),
+    (RepositoryNotFoundError, "no .*model .*on the Hub")])
 def test_a_hub_that_says_no_is_told_from_one_that_is_silent(failure, words, tiny, monkeypatch):
-    """Silent, also where a name look-up hangs: the cache, then one line with the ways out."""
+    """Silent, also where a name look-up hangs: the cache, then one line. Folders must not ask."""
     def repo_info(*_, **__):
         asked.append(failure)
         if failure == "hangs":
-            time.sleep(20)
+            return time.sleep(20)
         raise failure.__new__(failure)
-
-    def load_somewhere(name, local_files_only):
-        asked.append(local_files_only)
-        raise OSError("not there")
-    asked, get, begin = [], ApplyResult.get, time.monotonic()
+    asked, get = [], ApplyResult.get
     monkeypatch.setattr(HfApi, "repo_info", repo_info)
     assert load(tiny) and read_rows(str(tiny / "test.jsonl"), "test") and not asked
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load_somewhere)
     monkeypatch.setattr(ApplyResult, "get", lambda self, timeout: get(self, timeout / 40))
     train_sst2.hub_problem.cache_clear()
-    for ask in (lambda name: load_model(name, None, CPU),
-                lambda name: train_sst2.main(train_sst2.parse_args(["--model", name]))):
-        refused(f"--model a/b: .*{words}", ask, "a/b")
-    assert asked == [failure, failure != RepositoryNotFoundError, failure, True]
-    assert time.monotonic() - begin < 15
+    refused(f"--model a/b: {words}", load_model, "a/b", None, CPU)
+    flags = train_sst2.parse_args(["--model", "a/b"])
+    refused(f"--model a/b: .*{words}", train_sst2.main, flags)
+    assert asked == [failure] * 2
 
 
-# --- eval_gsm8k.py: device, dtype, model ---
+# --- eval_gsm8k.py: device, dtype, model, generation ---
 
 def test_a_process_of_torchrun_touches_its_own_gpu_alone(monkeypatch):
-    """Touching "cuda" first would open a context on GPU 0 in every process."""
-    touched = []
+    """Touching "cuda" would take memory on GPU 0 in every process."""
     monkeypatch.setattr(eval_gsm8k, "WORLD", 2)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(torch, "empty", lambda _, device: touched.append(device) or IDS)
-    for name in ("auto", "cuda"):
-        eval_gsm8k.pick_device(name)
-    assert touched == ["cuda:1"] * 2
+    monkeypatch.setenv("LOCAL_RANK", "9")
+    refused("--device cuda:9: ", eval_gsm8k.pick_device, "cuda")
 
 
 def test_half_precision_without_units_is_the_user_s_choice(monkeypatch):
-    """On a CPU without half-precision units auto must be float32; by name it warns, and obeys."""
-    for unit, dtype in (("avx512_bf16", torch.bfloat16), ("avx2", torch.float32)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {unit: True})
-        assert eval_gsm8k.pick_dtype("auto", CPU)[0] == dtype
+    """On such a CPU auto must be float32. Asked for by name, half precision warns and obeys."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert eval_gsm8k.pick_dtype("auto", CPU)[0] == torch.float32
     with pytest.warns(UserWarning, match="--dtype bfloat16"):
         assert eval_gsm8k.pick_dtype("bfloat16", CPU)[0] == torch.bfloat16
 
@@ -1187,82 +1128,50 @@ def test_half_precision_without_units_is_the_user_s_choice(monkeypatch):
 def test_models_are_loaded_as_asked_or_refused(tiny, workdir):
     """transformers takes the checkpoint's dtype unless told. What cannot serve is one line."""
     model, tokenizer = load(tiny)
-    model.bfloat16().save_pretrained("half")
-    model.save_pretrained("partial", state_dict={"lm_head.weight": model.lm_head.weight})
-    tokenizer.save_pretrained("partial")
-    tokenizer.save_pretrained("half")
+    for name, part in (("half", None), ("partial", {"lm_head.weight": model.lm_head.weight})):
+        model.bfloat16().save_pretrained(name, state_dict=part)
+        tokenizer.save_pretrained(name)
+    maps = Path("/proc/self/maps")  # Linux
     for dtype in DTYPES:
-        assert load_model("half", dtype, CPU)[0].dtype == dtype
+        model, _ = load_model("half", dtype, CPU, nf4=True)
+        assert model.dtype == dtype
+        assert not maps.exists() or "half/model" not in maps.read_text()  # in memory beside it
     tokenizer.eos_token = None
     tokenizer.save_pretrained("half")
-    for name, words in (("./none", ""), ("partial", "model.embed"), ("half", "EOS")):
+    for name, words in (("./none", "no such"), ("partial", "model.embed"), ("half", "EOS")):
         refused(f"--model {name}: .*{words}", load_model, name, torch.float32, CPU)
-    for device in ("cuda:7", "gpu"):
-        refused(f"--device {device}", eval_gsm8k.pick_device, device)
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
-def test_a_4_bit_model_lets_go_of_the_dense_file(tiny, workdir):
-    """One embedding that stayed a view of the file would keep all of it beside the 4-bit copy."""
-    for part in load(tiny):
-        part.save_pretrained("mapped")
-    for nf4 in (False, True):
-        model = load_model("mapped", torch.float32, CPU, nf4)[0]
-        assert ("mapped/model.safetensors" in Path("/proc/self/maps").read_text()) != nf4
-        del model
-
-
-# --- eval_gsm8k.py: generation ---
-
-def generate_alone(model, tokenizer, prompt, length):
-    """What transformers' generate says, one prompt at a time: the new ids."""
-    ids = torch.tensor([encode_prompt(tokenizer, prompt)])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                         max_new_tokens=length)
-    return out[0, ids.shape[1]:].tolist()
-
-
-def test_a_batch_says_what_each_row_says_alone_and_rows_that_have_ended_leave_it(tiny):
-    """Padding, and the checkpoint's own settings (kept for --save-merged), must change no token."""
-    model, tokenizer = load(tiny)
-    lively(model)
+@cases("kind", ["llama", "mamba"])
+def test_a_batch_says_what_each_row_says_alone_and_rows_that_have_ended_leave_it(kind, tiny):
+    """Padding and the checkpoint's settings must change no token. A state (Mamba) stays whole."""
+    _, tokenizer = load(tiny)
+    model = make(kind, **SMALL | dict(max_position_embeddings=99, eos_token_id=1))
+    for parameter in model.parameters():
+        parameter.data *= 20 ** (parameter.dim() == 2)  # or it would repeat one word
     prompts = [format_prompt(q) for q, _ in read_rows(str(tiny / "test.jsonl"), "test", 8)]
-    assert len({len(encode_prompt(tokenizer, prompt)) for prompt in prompts}) > 1
-    alone = [generate_alone(model, tokenizer, prompt, 40) for prompt in prompts]
-    early = {token for said in alone for token in said[:6]}
-    late = sorted({token for said in alone for token in said} - early)
-    eos, asks = [tokenizer.eos_token_id, *late[:1]], late[1::5]
+    inputs = [torch.tensor([encode_prompt(tokenizer, prompt)]) for prompt in prompts]
+    alone = [model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                            max_new_tokens=40)[0, ids.shape[1]:].tolist() for ids in inputs]
+    late = sorted({*sum(alone, [])} - {token for said in alone for token in said[:6]})
+    eos, asks = [tokenizer.eos_token_id, late[0]], late[-1]
 
     def say(ids, **_):
-        return " ".join("Question:" if i in asks else str(i) for i in ids if i != eos[0])
+        return " ".join("Question:" if i == asks else str(i) for i in ids if i != eos[0])
     tokenizer.decode = say
     own = dict(eos_token_id=eos, do_sample=True, temperature=3.0, no_repeat_ngram_size=1,
                min_new_tokens=40, num_beams=3, pad_token_id=10**6)  # a pad without an embedding
     vars(model.generation_config).update(own)
     wanted = []
     for said in alone:
-        ends = [place for place, token in enumerate(said, 1) if token in eos + asks]
-        wanted.append((say(said[:ends[0]] if ends else said), not ends))
+        end = next((i for i, token in enumerate(said, 1) if token in [*eos, asks]), None)
+        wanted.append((say(said[:end]), end is None))
     widths = []
-    model.register_forward_pre_hook(
-        lambda _, args, kwargs: widths.append(len(kwargs["input_ids"])), with_kwargs=True)
+    model.register_forward_hook(lambda _, args, out: widths.append(len(out.logits)))
     assert complete(model, tokenizer, prompts, 8, 40) == wanted
     assert {cut_off for _, cut_off in wanted} == {True, False} and "Question:" in str(wanted)
-    assert widths == sorted(widths, reverse=True) and widths[-1] < widths[0] == 8
-    assert own.items() <= vars(model.generation_config).items()
-
-
-@cases("config", [OpenAIGPTConfig(n_embd=32, n_layer=2, n_head=4, vocab_size=64),
-                  MambaConfig(hidden_size=32, state_size=8, num_hidden_layers=2, vocab_size=64)])
-def test_models_without_a_cache_or_with_a_state_beside_it_answer_too(tiny, config):
-    """There are no rows to take out: each must say what generate says of it alone."""
-    _, tokenizer = load(tiny)
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, 0
-    model = lively(AutoModelForCausalLM.from_config(config).eval(), 0.3)
-    prompts = ["Question: 1 +", "Question: 2 +"]  # of one length: GPT-1 counts padding as positions
-    alone = [generate_alone(model, tokenizer, prompt, 40) for prompt in prompts]
-    texts = [text for text, _ in complete(model, tokenizer, prompts, 2, 40)]
-    assert texts == tokenizer.batch_decode(alone, skip_special_tokens=True)
+    assert widths[0] == 8 and (widths[-1] < 8) == (kind == "llama")
+    assert own.items() <= vars(model.generation_config).items()  # kept, for --save-merged
 
 
 def test_rows_beyond_the_model_s_positions_are_refused(tiny):
@@ -1275,60 +1184,73 @@ def test_rows_beyond_the_model_s_positions_are_refused(tiny):
 
 # --- eval_gsm8k.py: scores, and a run of evaluations ---
 
+def evaluation(tiny, *flags):
+    common = (f"--model {tiny}/base --data {tiny}/test.jsonl --max-new-tokens 8 --dtype float32 "
+              "--device cpu")
+    return [*common.split(), *flags]
+
+
+def evaluate(tiny, *flags):
+    eval_gsm8k.main(eval_gsm8k.parse_args(evaluation(tiny, *flags)))
+
+
+def records_of(name, out="eval_results"):
+    return [json.loads(line) for line in open(f"{out}/{name}-test.jsonl")]
+
+
 def test_intervals_and_exact_test_give_published_values():
     """Wilson's interval and McNemar's exact p must equal values worked out elsewhere."""
-    for counts, wanted in (((81, 263), (0.2553, 0.3662)), ((0, 20), (0.0, 0.1611))):
-        assert wilson_interval(*counts) == pytest.approx(wanted, abs=1e-4)  # Newcombe 1998
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998
+    assert wilson_interval(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
     first, second = [True] + [False] * 9 + [True] * 90, [False] + [True] * 99
     assert mcnemar_p(first, second) == pytest.approx(2 * (1 + 10) / 2**10)
     assert mcnemar_p(second, first) == mcnemar_p(first, second) < mcnemar_p(first, first) == 1
 
 
 def test_shots_stand_in_the_prompt_and_are_not_scored(monkeypatch):
-    """Every record must say what was asked, and counts must follow from the records."""
-    monkeypatch.setattr(eval_gsm8k, "complete", lambda *args: [(args[2][0], True), ("or 5", False)])
-    records = eval_gsm8k.answer(None, None, [("a?", "#### 1"), ("b?", "2"), ("c?", "#### 5")], 1)
-    assert records[0]["completion"] == "Question: a?\nAnswer: #### 1\n\nQuestion: b?\nAnswer:"
-    counts = {"n": 2, "correct": 0, "correct_flexible": 1, "no_answer": 2, "truncated": 1,
-              "accuracy_flexible": 0.5, "p_value": 1}
-    assert counts.items() <= eval_gsm8k.summarise(records, records).items()
+    """Each prompt must show the first rows with their answers."""
+    monkeypatch.setattr(eval_gsm8k, "complete", lambda *args: [(text, True) for text in args[2]])
+    [record] = eval_gsm8k.answer(None, None, [("a?", "#### 1"), ("b?", "2")], shots=1)
+    assert record["completion"] == "Question: a?\nAnswer: #### 1\n\nQuestion: b?\nAnswer:"
 
 
-def test_evaluation_writes_scores_for_base_and_every_checkpoint(tiny, workdir, capsys):
-    """A run folder stands for its checkpoints, by number. What it says must be in the files."""
+def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, workdir, capsys):
+    """Scores and completions must be equal, but for the seconds. Numbers sort as numbers."""
     for step in ("step_999000", "step_1000000"):
-        saved(Path("checkpoints/run", step), lambda: load(tiny)[0])
-    evaluate(tiny, "--adapter", "checkpoints/run")
+        saved(Path("checkpoints/run", step), lambda: load(tiny)[0], r=4)
+    flags = ["--adapter", "checkpoints/run", "--batch-size", "3", "--out"]
+    evaluate(tiny, *flags, "one")
     names = ["base", "run-step_999000", "run-step_1000000"]
     assert re.findall("(?m)^(.*): .* of 16", capsys.readouterr().out) == names
+    done = torchrun(HERE / "eval_gsm8k.py", evaluation(tiny, *flags, "two"))
+    assert done.stdout.count("16 problems, scores in two/") == 1, done.stderr
     for name in names:
-        result = json.loads(Path(f"eval_results/{name}-test.json").read_text())
-        assert ("p_value" in result) == (result["adapter"] is not None) == (name != "base")
-        assert result["n"] == len(records_of(name)) == 16
-    assert {"model", "data", "accuracy", "ci95", "correct_flexible", "seconds"} < set(result)
-    assert records_of("base")[0]["reference"].isdigit() and list(Path("eval_results").glob("*.png"))
+        one, two = (json.load(open(f"{out}/{name}-test.json")) for out in ("one", "two"))
+        assert one == two | {"seconds": one["seconds"]}
+        assert ("p_value" in one) == (one["adapter"] is not None) == (name != "base")
+        assert records_of(name, "one") == records_of(name, "two")
+        assert one["n"] == len(records_of(name, "one")) == 16
+    assert {"model", "data", "accuracy", "ci95", "correct_flexible", "truncated"} < set(one)
+    assert len(os.listdir("one")) == 7  # two files each, and a chart
 
 
 @cases("flags", [[], ["--nf4"]])
 def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny, workdir):
-    """transformers must load it, with the logits of base and adapter."""
+    """What transformers loads must answer as base and adapter do."""
     saved(Path("adapter"), lambda: load(tiny)[0], r=4)
     evaluate(tiny, "--adapter", "adapter", "--save-merged", "merged", *flags)
-    assert records_of("adapter") == records_of("adapter-merged") != records_of("base")
-    model, ids = load_model(str(tiny / "base"), torch.float32, CPU, bool(flags))[0], IDS % 40
-    load_adapter(model, "adapter")
-    reloaded, _ = load_model("merged", torch.float32, CPU)  # by transformers alone
-    close(reloaded(ids).logits, model.eval()(ids).logits)
+    evaluate(tiny, "--model", "merged", "--out", "again")
+    answers = records_of("adapter")
+    assert answers == records_of("adapter-merged") == records_of("base", "again")
+    assert answers != records_of("base")
 
 
 @cases("flags, message", [
     ("--nb-samples 4", "base-test.json is another"), ("--adapter a a --out b", "a-test"),
-    ("--adapter nowhere --out b", "is no adapter"), ("--save-merged merged", "exactly one adapter"),
-    ("--adapter a --save-merged eval_results", "empty"), ("--data x.json", "a number"),
-    ("--shots 16 --out b", "a problem")])
-def test_bad_runs_and_another_evaluation_in_place_of_one_are_refused(flags, message, tiny, workdir,
-                                                                     monkeypatch):
-    """It must come before an hour of generation. The same evaluation may be done again."""
+    ("--adapter nowhere --out b", "is no adapter"), ("--data x.json", "a number"),
+    ("--adapter a --save-merged eval_results", "empty")])
+def test_bad_runs_never_reach_generation(flags, message, tiny, workdir, monkeypatch):
+    """Another evaluation's scores must stay. The same evaluation may be done again."""
     for _ in range(2):
         evaluate(tiny, "--nb-samples", "3")
     Path("x.json").write_text('{"question": "q", "answer": "none"}')
@@ -1336,63 +1258,36 @@ def test_bad_runs_and_another_evaluation_in_place_of_one_are_refused(flags, mess
     refused(message, evaluate, tiny, *flags.split())
 
 
-def test_two_processes_score_like_one(tiny, workdir):
-    """JSON and completions must be those of one process, but for the seconds."""
-    saved(Path("adapter"), lambda: load(tiny)[0], r=4)
-    flags = ["--adapter", "adapter", "--batch-size", "3", "--out"]
-    evaluate(tiny, *flags, "one")
-    done = torchrun(HERE / "eval_gsm8k.py", evaluation(tiny, *flags, "two"))
-    assert done.stdout.count("16 problems, scores in two/") == 1, done.stderr
-    one, two = ({path.name: re.sub('"seconds": .*', "", path.read_text())
-                 for path in Path(out).glob("*.json*")} for out in ("one", "two"))
-    assert one == two and len(one) == 4
-
-
-@cases("text, judged", [
-    ("48/2 = 24 and 24 x 3 = 70", [1, 0]), ("2 + 3 * 4 = 14", [1]), ("$1,000-$5=$995", [1]),
-    ("10/3 = 3.33, or 3.3", [1]), ("10/3 = 3", [0]), ("5/0 = 1", [0]), ("(2 + 3) * 4 = 9", []),
-    ("20% * 5 = 1", []), ("2 * 3 = 6%", [])])
-def test_arithmetic_steps_are_judged_by_their_exact_value(text, judged):
+def test_arithmetic_steps_are_judged_by_their_exact_value(monkeypatch):
     """Precedence must hold, rounding is right as written, and parts of a step are none."""
-    spec = importlib.util.spec_from_file_location("analysis", HERE / "bench/gsm8k_analysis.py")
-    analysis = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(analysis)
-    assert analysis.judge_steps(text) == judged
+    monkeypatch.syspath_prepend(HERE / "bench")
+    from gsm8k_analysis import judge_steps
+    assert judge_steps("2 + 3 * 4 = 14, $1,000-$5=$995, 10/3 = 3.33, or 3.3") == [True] * 3
+    assert judge_steps("24 x 3 = 70, 10/3 = 3, 5/0 = 1, (2 + 3) * 4 = 9") == [False] * 3
 
 
 # --- eval_gsm8k.py: the edge ---
 
-@cases("script, flags", [
-    (eval_gsm8k, ["--batch-size", "0"]), (train_math, ["--r", "x"]), (train_sst2, ["--lr", "inf"]),
-    (train_sst2, ["--ranks"]), (train_sst2, ["--seeds", "-1"])])
-def test_bad_flags_are_one_line_and_exit_code_2(script, flags, capsys):
-    """argparse must name the flag, without a usage block. NaN and infinity are never in range."""
-    with pytest.raises(SystemExit) as stopped:
-        script.parse_args(flags)
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.count("\n") == 1 and flags[0] in err
-    for bad in ("-1", "nan", "inf"):
-        refused("^$", eval_gsm8k.number(float, 0), bad)
+def test_bad_flags_are_one_line_and_exit_code_2(capsys):
+    """argparse must name the flag, without a usage block."""
+    for script, flag, value in ((eval_gsm8k, "--shots", "-1"), (train_sst2, "--lr", "inf")):
+        refused("^2$", script.parse_args, [flag, value], error=SystemExit)
+        assert re.fullmatch(f".* {flag}: .*\n", capsys.readouterr().err)
 
 
-@cases("error, code, word", [
-    (ValueError("two\nlines"), 2, "two"), (ValueError(), 2, "ValueError"),
-    (RuntimeError("can't allocate memory"), 2, "--batch-size"), (KeyboardInterrupt(), 130, ""),
-    (RuntimeError("MPS: out of memory"), 2, "--batch-size"), (OSError("full"), 2, "full")])
-def test_errors_end_in_one_line(error, code, word, monkeypatch, capsys):
+@cases("error, word", [(ValueError("two\nlines"), "two"), (ValueError(), "ValueError"),
+                       (RuntimeError("can't allocate memory"), "--batch-size")])
+def test_errors_end_in_one_line(error, word, monkeypatch, capsys):
     """Also an error without a message, which must not break its own handler."""
     def fails(*_):
         raise error
     monkeypatch.setattr(train_sst2, "main", fails)
     monkeypatch.setattr(sys, "argv", ["train_sst2.py"])
     monkeypatch.setattr(warnings, "formatwarning", None)
-    common = lambda: eval_gsm8k.run_script("x.py", fails, lambda: None)
-    for name, run in (("x.py", common), ("train_sst2.py", train_sst2.run_script)):
-        with pytest.raises(SystemExit) as stopped:
-            run()
-        err = capsys.readouterr().err
-        assert stopped.value.code == code and err.count("\n") == (code == 2)
-        assert word in err and err.startswith(f"{name}: " if code == 2 else "")
+    common = lambda: eval_gsm8k.run_script("train_sst2.py", fails, lambda: None)
+    for run in (common, train_sst2.run_script):
+        refused("^2$", run, error=SystemExit)
+        assert re.fullmatch(f"train_sst2.py: .*{word}.*\n", capsys.readouterr().err)
 
 
 # --- train_math.py: helpers ---
@@ -2180,38 +2075,33 @@ sys.path.insert(0, "bench")
 import memory
 memory.pretend_cuda()
 import torch
-shape = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-             num_attention_heads=4, num_key_value_heads=2)
+shape = memory.SHAPES["TinyLlama-1.1B"] | {"num_hidden_layers": 3}
 for dtype, nf4 in ((torch.float16, True), (torch.bfloat16, False)):
-    kept, recomputed = (memory.alive(shape, dtype, nf4, again, "all-linear", length=64)
-                        for again in (False, True))
-    assert 0 < kept[0] == recomputed[0] < recomputed[1] < kept[1]
+    rest, kept = memory.alive(shape, dtype, nf4, False, "all-linear", length=64)
+    _, recomputed = memory.alive(shape, dtype, nf4, True, "all-linear", length=64)
+    assert 0 < rest < recomputed < kept
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
 
 
 # --- the README ---
 
 def test_every_command_in_the_readme_parses():
     """Each `python x.py --flag` of the README must go through that script's parser."""
-    scripts = {"train_math": train_math, "eval_gsm8k": eval_gsm8k, "train_sst2": train_sst2}
     shell = "".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
     commands = re.findall(r"(train_math|eval_gsm8k|train_sst2)\.py([^#\n]*)", shell)
     assert len(commands) > 10
     for script, flags in commands:
-        scripts[script].parse_args(shlex.split(flags))
+        sys.modules[script].parse_args(shlex.split(flags))
 
 
 def test_the_table_from_paper_to_code_names_what_exists():
     """Each function and test in the README's table must be there."""
+    from operator import attrgetter
     rows = re.findall(r"^\|[^|]+\| `(\w+)\.py`: `([\w.]+)` \| `(test_\w+)` \|$", README, re.M)
     assert len(rows) >= 10
     for file, name, test in rows:
-        value = importlib.import_module(file)
-        for part in name.split("."):
-            value = getattr(value, part)
-        assert test in globals()
+        assert attrgetter(name)(sys.modules[file]) and test in globals()
 
 
 # --- train_math.py: what starts processes ---

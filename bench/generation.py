@@ -3,8 +3,8 @@
     python bench/generation.py --model DIR --data gsm8k_test.jsonl --rounds 3
     python bench/generation.py --model DIR --data gsm8k_test.jsonl --harness   # pip install lm_eval
 
-The states and batch sizes run in turn within a round, on the same problems; quoted are medians. The
-adapter is random, r=8 on q and v, small enough to leave the answers nearly as they were: what an
+In each round every state and batch size takes its turn on the same problems. Printed are medians.
+The adapter is random, r=8 on q and v, and so small that the answers stay nearly the same: what an
 adapter costs does not depend on its weights.
 """
 import argparse
@@ -46,7 +46,7 @@ def main(args):
     rows = read_rows(args.data, "test", args.n)
     prompts = [format_prompt(question) for question, _ in rows]
     model, tokenizer = load_model(args.model, dtype, device)
-    print(f"{args.n} problems, {dtype} on {device}, up to {args.max_new_tokens} tokens", flush=True)
+    print(f"{len(rows)} problems, {dtype} on {device}, {args.max_new_tokens} tokens", flush=True)
 
     def run(batch_size):
         seconds, completions = timed(lambda: complete(model, tokenizer, prompts, batch_size,
@@ -82,7 +82,7 @@ def main(args):
     if args.harness:
         ratio = statistics.median(b / a for a, b in zip(*seconds.values()))
         medians = {name: round(statistics.median(values), 1) for name, values in seconds.items()}
-        print(f"seconds {medians}, ours x{ratio:.2f}; completions equal: {same} of {args.n}")
+        print(f"seconds {medians}, ours x{ratio:.2f}; completions equal: {same} of {len(rows)}")
 
 
 if __name__ == "__main__":

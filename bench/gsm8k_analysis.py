@@ -3,8 +3,9 @@
     python bench/gsm8k_analysis.py --model DIR --held-out held_out.jsonl --adapter DIR [DIR ...]
     python bench/gsm8k_analysis.py --completions eval_results/base-gsm8k_test.jsonl [FILE ...]
 
-The first chooses targets and learning rate without the test set: nats per target token, of the base
-and of each adapter. The second reads the completions that eval_gsm8k.py wrote:
+The first is for choosing targets and learning rate without the test set. It prints the nats per
+target token of the base and of each adapter. The second reads the completions that eval_gsm8k.py
+wrote, and prints:
     marker     share whose last line has "The answer is" or "####"
     steps      arithmetic steps "a op b = c" a completion, with as many operands as are written
     right      share of the steps with the right c, rounded to the decimals that are written; 95%
@@ -22,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 NUMBER = r"\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-# Not what goes on to the left: "3) * 4 = 20" in "(2 + 3) * 4 = 20" is no step of its own.
+# Only whole steps: in "(2 + 3) * 4 = 20", "3) * 4 = 20" is none.
 STEP = re.compile(rf"(?<![\w.,)%*/+-])(?<![)%*/+-] )({NUMBER}(?: ?[-+*/x] ?{NUMBER})+) ?= ?"
                   rf"(-?{NUMBER})(?![\d%])")
 MARKER = re.compile(r"(?:the answer is|####)[^\n]*$", re.IGNORECASE)

@@ -10,6 +10,7 @@ An allocator adds fragments, CUDA half a GiB of context. --model trains three st
 import argparse
 import ctypes
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import weakref
 from pathlib import Path
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 LLAMA3 = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192)
@@ -109,15 +111,13 @@ def shapes():
     pretend_cuda()
     import torch
     print("one row of 512 tokens, r=16; GiB alive at rest / at the peak; the card it fits")
-    for name, shape in SHAPES.items():
-        for targets, nf4, recompute in ((("q_proj", "v_proj"), False, False),
-                                        (("q_proj", "v_proj"), False, True),
-                                        ("all-linear", True, False), ("all-linear", True, True)):
-            rest, peak = alive(shape, torch.float16, nf4, recompute, targets)
-            card = next((size for size in (4, 8, 24) if peak + 0.5 < size), "more than 24")
-            kind = "NF4, all-linear" if nf4 else "fp16, q and v"
-            kept = "recomputed" if recompute else "kept"
-            print(f"{name:16}{kind:17}{kept:12}{rest:6.2f} / {peak:5.2f}  {card}", flush=True)
+    for (name, shape), nf4, recompute in itertools.product(SHAPES.items(), *[(False, True)] * 2):
+        targets = "all-linear" if nf4 else ("q_proj", "v_proj")
+        rest, peak = alive(shape, torch.float16, nf4, recompute, targets)
+        card = next((size for size in (4, 8, 24) if peak + 0.5 < size), "more than 24")
+        kind = "NF4, all-linear" if nf4 else "fp16, q and v"
+        kept = "recomputed" if recompute else "kept"
+        print(f"{name:16}{kind:17}{kept:12}{rest:6.2f} / {peak:5.2f}  {card}", flush=True)
 
 
 def plans(args):

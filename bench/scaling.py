@@ -72,10 +72,9 @@ def measure(batch, length, r, layers):
 
 
 def draw(points, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    fig, axes = plt.subplots(2, len(SWEEPS), figsize=(12, 5), sharey="row", layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    axes = figure.subplots(2, len(SWEEPS), sharey="row")
     for (speed, memory), name in zip(axes.T, SWEEPS):
         chosen = [point for point in points if point["sweep"] == name]
         x = [point[name] for point in chosen]
@@ -87,7 +86,7 @@ def draw(points, path):
     axes[0, 0].set(ylabel="tokens per second", ylim=(0, None))
     axes[0, 0].legend()
     axes[1, 0].set(ylabel="peak memory (GiB)", ylim=(0, None))
-    fig.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110)
 
 
 def main(args):
@@ -100,8 +99,7 @@ def main(args):
             if done.returncode:
                 sys.exit(f"scaling.py: {point} failed:\n{done.stderr[-1000:]}")
             points.append({"sweep": name, **point, **json.loads(done.stdout.splitlines()[-1])})
-            print({key: round(v, 2) if isinstance(v, float) else v
-                   for key, v in points[-1].items()}, flush=True)
+            print(points[-1], flush=True)
     out = Path(args.out)
     out.with_suffix(".jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
     try:

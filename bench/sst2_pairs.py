@@ -19,8 +19,8 @@ def describe(key, lora, full, scale, unit, digits):
     values = [[scale * runs[seed][key] for seed in seeds] for runs in (lora, full)]
     for name, column in zip(("LoRA", "full"), values):
         listed = ", ".join(f"{value:.{digits}f}" for value in column)
-        print(f"{key}, {name}: {statistics.fmean(column):.{digits}f}{unit} +/- "
-              f"{statistics.stdev(column):.{digits}f} (standard deviation), seeds {seeds}: {listed}")
+        print(f"{key}, {name}: {statistics.fmean(column):.{digits}f}{unit}, standard deviation "
+              f"{statistics.stdev(column):.{digits}f}, seeds {seeds}: {listed}")
     differences = [a - b for a, b in zip(*values)]
     mean = statistics.fmean(differences)
     half = T_975[len(seeds)] * statistics.stdev(differences) / math.sqrt(len(seeds))

@@ -2,8 +2,8 @@
 
     python bench/swaps.py --model DIR
 
-Makes adapters of ranks 1 to 16 with random weights, notes the logits of each as it was saved, then
-loads each in turn, twice around. A swap is load_adapter: read, check, replace.
+Saves adapters of ranks 1 to 16 with random weights and notes the logits of each. Then loads all of
+them in turn, twice, and compares the logits. A swap is load_adapter: read, check, replace.
 """
 import argparse
 import os

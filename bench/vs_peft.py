@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,8 @@ import tempfile
 import time
 from pathlib import Path
 
-TRAIN = Path(__file__).resolve().parent.parent / "train_math.py"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 
 def dtype():
@@ -34,7 +34,6 @@ def dtype():
 
 def examples(args, tokenizer):
     """Return the rows that ours trains on, in the form that Trainer takes."""
-    sys.path.insert(0, str(TRAIN.parent))
     from train_math import encode, read_rows
     rows = read_rows(args.data, "train", args.batch * args.steps)
     return [{"input_ids": ids, "attention_mask": [1] * len(ids), "length": len(ids),
@@ -43,8 +42,9 @@ def examples(args, tokenizer):
 
 
 def run_peft(args):
-    """Run in a process of its own; print one line of JSON."""
+    """Run in a process of its own. Print one line of JSON."""
     import torch
+    from eval_gsm8k import peak_memory
     from peft import LoraConfig, get_peft_model
     from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer,
                               TrainingArguments)
@@ -77,32 +77,24 @@ def run_peft(args):
         disable_tqdm=True, seed=0, **by_length)
     collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
     loss = Timed(model, options, collator, rows).train().training_loss
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    if cuda:
-        peak = torch.cuda.max_memory_allocated() / 2**30
     print(json.dumps({"tokens_per_s": sum(row["length"] for row in rows) / sum(seconds),
-                      "loss": loss, "peak_gib": peak}))
+                      "loss": loss, "peak_gib": peak_memory(model.device) / 2**30}))
 
 
 def run_ours(args):
     work = tempfile.mkdtemp()
-    command = [sys.executable, str(TRAIN), "--model", args.model, "--data", args.data,
-               "--nb-samples", str(args.batch * args.steps), "--epochs", "1",
+    command = [sys.executable, str(ROOT / "train_math.py"), "--model", args.model, "--data",
+               args.data, "--nb-samples", str(args.batch * args.steps), "--epochs", "1",
                "--batch-size", str(args.batch), "--grad-accum", "1", "--dropout", "0",
                "--warmup-steps", "0", "--targets", *args.targets, "--run-name", "bench",
                "--dtype", str(dtype()).removeprefix("torch."), *args.flags]
-    process = subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)  # measured from outside
-    if status:
+    if subprocess.run(command, cwd=work, stdout=subprocess.DEVNULL).returncode:
         sys.exit("vs_peft.py: train_math.py failed")
-    lines = [json.loads(line) for line in open(f"{work}/runs/bench/metrics.jsonl")]
-    tokens = sum(line["tokens"] for line in lines)
-    seconds = sum(line["tokens"] / line["tokens_per_s"] for line in lines)
-    peak = usage.ru_maxrss / 2**20
-    if os.path.exists("/dev/nvidiactl"):
-        peak = lines[-1]["peak_memory_gb"]
-    return {"tokens_per_s": tokens / seconds, "peak_gib": peak,
-            "loss": statistics.fmean(line["loss"] for line in lines)}
+    steps = [json.loads(line) for line in open(f"{work}/runs/bench/metrics.jsonl")]
+    seconds = sum(step["tokens"] / step["tokens_per_s"] for step in steps)
+    return {"tokens_per_s": sum(step["tokens"] for step in steps) / seconds,
+            "loss": statistics.fmean(step["loss"] for step in steps),
+            "peak_gib": steps[-1]["peak_memory_gb"]}
 
 
 def run_child(kind, args):
@@ -118,8 +110,9 @@ def run_child(kind, args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a causal language model")
-    parser.add_argument("--data", required=True, help=".jsonl with question and answer")
+    path = {"type": os.path.abspath, "required": True}  # ours runs in a folder of its own
+    parser.add_argument("--model", **path, help="folder of a causal language model")
+    parser.add_argument("--data", **path, help=".jsonl with question and answer")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8, help="rows a step")
     parser.add_argument("--rounds", type=int, default=1)
@@ -127,7 +120,6 @@ if __name__ == "__main__":
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("flags", nargs="*", help="behind --: flags for train_math.py")
     args = parser.parse_args()
-    args.data, args.model = str(Path(args.data).resolve()), str(Path(args.model).resolve())
     if args.child:
         run_peft(args)
         sys.exit()
