@@ -51,6 +51,8 @@ try:
 except ImportError:
     Figure = None  # no pictures
 
+BASE = "roberta-base"
+
 
 # --- flags ---
 
@@ -68,7 +70,7 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=argparse.SUPPRESS)  # errors in one line
     add, rate, count = parser.add_argument, at_least(1e-12, float), at_least(1)
-    add("--model", help="Hub id or folder (default: roberta-base, or the adapter's)")
+    add("--model", help=f"Hub id or folder (default: the adapter's, or {BASE})")
     add("--data", default="nyu-mll/glue", help="Hub id or folder")
     add("--targets", nargs="+", help="layers to adapt (default: query and value)")
     add("--head", nargs="+", help="modules trained in full (default: the classifier)")
@@ -82,11 +84,11 @@ def parse_args(argv=None):
     add("--full-finetune", action="store_true", help="beside LoRA")
     add("--full-lr", type=rate, default=5e-5, help="peak, of full fine-tuning")
     add("--epochs", type=count, default=3)
-    add("--batch-size", type=count, default=32, help="sentences per micro-batch")
-    add("--grad-accum", type=count, default=1, help="micro-batches per step")
+    add("--batch-size", type=count, default=32, help="sentences")
+    add("--grad-accum", type=count, default=1, help="batches per step")
     add("--checkpoint-activations", action="store_true", help="less memory, more time")
     add("--max-length", type=at_least(3), default=128, help="tokens")
-    add("--nb-samples", type=count, help="train on so many, drawn with seed 0")
+    add("--nb-samples", type=count, help="of training, drawn with seed 0")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--out", default="runs/sst2")
@@ -105,7 +107,7 @@ def first_line(error):
 
 @cache
 def hub_problem(name, kind):
-    """Ask the Hub for a repository, once. Return what is wrong, or None."""
+    """Ask the Hub for a repository. Return what is wrong, or None."""
     try:
         with ThreadPool(1) as pool:  # get's timeout also ends a name look-up that hangs
             pool.apply_async(HfApi().repo_info, [name], {"repo_type": kind, "timeout": 5}).get(8)
@@ -117,7 +119,7 @@ def hub_problem(name, kind):
 
 @contextmanager
 def loading(flag, name, kind=None):
-    """Turn a failure into one line. Yield True if only local files can be read."""
+    """Turn a failure into one line. Yield True if the Hub is no help."""
     problem = hub_problem(name, kind) if kind and not Path(name).exists() else None
     try:
         yield problem is not None
@@ -165,7 +167,7 @@ def read_data(args, split):
 
 
 def load_encoder(args, r, seed):
-    """Return (pretrained encoder under a fresh head, its LoRAConfig or None for r None)."""
+    """Return (pretrained encoder under a fresh head, its LoRAConfig). r=None means none."""
     # For head, A and dropout masks. torch's CPU generator uses 32 bits of a seed.
     torch.manual_seed(random.Random(seed).getrandbits(32))
     model, info = pretrained(transformers.AutoModelForSequenceClassification, args.model,
@@ -175,7 +177,7 @@ def load_encoder(args, r, seed):
     head = args.head or [name for name, module in model.named_children()
                          if module is not model.base_model and list(module.parameters())]
     for key in info["missing_keys"]:
-        if not any(module in key for module in head):
+        if not any(f".{module}." in f".{key}" for module in head):
             raise ValueError(f"--model {args.model} has no {key}: name its module in --head")
     model.to(args.device)
     config = None
@@ -243,7 +245,7 @@ class LossScaler:
 
     def unscale(self, parameters):
         for parameter in parameters:
-            if parameter.grad is not None:  # None: it took no part in the loss
+            if parameter.grad is not None:  # None: not in the loss
                 parameter.grad /= self.scale
 
     def update(self, finite):
@@ -283,9 +285,9 @@ def evaluate(model, examples, dtype):
 
 def wilson_interval(p, n, z=1.96):
     """95% interval of a share p of n (Wilson 1927), valid near 0 and 1 too."""
-    middle = p + z * z / (2 * n)
+    middle, scale = p + z * z / (2 * n), 1 + z * z / n
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
+    return [(middle - half) / scale, (middle + half) / scale]
 
 
 # --- one run ---
@@ -300,7 +302,7 @@ def train(args, data, r, seed):
     trainable, total = count_parameters(model)
     adapter = sum(layer.lora_A.numel() + layer.lora_B.numel() for _, layer in lora_layers(model))
     print(f"{name_of(r)}, seed {seed}: {adapter:,} adapter + {trainable - adapter:,} other weights "
-          f"train, {trainable / total:.2%} of {total:,}", flush=True)
+          f"train, {trainable / total:.2%} of {total:,}")
     cuda = args.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(args.device)
@@ -323,8 +325,8 @@ def train(args, data, r, seed):
         #    Skipped steps do not count.
         done = step - 1 - skipped
         warmup = max(1, min(100, 0.06 * steps))
-        rate = min((done + 1) / warmup, (steps - done) / steps)
-        optimizer.param_groups[0]["lr"] = peak_lr * rate
+        lr = peak_lr * min((done + 1) / warmup, (steps - done) / steps)
+        optimizer.param_groups[0]["lr"] = lr
 
         # 2. Forward and backward. Each loss is divided by the sentences of the whole window: 4 x 8
         #    gives the gradients of 1 x 32.
@@ -341,7 +343,7 @@ def train(args, data, r, seed):
         norm = float(nn.utils.clip_grad_norm_(parameters, 1.0))
 
         # 4. Step, or after an overflow skip: weights and moments stay.
-        finite = math.isfinite(loss) and math.isfinite(norm)
+        finite = math.isfinite(loss + norm)
         if finite:
             optimizer.step()
             losses.append(loss)
@@ -350,7 +352,7 @@ def train(args, data, r, seed):
         skipped += not finite
         if scaler.skips == (20 if scaler.enabled else 1):
             raise ValueError(f"loss {loss:g}, gradient norm {norm:g} at step {step}: "
-                             f"try a lower {'--lr' if config else '--full-lr'}")
+                             "try a lower learning rate")
         seconds += time.perf_counter() - start
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
@@ -378,7 +380,7 @@ def train(args, data, r, seed):
 # --- one experiment: its folder, table and picture ---
 
 def read_runs(args, path):
-    """Return the finished runs. Raise ValueError if they are another experiment's."""
+    """Return the finished runs. Refuse those of another experiment."""
     lines = path.read_text().splitlines() if path.exists() else []
     with loading("--out", args.out):
         runs = [json.loads(line) for line in lines]
@@ -396,7 +398,7 @@ def report(runs, picture):
     table["rank"] = [name_of(run["r"]) for run in runs]
     ranks = table.groupby("rank", sort=False)
     columns = {"adapter_parameters": "first", "trainable": "first", "seconds": "mean",
-               "peak_memory_gb": "max", "loss": "mean", "accuracy": ["mean", "std", "count"]}
+               "loss": "mean", "accuracy": ["mean", "std", "count"]}
     low, high = runs[0]["ci95"]
     print(ranks.agg(columns).to_string(float_format="{:.4g}".format))
     print(f"n = {runs[0]['n']}: one run's 95% interval is +/- {(high - low) / 2:.3f}")
@@ -411,7 +413,7 @@ def report(runs, picture):
             axes.fill_between(mean.index, curves.min(), curves.max(), alpha=0.2)
         axes.set(xlabel="epoch", title=key)
     axes.legend()
-    figure.savefig(picture, dpi=120)
+    figure.savefig(picture)
 
 
 # --- score a saved adapter ---
@@ -420,10 +422,8 @@ def load_adapted(args, folder):
     """Return a base with its adapter, whose config names base and head."""
     with loading("the adapter", folder):
         config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf8"))
-        args.model = args.model or config["base_model_name_or_path"]
+        args.model = args.model or config["base_model_name_or_path"] or BASE
         args.head = args.head or config["modules_to_save"]
-        if not args.model:
-            raise ValueError("it names no base: give --model")
     model, _ = load_encoder(args, None, 0)
     load_adapter(model, folder)
     return model
@@ -467,12 +467,11 @@ def amplification(layer):
 
 
 def measured(kinds, measure):
-    """Return {layer: measure(layer)} of each kind's first, middle and last layer, and the mean."""
+    """Return {layer: measure(layer)} of each kind's first, middle and last, and the mean of all."""
     rows = {}
     for kind, layers in kinds.items():
         values = [measure(layer) for layer in layers]
-        for n in (0, len(layers) // 2, -1):
-            rows[layers[n]] = values[n]
+        rows |= {layers[n]: values[n] for n in (0, len(layers) // 2, -1)}
         rows[f"mean of {len(layers)} {kind}"] = torch.stack(values).mean(0)
     return rows
 
@@ -486,34 +485,32 @@ def print_table(title, columns, rows):
 def compare(args):
     """Print and draw phi (Fig. 3, 4) and amplification (Table 7) of two adapters of one base."""
     # On a CPU: not every device has an SVD.
-    adapters = [dict(lora_layers(load_adapted(args, folder).cpu())) for folder in args.compare]
-    kinds = {}  # the layers that both adapt, by name within a block: query, value
-    for name in adapters[0]:
-        if name in adapters[1]:
-            kinds.setdefault(re.split(r"\.\d+\.", name)[-1], []).append(name)
-    if not kinds:
+    first, second = (dict(lora_layers(load_adapted(args, folder).cpu())) for folder in args.compare)
+    pairs = {name: (layer.lora_A, second[name].lora_A)
+             for name, layer in first.items() if name in second}
+    if not pairs:
         raise ValueError("--compare: the adapters share no layer")
-    torch.manual_seed(0)  # of the random matrices
+    kinds = {}  # names of layers by their name within a block: query, value
+    for name in pairs:
+        kinds.setdefault(re.split(r"\.\d+\.", name)[-1], []).append(name)
 
-    first, second = adapters
-    maps = measured(
-        kinds, lambda name: subspace_similarity(first[name].lora_A, second[name].lora_A))
-    for kind, (name, *_) in kinds.items():
-        A1, A2 = (torch.randn_like(adapter[name].lora_A) for adapter in adapters)
+    torch.manual_seed(0)  # of the random matrices
+    maps = measured(kinds, lambda name: subspace_similarity(*pairs[name]))
+    for kind, names in kinds.items():
+        A1, A2 = map(torch.randn_like, pairs[names[0]])
         maps[f"random {kind}; chance max(i, j) / {A1.shape[1]}"] = subspace_similarity(A1, A2)
     r1, r2 = len(A1), len(A2)
     corners = {name: phi[[0, 0, -1], [0, -1, -1]] for name, phi in maps.items()}
     print_table("Similarity phi(i, j) (Eq. 4), i of {}, j of {}".format(*args.compare),
                 ["1, 1", f"1, {r2}", f"{r1}, {r2}"], corners)
-    for folder, adapter in zip(args.compare, adapters):
+    for folder, adapter in zip(args.compare, (first, second)):
         print_table(f"Amplification (Table 7) of {folder}",
                     ["|W|", "|dW|", "|U'WV|: dW", "W", "random", "factor"],
                     measured(kinds, lambda name: amplification(adapter[name])))
     if not Figure:
         return maps
-    height = math.ceil(len(maps) / 4)  # a row of each kind, and the random ones
-    figure = Figure(figsize=(14, 3 * height), layout="constrained")
-    grid = figure.subplots(height, 4)
+    figure = Figure(figsize=(14, 10), layout="constrained")
+    grid = figure.subplots(math.ceil(len(maps) / 4), 4)  # a row for each kind, then random ones
     for axes, (name, phi) in zip(grid.flat, maps.items()):
         image = axes.imshow(phi.numpy(), vmin=0, vmax=1, aspect="auto",
                             extent=(0.5, r2 + 0.5, r1 + 0.5, 0.5))
@@ -527,9 +524,8 @@ def compare(args):
 
 # --- demo ---
 
-GOOD = "lovely superb charming moving fresh witty".split()
-BAD = "dull awful clumsy stale flat tired".split()
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the music was but story .".split() + GOOD + BAD
+GOOD, BAD = ["lovely", "superb", "moving", "witty"], ["dull", "awful", "clumsy", "stale"]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "music", "but", "story", *GOOD, *BAD]
 
 
 def write_demo(folder, seed, train=1500, validation=500):
@@ -546,7 +542,7 @@ def write_demo(folder, seed, train=1500, validation=500):
         text = "sentence\tlabel\n"
         for _ in range(count):
             music, story = rng.choices(GOOD + BAD, k=2)
-            text += f"the music was {music} but the story was {story} .\t{int(story in GOOD)}\n"
+            text += f"{music} music but {story} story\t{int(story in GOOD)}\n"
         (folder / f"{split}.tsv").write_text(text)
 
 
@@ -555,7 +551,6 @@ def demo(seed):
     folder = Path("demo-sst2")
     write_demo(folder, seed)
     (folder / "sst2.jsonl").unlink(missing_ok=True)
-    torch.set_num_threads(1)  # tensors this small are slower with two
     flags = (f"--model {folder}/base --data {folder} --out {folder} --seeds {seed} {seed + 1} "
              "--ranks 1 4 --lr 1e-2 --full-finetune --full-lr 1e-3 --epochs 2 --device cpu "
              "--dtype float32")
@@ -565,7 +560,7 @@ def demo(seed):
 # --- main ---
 
 def main(args):
-    """Make every run that is not in the folder yet, then the table and the picture."""
+    """Make every run that is missing in the folder, then table and picture."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if args.demo:
@@ -575,7 +570,7 @@ def main(args):
         return score_adapter(args)
     if args.compare:
         return compare(args)
-    args.model = args.model or "roberta-base"
+    args.model = args.model or BASE
     data = {split: read_data(args, split) for split in ("train", "validation")}
     path = Path(args.out, "sst2.jsonl")
     runs = read_runs(args, path)
