@@ -1915,13 +1915,13 @@ def test_an_adapter_with_its_head_scores_the_same_elsewhere(encoder, workdir):
 def test_four_batches_of_eight_are_one_of_thirty_two(encoder, workdir):
     """Without dropout 4 x 8, and 1 x 32, must end in the same weights, a short last window too."""
     shutil.copytree(encoder / "base", "dry")
-    edit = Path("dry/config.json")
-    edit.write_text(edit.read_text().replace("0.1", "0.0"))
+    text = (encoder / "base/config.json").read_text()
+    Path("dry/config.json").write_text(text.replace("0.1", "0.0"))
     weights = []
     for size in ("--batch-size 32", "--batch-size 8 --grad-accum 4"):
         args, data = prepared(encoder, f"--model dry --dropout 0 --nb-samples 76 {size}")
         _, model = train_sst2.train(args, data, 2, 0)
-        weights.append(dict(model.named_parameters()))
+        weights.append(bits(model))
     torch.testing.assert_close(*weights, atol=1e-4, rtol=1e-4)
 
 
@@ -1984,8 +1984,7 @@ def test_padding_changes_neither_loss_nor_accuracy(encoder):
 
 def test_the_seed_reaches_head_adapter_data_and_dropout(encoder):
     """Seeds must differ in all four, also beyond the 32 bits that torch's CPU generator uses."""
-    args, _ = prepared(encoder)
-    seen = []
+    args, seen = prepared(encoder)[0], []
     for seed in (0, 1, 2**32):
         model, _ = train_sst2.load_encoder(args, 2, seed)
         layer = next(layer for _, layer in lora_layers(model))
@@ -2010,12 +2009,12 @@ def test_what_a_checkpoint_lacks_is_trained_or_named(encoder, workdir):
     """DistilBERT's head has two layers; one that --head leaves out must be refused."""
     config = transformers.DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4)
     transformers.DistilBertModel(config).save_pretrained("distil")
-    args, load_encoder = sst2(encoder, "--model distil"), train_sst2.load_encoder
-    args.device = CPU
-    trainable, _ = count_parameters(load_encoder(args, 2, 0)[0])
-    assert trainable == 2 * 2 * 2 * (32 + 32) + 32 * 33 + 2 * 33
+    args, _ = prepared(encoder)
+    args.model = "distil"
+    model, _ = train_sst2.load_encoder(args, 2, 0)
+    assert count_parameters(model)[0] == 2 * 2 * 2 * (32 + 32) + 32 * 33 + 2 * 33
     args.head = ["classifier"]
-    refused("distil has no pre_classifier.*--head", load_encoder, args, 2, 0)
+    refused("distil has no pre_classifier.*--head", train_sst2.load_encoder, args, 2, 0)
 
 
 def test_sentences_are_read_as_they_stand(workdir):
@@ -2041,27 +2040,22 @@ def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder, workdir):
 
 
 def test_devices_choose_the_dtype_and_mps_refuses_recomputation(encoder, monkeypatch):
-    """Without units for it fp32 must be the default; asked for by name, bf16 gives a warning."""
-    def settled(flags):
-        train_sst2.settle(args := sst2(encoder, flags))
-        return args.dtype
-
-    for units, dtype in [(True, "bfloat16"), (False, "float32")]:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units})
-        assert settled("--dtype auto") == dtype
+    """Without units for bf16, fp32 must be the default and bf16 give a warning."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    train_sst2.settle(args := sst2(encoder, "--dtype auto"))
+    assert args.dtype == "float32"
     with pytest.warns(match="--dtype bfloat16 is slow on this CPU"):
-        settled("--dtype bfloat16")
+        train_sst2.settle(sst2(encoder, "--dtype bfloat16"))
     mps = SimpleNamespace(device=torch.device("mps"))
     monkeypatch.setattr(torch, "zeros", lambda *_, device: mps)
-    refused("on MPS", settled, "--checkpoint-activations")
+    refused("on MPS", train_sst2.settle, sst2(encoder, "--checkpoint-activations"))
 
 
 # --- train_sst2.py: Section 7 of the paper ---
 
 def basis(rows, width, seed=0):
-    """Orthonormal rows."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(width, rows, generator=generator)).Q.T
+    torch.manual_seed(seed)
+    return torch.linalg.qr(torch.randn(width, rows)).Q.T  # orthonormal rows
 
 
 def test_subspace_similarity_is_one_zero_or_chance():
@@ -2093,21 +2087,18 @@ def test_amplification_is_what_it_is_by_hand():
 
 def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, workdir, capsys):
     """Two ranks must give tables and a picture; adapters without a shared layer one line."""
-    def layers(folder):
-        return dict(lora_layers(train_sst2.load_adapted(prepared(encoder)[0], folder)))
-
-    compare = lambda a, b: train_sst2.main(sst2(encoder, f"--compare {encoder}/{a} {b}"))
+    one, other, args = encoder / "r1-s0", encoder / "r4-s1", prepared(encoder)[0]
+    maps = train_sst2.main(sst2(encoder, f"--compare {one} {other}"))
+    first, last = (f"bert.encoder.layer.{n}.attention.self.query" for n in (0, 1))
+    a, b = (dict(lora_layers(train_sst2.load_adapted(args, x)))[last] for x in (one, other))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(last)]
+    V1, V2 = (torch.linalg.qr(layer.lora_A.T).Q for layer in (a, b))
+    assert rows[0][-1] == f"{(V1.T @ V2).square().sum():.2f}"
+    assert rows[2][1:3] == [f"{b.weight.norm():.2f}", f"{b.delta().norm():.2f}"]
+    close(maps["mean of 2 attention.self.query"], (maps[first] + maps[last]) / 2)
     saved("c", lambda: AutoModelForSequenceClassification.from_pretrained(encoder / "base"),
           targets=["dense"], also_train=["classifier"])
-    refused("share no layer", compare, "r1-s0", "c")
-    a, b = layers(encoder / "r1-s0"), layers(encoder / "r4-s1")
-    maps = compare("r1-s0", encoder / "r4-s1")
-    first, last = [name for name in a if "query" in name]
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(last)]
-    V1, V2 = (torch.linalg.qr(adapter[last].lora_A.T).Q for adapter in (a, b))
-    assert rows[0][-1] == f"{(V1.T @ V2).square().sum():.2f}"
-    assert rows[2][1:3] == [f"{b[last].weight.norm():.2f}", f"{b[last].delta().norm():.2f}"]
-    close(maps["mean of 2 attention.self.query"], (maps[first] + maps[last]) / 2)
+    refused("share no layer", train_sst2.main, sst2(encoder, f"--compare {one} c"))
     assert Path("runs/sst2/compare-r1-s0-r4-s1.png").exists()
 
 

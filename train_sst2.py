@@ -43,7 +43,7 @@ from tqdm import tqdm
 from lora import (LoRAConfig, count_parameters, inject_lora, is_transposed, load_adapter,
                   lora_layers, save_adapter)
 
-# Huge pages for tensors (Linux), or training takes up to twice the memory.
+# Linux: huge pages, or training takes up to twice the memory.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 try:
@@ -393,7 +393,7 @@ def read_runs(args, path):
 
 
 def report(runs, picture):
-    """Print a row per rank. Draw its seeds' mean in a band from the lowest to the highest."""
+    """Print a row per rank. Draw its seeds' mean in a band from lowest to highest."""
     table = pandas.DataFrame(runs)
     table["rank"] = [name_of(run["r"]) for run in runs]
     ranks = table.groupby("rank", sort=False)
@@ -490,7 +490,7 @@ def compare(args):
              for name, layer in first.items() if name in second}
     if not pairs:
         raise ValueError("--compare: the adapters share no layer")
-    kinds = {}  # names of layers by their name within a block: query, value
+    kinds = {}  # layers by name within a block: query, value
     for name in pairs:
         kinds.setdefault(re.split(r"\.\d+\.", name)[-1], []).append(name)
 
@@ -560,7 +560,7 @@ def demo(seed):
 # --- main ---
 
 def main(args):
-    """Make every run that is missing in the folder, then table and picture."""
+    """Make every run that the folder lacks, then table and picture."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if args.demo:
