@@ -510,12 +510,12 @@ def compare(args):
     if not Figure:
         return maps
     figure = Figure(figsize=(14, 10), layout="constrained")
-    grid = figure.subplots(math.ceil(len(maps) / 4), 4)  # a row for each kind, then random ones
-    for axes, (name, phi) in zip(grid.flat, maps.items()):
+    for place, (name, phi) in enumerate(maps.items(), 1):
+        axes = figure.add_subplot(math.ceil(len(maps) / 4), 4, place)
         image = axes.imshow(phi.numpy(), vmin=0, vmax=1, aspect="auto",
                             extent=(0.5, r2 + 0.5, r1 + 0.5, 0.5))
         axes.set_title(name, fontsize=7)
-    figure.colorbar(image, ax=grid, label="phi: i down, j across")
+    figure.colorbar(image, ax=figure.axes, label="phi: i down, j across")
     names = "-".join(Path(folder).name for folder in args.compare)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(args.out, f"compare-{names}.png"))
