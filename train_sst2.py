@@ -549,6 +549,7 @@ def write_demo(folder, seed, train=1500, validation=500):
 def demo(seed):
     """Teach an untrained encoder to judge the story, not the music."""
     folder = Path("demo-sst2")
+    torch.set_num_threads(1)  # on a busy CPU more threads are five times slower
     write_demo(folder, seed)
     (folder / "sst2.jsonl").unlink(missing_ok=True)
     flags = (f"--model {folder}/base --data {folder} --out {folder} --seeds {seed} {seed + 1} "
