@@ -1757,255 +1757,202 @@ def test_wrong_input_is_one_line(flags, message, tiny, workdir, capsys):
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """A folder: a tiny untrained BERT (base/), one without dropout (dry/), sentences."""
-    folder = tmp_path_factory.mktemp("sst2")
-    train_sst2.write_demo(folder, 0, train=96, validation=40)
-    shutil.copytree(folder / "base", folder / "dry")
-    path = folder / "dry/config.json"
-    path.write_text(path.read_text().replace("0.1", "0.0"))
-    return folder
+    """The demo's folder, with fewer sentences: base, data, runs and adapters."""
+    write = train_sst2.write_demo
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("sst2"))
+        patch.setattr(train_sst2, "write_demo", lambda *where: write(*where, 96, 40))
+        for _ in range(2):  # it can be repeated
+            assert len(train_sst2.main(train_sst2.parse_args(["--demo"]))) == 6
+        return Path("demo-sst2").absolute()
 
 
-def sst2(encoder, *flags):
+def sst2(encoder, flags=""):
     return train_sst2.parse_args([
-        "--model", str(encoder / "base"), "--data", str(encoder), "--device", "cpu",
-        "--dtype", "float32", "--epochs", "1", "--batch-size", "16", "--lr", "5e-3", *flags])
+        "--model", f"{encoder}/base", "--data", str(encoder), *"--device cpu --dtype float32 "
+        "--epochs 1 --batch-size 16 --lr 5e-3".split(), *flags.split()])
 
 
-def prepared(encoder, *flags):
-    args = sst2(encoder, *flags)
-    train_sst2.settle(args)
-    return args, train_sst2.read_data(args, "train", "validation")
+def prepared(encoder, flags=""):
+    train_sst2.settle(args := sst2(encoder, flags))
+    return args, {split: train_sst2.read_data(args, split) for split in ("train", "validation")}
 
 
 def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, workdir, capsys):
-    """Each run must stand in sst2.jsonl as a line; started again, only a lost one is done."""
-    args = sst2(encoder, "--ranks", "1", "2", "--seeds", "0", "1", "--full-finetune")
+    """A run must be a line of sst2.jsonl, and a lost one made again; other flags are refused."""
+    args = sst2(encoder, "--ranks 1 2 --seeds 0 1 --full-finetune")
     runs = train_sst2.main(args)
-    assert [(run["r"], run["seed"]) for run in runs] == [
-        (1, 0), (1, 1), (2, 0), (2, 1), (None, 0), (None, 1)]
-    assert [run["adapter_parameters"] for run in runs] == [512, 512, 1024, 1024, 0, 0]
+    assert [(run["r"], run["seed"], run["adapter_parameters"]) for run in runs] == [
+        (1, 0, 512), (1, 1, 512), (2, 0, 1024), (2, 1, 1024), (None, 0, 0), (None, 1, 0)]
     assert [run["trainable"] for run in runs[::5]] == [512 + 64 * 2 + 2, runs[5]["total"]]
     assert len({run["loss"] for run in runs}) == 6
-    path = Path("runs/sst2/sst2.jsonl")
     train_sst2.report([run | {"accuracy": n / 10} for n, run in enumerate(runs)], "curves.png")
-    assert re.search(r"r=2 +1024 +1154 +25 +7.07", capsys.readouterr().out)
+    assert re.search(r"r=2 +1024 +1154 .* 0.25 +0.07071 +2\n", capsys.readouterr().out)
+    path = Path("runs/sst2/sst2.jsonl")
     assert path.with_suffix(".png").exists() and Path("runs/sst2/r2-s1", WEIGHTS).exists()
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     again = train_sst2.main(args)
     assert again[:-1] == runs[:-1] and again[-1]["loss"] == runs[-1]["loss"]
+    refused("--lr was 0.005, is 0.1; .*--grad-accum was 1, is 2; give another --out",
+            train_sst2.main, sst2(encoder, "--lr 0.1 --grad-accum 2"))
     path.write_text(path.read_text()[:-30])
     refused("--out runs/sst2: ", train_sst2.main, args)
 
 
-def test_a_folder_takes_one_experiment_alone(workdir):
-    """Published runs must be read, for other ranks and seeds too; other flags refused by name."""
-    runs = (HERE / "results/sst2-section7.jsonl").read_text().split("\n")
-    Path("sst2.jsonl").write_text(runs[0])
-    flags = ("--model minilm-l6 --data sst2 --nb-samples 10000 --epochs 1 --dtype bfloat16 "
-             "--full-lr 1 --ranks 64 --seeds 3 --lr").split()
-
-    def read(*more):
-        return train_sst2.read_runs(train_sst2.parse_args([*flags, *more]), Path("sst2.jsonl"))
-
-    assert read("2e-3") == [json.loads(runs[0])]
-    refused("--lr was 0.002, is 0.01; .*--grad-accum was 1, is 2; give another --out", read, "1e-2",
-            "--grad-accum", "2")
+def test_an_adapter_with_its_head_scores_the_same_elsewhere(encoder, monkeypatch):
+    """From its folder alone, on a fresh head, accuracy and loss must be equal."""
+    monkeypatch.chdir(encoder.parent)
+    run = json.loads(Path("demo-sst2/sst2.jsonl").read_text().splitlines()[3])
+    flags = "--adapter demo-sst2/r4-s1 --data demo-sst2 --device cpu --dtype float32"
+    scores = train_sst2.main(train_sst2.parse_args(flags.split()))
+    assert scores == (run["accuracy"], run["loss"])
+    assert run["ci95"] == pytest.approx(wilson_interval(round(40 * scores[0]), 40), abs=1e-4)
 
 
-def test_an_adapter_with_its_head_predicts_the_same_elsewhere(encoder, workdir, capsys):
-    """From its folder alone, on a fresh head, the predictions must be equal; merged too."""
-    args, data = prepared(encoder)
-    _, model = train_sst2.train(args, data, 2, 5)
-    wanted, accuracy, _ = train_sst2.evaluate(model, data["validation"], "float32")
-    flags = ["--adapter", "runs/sst2/r2-s5", "--data", args.data, "--dtype", "float32", "--device"]
-    assert torch.equal(train_sst2.main(train_sst2.parse_args([*flags, "cpu"])), wanted)
-    assert train_sst2.wilson_interval(0.5, 40) == pytest.approx(wilson_interval(20, 40), abs=1e-4)
-    assert f"accuracy {accuracy:.2%} [" in (out := capsys.readouterr().out)
-    assert "0 labels change when merged" in out
-
-
-@cases("r", [2, None])
-def test_four_batches_of_eight_are_one_of_thirty_two(r, encoder, workdir):
+def test_four_batches_of_eight_are_one_of_thirty_two(encoder, workdir):
     """Without dropout 4 x 8, and 1 x 32, must end in the same weights, a short last window too."""
-    flags = ["--model", str(encoder / "dry"), "--dropout", "0", "--nb-samples", "76"]
+    shutil.copytree(encoder / "base", "dry")
+    text = (encoder / "base/config.json").read_text()
+    Path("dry/config.json").write_text(text.replace("0.1", "0.0"))
     weights = []
-    for size, accum in [("32", "1"), ("8", "4")]:
-        args, data = prepared(encoder, *flags, "--batch-size", size, "--grad-accum", accum)
-        _, model = train_sst2.train(args, data, r, 0)
-        weights.append(dict(model.named_parameters()))
-    for name in weights[0]:
-        torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-4, rtol=1e-4)
+    for size in ("--batch-size 32", "--batch-size 8 --grad-accum 4"):
+        args, data = prepared(encoder, f"--model dry --dropout 0 --nb-samples 76 {size}")
+        _, model = train_sst2.train(args, data, 2, 0)
+        weights.append(bits(model))
+    torch.testing.assert_close(*weights, atol=1e-4, rtol=1e-4)
 
 
-@cases("r", [4, None])
-def test_recomputed_blocks_give_equal_gradients_and_save_less(r, encoder):
+def test_recomputed_blocks_give_equal_gradients_and_save_less(encoder):
     """With dropout on, gradients must be equal to the bit, and tensors saved for backward fewer."""
-    gradients, saved = [], []
-    for flags in [[], ["--checkpoint-activations"]]:
-        args, data = prepared(encoder, *flags)
-        model, _ = train_sst2.load_encoder(args, r, 0)
-        for _, layer in lora_layers(model):
-            nn.init.ones_(layer.lora_B)  # B = 0 would hide A's gradient
-        sizes = []
-        pack = lambda tensor: sizes.append(tensor.nbytes) or tensor
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            _, loss = train_sst2.classify(model.train(), data["train"][:16], "float32")
-        loss.backward()
-        parameters = model.named_parameters()
-        gradients.append({name: p.grad for name, p in parameters if p.grad is not None})
-        saved.append(sum(sizes))
-    assert len(gradients[0]) >= 10 and same_bits(*gradients) and saved[1] < saved[0] / 4
+    gradients, sizes, losses = [], [], []
+    for flags in ("", "--checkpoint-activations"):
+        args, data = prepared(encoder, flags)
+        model, _ = train_sst2.load_encoder(args, 4, 0)
+        shake(model.train())  # B = 0 would hide A's gradient
+        step = lambda: losses.append(train_sst2.classify(model, data["train"][:16], "float32")[0])
+        sizes.append(saved_for_backward(step, model.parameters()))
+        losses[-1].backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert len(gradients[0]) == 10 and same_bits(*gradients) and sizes[1] < sizes[0] / 4
 
 
-def test_a_skipped_step_leaves_weights_and_schedule_and_twenty_end_the_run(encoder, workdir,
-                                                                           monkeypatch):
+def test_skipped_steps_leave_weights_and_schedule_and_twenty_end_a_run(encoder, monkeypatch):
     """At a scale that overflows nothing may move; the first step taken has the peak rate."""
-    args, data = prepared(encoder, "--dtype", "float16", "--batch-size", "8", "--full-lr", "0.05")
+    args, data = prepared(encoder, "--dtype float16 --batch-size 8 --full-lr 0.05")
     steps, step = [], torch.optim.AdamW.step
 
     def recorded(optimizer):
         group = optimizer.param_groups[0]
-        norm = sum(p.grad.square().sum() for p in group["params"] if p.grad is not None).sqrt()
-        steps.append((group["lr"], float(norm)))
+        steps.append((group["lr"], nn.utils.get_total_norm([p.grad for p in group["params"]])))
         step(optimizer)
+
+    def run(scale):
+        scaler = lambda enabled: Sst2LossScaler(enabled, scale)
+        monkeypatch.setattr(train_sst2, "LossScaler", scaler)
+        line, model = train_sst2.train(args, data, None, 0)
+        return line["skipped"], bits(model)
+
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
-    for scale, skipped in [(2.0**120, 12), (2.0**22, None)]:
-        monkeypatch.setattr(train_sst2, "LossScaler", lambda enabled: Sst2LossScaler(True, scale))
-        run, model = train_sst2.train(args, data, None, 0)
-        if skipped:
-            start, _ = train_sst2.load_encoder(args, None, 0)
-            assert run["skipped"] == 12 and same_bits(bits(start), bits(model))
-    assert 0 < run["skipped"] < 12 and steps[0][0] == args.full_lr
+    skipped, weights = run(2.0**120)
+    assert skipped == 12 and same_bits(bits(train_sst2.load_encoder(args, None, 0)[0]), weights)
+    assert 0 < run(2.0**22)[0] < 12 and steps[0][0] == args.full_lr
     assert max(norm for _, norm in steps) < 1.001  # clipped
-    args.epochs, scale = 2, 2.0**120
-    refused("at step 20: try a lower --full-lr", train_sst2.train, args, data, None, 0)
-
-
-def test_without_scaling_the_first_bad_loss_stops(encoder, monkeypatch):
-    """A NaN loss in fp32 must end the run at its step, naming --lr."""
-    args, data = prepared(encoder)
-    bad = lambda model, *_: (None, math.nan * model.classifier.weight.sum())
+    args.epochs = 2
+    refused("at step 20: try a lower learning rate", run, 2.0**120)
+    bad = lambda model, *_: (math.nan * model.classifier.weight.sum(), 0)
     monkeypatch.setattr(train_sst2, "classify", bad)
-    refused("loss nan.*at step 1: try a lower --lr", train_sst2.train, args, data, 2, 0)
+    args.dtype = "float32"
+    refused("loss nan.* at step 1:", run, 1)
 
 
-def test_padding_does_not_change_an_encoder_s_loss(encoder):
-    """One by one or in padded batches labels must be equal and in order, and the loss too."""
+def test_padding_changes_neither_loss_nor_accuracy(encoder):
+    """Both must be those of the sentences one by one, unpadded."""
     args, data = prepared(encoder)
-    examples = [(ids[:n % 9 + 3], label) for n, (ids, label) in enumerate(data["validation"])]
+    examples = [(ids[:n % 5 + 3], label) for n, (ids, label) in enumerate(data["validation"])]
     model, _ = train_sst2.load_encoder(args, None, 0)
-    model.classifier.weight.data.normal_()
+    model.eval().classifier.weight.data.normal_()
     with torch.no_grad():
-        logits, _ = train_sst2.classify(model.eval(), examples, "float32")
-        model.classifier.bias -= logits.mean(0)  # so that both labels are predicted
-    labels, _, loss = train_sst2.evaluate(model, examples, "float32")
-    assert 0 < labels.sum() < len(examples)
-    alone, _, losses = zip(*[train_sst2.evaluate(model, [one], "float32") for one in examples])
-    assert labels.tolist() == [int(label) for label in alone]
-    assert loss == pytest.approx(sum(losses) / len(examples), abs=1e-5)
+        logits = torch.cat([model(torch.tensor([ids])).logits for ids, _ in examples])
+    labels = torch.tensor([label for _, label in examples])
+    wanted = (logits.argmax(-1) == labels).float().mean(), F.cross_entropy(logits, labels)
+    assert 0 < wanted[0] < 1
+    close(torch.tensor(train_sst2.evaluate(model, examples, "float32")), torch.stack(wanted))
 
 
 def test_the_seed_reaches_head_adapter_data_and_dropout(encoder):
     """Seeds must differ in all four, also beyond the 32 bits that torch's CPU generator uses."""
-    args, data = prepared(encoder)
-    seen = []
+    args, seen = prepared(encoder)[0], []
     for seed in (0, 1, 2**32):
         model, _ = train_sst2.load_encoder(args, 2, seed)
         layer = next(layer for _, layer in lora_layers(model))
-        mask = F.dropout(torch.ones(64), 0.5)
-        order = train_sst2.epoch_windows(data["train"], 8, 1, random.Random(seed))
-        seen.append([model.classifier.weight, layer.lora_A, mask, order])
-    for a, b in [(0, 1), (0, 2)]:
-        assert not any(str(x) == str(y) for x, y in zip(seen[a], seen[b]))
+        order = train_sst2.epoch_windows([[[n]] for n in range(9)], 2, 1, random.Random(seed))
+        seen.append([model.classifier.weight, layer.lora_A, F.dropout(torch.ones(64)), order])
+    for values in zip(*seen):
+        assert str(values[0]) not in map(str, values[1:])
 
 
-def test_training_rows_are_drawn_with_seed_0_and_cut(encoder):
-    """--nb-samples must take the same rows in every run, --max-length no more tokens."""
+def test_training_rows_are_drawn_with_seed_0_and_cut(encoder, workdir):
+    """--nb-samples must take the same rows in every run; no row may outgrow the positions."""
     _, data = prepared(encoder)
-    _, few = prepared(encoder, "--nb-samples", "8", "--max-length", "5")
+    _, few = prepared(encoder, "--nb-samples 8 --max-length 5")
     wanted = random.Random(0).sample(data["train"], 8)
     assert few["train"] == [(ids[:4] + ids[-1:], label) for ids, label in wanted]
+    Path("train.jsonl").write_text(json.dumps({"sentence": 99 * "music ", "label": 1}))
+    rows = train_sst2.read_data(sst2(encoder, "--data ."), "train")
+    assert len(rows[0][0]) == 30  # its tokenizer knows no maximum
 
 
 def test_what_a_checkpoint_lacks_is_trained_or_named(encoder, workdir):
-    """DistilBERT's head has two layers; a random module outside of --head must be refused."""
+    """DistilBERT's head has two layers; one that --head leaves out must be refused."""
     config = transformers.DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4)
     transformers.DistilBertModel(config).save_pretrained("distil")
-    config = transformers.BertConfig.from_pretrained(encoder / "base")
-    transformers.BertModel(config, add_pooling_layer=False).save_pretrained("headless")
-    args = sst2(encoder, "--model", "distil")
-    args.device = CPU
+    args, _ = prepared(encoder)
+    args.model = "distil"
     model, _ = train_sst2.load_encoder(args, 2, 0)
     assert count_parameters(model)[0] == 2 * 2 * 2 * (32 + 32) + 32 * 33 + 2 * 33
-    args.model = "headless"
-    refused("headless has no bert.pooler.*--head", train_sst2.load_encoder, args, 2, 0)
+    args.head = ["classifier"]
+    refused("distil has no pre_classifier.*--head", train_sst2.load_encoder, args, 2, 0)
 
 
-@cases("name, text, wanted", [
-    ("train.tsv", 'sentence\tlabel\n"half open\t1\nnull\t0\nNA\t1\n',
-     [('"half open', 1), ("null", 0), ("NA", 1)]),
-    ("train.csv", 'sentence,label\n"one, two",1\nnull,0\n2.0,1\n',
-     [("one, two", 1), ("null", 0), ("2.0", 1)]),
-    ("train.jsonl", '{"sentence": "2.0", "label": true}\n{"sentence": "null", "label": false}\n',
-     [("2.0", 1), ("null", 0)])])
-def test_sentences_are_read_as_they_stand(name, text, wanted, workdir):
-    """Lone quotation marks, null, NA and numbers must stay text, in a folder named d[1] too."""
+def test_sentences_are_read_as_they_stand(workdir):
+    """Lone quotation marks, null and numbers must stay text, in a folder named d[1] too."""
+    rows = [('"half open', 1), ("null", 0), ("2.0", 1)]
+    jsonl = [json.dumps({"sentence": text, "label": label}) for text, label in rows]
+    tsv = ["sentence\tlabel"] + [f"{text}\t{label}" for text, label in rows]
     Path("d[1]").mkdir()
-    Path("d[1]", name).write_text(text)
-    rows = train_sst2.read_sentences("d[1]", "train")
-    assert rows == wanted and {type(label) for _, label in rows} == {int}
+    for name, lines in [("train.jsonl", jsonl), ("train.tsv", tsv)]:
+        Path("d[1]", name).write_text("\n".join(lines))
+        assert train_sst2.read_sentences("d[1]", "train") == rows
 
 
 @cases("flags, message", [
-    (["--data", "empty"], "one train file"), (["--data", "columns"], "--data columns: .*sentence"),
-    (["--data", "unlabelled"], "'a', -1"), (["--targets", "q_porj"], "'q_porj' matches no layer"),
-    (["--model", "./none"], "no such folder"), (["--adapter", "nowhere"], "nowhere"),
-    (["--device", "tpu9"], "--device tpu9: ")])
+    ("--data /", "train.jsonl"), ("--data text", "--data text: .*sentence"),
+    ("--data labels", "labels 0 or 1"), ("--adapter nowhere", "nowhere"), ("--device x", "e x: ")])
 def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder, workdir):
-    """Folders, columns, labels, targets, devices: each must be one line that names it."""
-    for name, text in [("empty", None), ("columns", '{"text": "a", "label": 1}'),
-                       ("unlabelled", '{"sentence": "a", "label": -1}')]:
+    """Folders, columns, labels, adapters, devices: each must be one line that names it."""
+    for name, row in [("text", '{"text": "a"}'), ("labels", '{"sentence": "a", "label": -1}')]:
         Path(name).mkdir()
-        if text:
-            Path(name, "train.jsonl").write_text(text)
-    refused(message, train_sst2.main, sst2(encoder, *flags))
+        Path(name, "train.jsonl").write_text(row)
+    refused(message, train_sst2.main, sst2(encoder, flags))
 
 
 def test_devices_choose_the_dtype_and_mps_refuses_recomputation(encoder, monkeypatch):
-    """Without units for it fp32 must be the default; asked for by name, bf16 gives a warning."""
-    for units, dtype in [(True, "bfloat16"), (False, "float32")]:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": units})
-        args = sst2(encoder, "--dtype", "auto")
-        train_sst2.settle(args)
-        assert args.dtype == dtype
+    """Without units for bf16, fp32 must be the default and bf16 give a warning."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    train_sst2.settle(args := sst2(encoder, "--dtype auto"))
+    assert args.dtype == "float32"
     with pytest.warns(match="--dtype bfloat16 is slow on this CPU"):
-        train_sst2.settle(sst2(encoder, "--dtype", "bfloat16"))
+        train_sst2.settle(sst2(encoder, "--dtype bfloat16"))
     mps = SimpleNamespace(device=torch.device("mps"))
     monkeypatch.setattr(torch, "zeros", lambda *_, device: mps)
     refused("on MPS", train_sst2.settle, sst2(encoder, "--checkpoint-activations"))
 
 
-def test_the_demo_repeats_and_deletes_nothing_of_others(workdir, monkeypatch):
-    """Twice in one folder, with fewer sentences: six new runs each, another's file is kept."""
-    write = train_sst2.write_demo
-    fewer = lambda folder, seed: write(folder, seed, train=96, validation=40)
-    monkeypatch.setattr(train_sst2, "write_demo", fewer)
-    Path("demo-sst2").mkdir()
-    Path("demo-sst2/mine").touch()
-    for seed in (0, 1):
-        runs = train_sst2.main(train_sst2.parse_args(["--demo", "--seeds", str(seed)]))
-        assert [run["seed"] for run in runs] == 3 * [seed, seed + 1]
-    for name in ("mine", "base/model.safetensors", f"r4-s2/{WEIGHTS}"):
-        assert Path("demo-sst2", name).exists()
-
-
 # --- train_sst2.py: Section 7 of the paper ---
 
 def basis(rows, width, seed=0):
-    """Orthonormal rows."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(width, rows, generator=generator)).Q.T
+    torch.manual_seed(seed)
+    return torch.linalg.qr(torch.randn(width, rows)).Q.T  # orthonormal rows
 
 
 def test_subspace_similarity_is_one_zero_or_chance():
@@ -2014,54 +1961,42 @@ def test_subspace_similarity_is_one_zero_or_chance():
     A = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0])) @ rows[:4]
     close(phi(A, A), torch.ones(4, 4))
     close(phi(A, rows[4:]), torch.zeros(4, 8))
-    rotated = basis(4, 4, seed=1) @ rows[:4]  # other directions of the same subspace
-    close(phi(A, rotated)[3], torch.ones(4))
-    assert phi(A, rotated)[0, 0] < 0.9
-    first, second = (torch.randn(r, 512, generator=torch.Generator().manual_seed(r))
-                     for r in (8, 64))
+    rotated = phi(A, basis(4, 4, seed=1) @ rows[:4])  # other directions of the same subspace
+    close(rotated[3], torch.ones(4))
+    by_chance = phi(basis(8, 512), basis(64, 512, seed=1))
     for i, j in ((8, 8), (8, 64), (3, 40)):
-        assert abs(phi(first, second)[i - 1, j - 1] - max(i, j) / 512) < 0.02
+        assert abs(by_chance[i - 1, j - 1] - max(i, j) / 512) < 0.02
 
 
 def test_amplification_is_what_it_is_by_hand():
-    """Table 7: for dW = c times W's top part the factor is c; beside W's directions UWV is 0."""
+    """Table 7: for dW = c times W's own directions, top or not, the factor must be c."""
     U, V, values = basis(6, 40).T, basis(6, 30, seed=1), torch.tensor([9.0, 7, 5, 3, 2, 1])
-    W, top = U @ torch.diag(values) @ V, values[:2].norm()
+    layer = LoRALinear(nn.Linear(30, 40), r=2, alpha=1)  # scaling 0.5
+    layer.weight.data = U @ torch.diag(values) @ V
     for some in (slice(0, 2), slice(2, 4)):
-        dW, part = 0.5 * U[:, some] @ torch.diag(values[some]) @ V[some], values[some].norm()
-        *columns, onto_random, factor = train_sst2.amplification(W, dW, 2)
+        layer.lora_B.data, layer.lora_A.data = U[:, some] * values[some], V[some]
+        part, top = values[some].norm(), values[:2].norm()
+        *columns, onto_random, factor = train_sst2.amplification(layer)
         close(torch.stack(columns), torch.stack([values.norm(), 0.5 * part, part, top]))
         assert onto_random < 0.5 * top
         close(factor, torch.tensor(0.5))
-    beside = torch.linalg.qr(torch.cat([U, basis(8, 40, seed=2).T], 1)).Q[:, 6:8]
-    assert train_sst2.amplification(W, beside @ V[:2], 2)[2] < 1e-4
 
 
 def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, workdir, capsys):
-    """Two ranks give tables and a picture; a missing adapter or no shared layer, one line."""
-    def adapter(folder, r, *targets):
-        model = AutoModelForSequenceClassification.from_pretrained(encoder / "base")
-        config = LoRAConfig(r, targets=targets, also_train=["classifier"])
-        inject_lora(model, config)
-        shake(model)
-        save_adapter(model, config, folder)
-        return dict(lora_layers(model))
-
-    a, b = adapter("a", 2, "query", "value"), adapter("b", 4, "query", "dense")
-    adapter("c", 2, "value")
-    compare = lambda *folders: train_sst2.main(train_sst2.parse_args(["--compare", *folders]))
-    maps = compare("a", "b")
+    """Two ranks must give tables and a picture; adapters without a shared layer one line."""
+    one, other, args = encoder / "r1-s0", encoder / "r4-s1", prepared(encoder)[0]
+    maps = train_sst2.main(sst2(encoder, f"--compare {one} {other}"))
     first, last = (f"bert.encoder.layer.{n}.attention.self.query" for n in (0, 1))
-    V1, V2 = (torch.linalg.qr(layers[last].lora_A.T).Q for layers in (a, b))
+    a, b = (dict(lora_layers(train_sst2.load_adapted(args, x)))[last] for x in (one, other))
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(last)]
-    assert rows[0][-1] == f"{(V1.T @ V2).square().sum() / 2:.2f}"
-    W, dW = b[last].weight, b[last].delta()
-    assert rows[2][1:3] == [f"{W.norm():.2f}", f"{dW.norm():.2f}"]
+    V1, V2 = (torch.linalg.qr(layer.lora_A.T).Q for layer in (a, b))
+    assert rows[0][-1] == f"{(V1.T @ V2).square().sum():.2f}"
+    assert rows[2][1:3] == [f"{b.weight.norm():.2f}", f"{b.delta().norm():.2f}"]
     close(maps["mean of 2 attention.self.query"], (maps[first] + maps[last]) / 2)
-    close(maps["chance max(i, j) / k, attention.self.query"][1], torch.tensor([2, 2, 3, 4]) / 64)
-    assert Path("runs/sst2/compare-a-b.png").exists()
-    refused("none", compare, "b", "none")
-    refused("share no layer", compare, "b", "c")
+    saved("c", lambda: AutoModelForSequenceClassification.from_pretrained(encoder / "base"),
+          targets=["dense"], also_train=["classifier"])
+    refused("share no layer", train_sst2.main, sst2(encoder, f"--compare {one} c"))
+    assert Path("runs/sst2/compare-r1-s0-r4-s1.png").exists()
 
 
 # --- the CUDA path, on fake tensors ---
