@@ -236,7 +236,7 @@ def load(tiny):
 def test_zero_start_leaves_the_output_bit_identical(kind, dtype):
     """Step 0 must be the base, bit for bit (Sec. 4.1), with A and B in fp32 over any base."""
     base, x = linear(kind, 24, 16).to(dtype), torch.randn(5, 24).to(dtype)
-    layer = LoRALinear(base, r=4, alpha=8)
+    layer = LoRALinear(base, r=4, alpha=8, dropout=0.5)  # which leaves W0 x alone
     y = layer(x)
     assert torch.equal(y, base(x))
     y.float().sum().backward()
@@ -250,12 +250,13 @@ def test_zero_start_leaves_the_output_bit_identical(kind, dtype):
 @cases("kind", [nn.Linear, Conv1D])
 def test_forward_is_a_dense_layer_with_the_update_added(kind, rslora, scaling):
     """y must be (W0 + s B A) x + b (Eq. 3), with s = alpha / r, or alpha / sqrt(r) for rslora."""
-    layer = LoRALinear(linear(kind, 24, 16), r=4, alpha=12, rslora=rslora)
+    layer = LoRALinear(linear(kind, 24, 16), r=4, alpha=12, rslora=rslora, dropout=0.5)
     shake(layer, 1.0)
     update = scaling * (layer.lora_B @ layer.lora_A).detach()
     weight = layer.base.weight if kind is nn.Linear else layer.base.weight.T
     x = torch.randn(3, 5, 24)
-    close(layer(x), F.linear(x, weight + update, layer.base.bias), atol=1e-4)
+    close(layer.eval()(x), F.linear(x, weight + update, layer.base.bias), atol=1e-4)
+    assert not torch.equal(layer.train()(x), layer(x))  # two draws of dropout
 
 
 def test_gradients_are_the_closed_form():
@@ -352,16 +353,14 @@ def test_training_curve_equals_peft_s(build, options, tmp_path):
     assert losses == pytest.approx(train(theirs, 20), abs=1e-4)
 
 
-@cases("part", ["whole", "core"])
-def test_the_readme_s_lines_adapt_a_gpt_of_one_s_own(part, workdir, monkeypatch):
-    """The README's snippet must train, save, merge and strip, also without lora.py's appendix."""
+def test_the_readme_s_lines_adapt_a_gpt_of_one_s_own(workdir, monkeypatch):
+    """The README's snippet must train, save, merge and strip without lora.py's appendix."""
     source = Path(lora.__file__).read_text(encoding="utf8")
-    if part == "core":
-        source, rule, _ = source.partition("# --- appendix: a 4-bit base (NF4) ---\n")
-        assert rule and "nf4" not in source.split('"""', 2)[2].lower()
-    copied = ModuleType("lora")
-    monkeypatch.setitem(sys.modules, "lora", copied)
-    exec(source, vars(copied))
+    source, rule, _ = source.partition("# --- appendix: a 4-bit base (NF4) ---\n")
+    assert rule and "nf4" not in source.split('"""', 2)[2].lower()
+    core = ModuleType("lora")
+    monkeypatch.setitem(sys.modules, "lora", core)
+    exec(source, vars(core))
     snippet = next(s for s in re.findall(r"```python\n(.*?)```", README, re.S) if "inject" in s)
     losses = []
 
@@ -417,8 +416,6 @@ def test_what_only_looks_linear_is_left_alone():
     own, linear = nn.Embedding(8, 4), nn.Linear(4, 4)
     own.in_features, own.out_features = 8, 4  # stands for a layer that keeps (in, out)
     model = nn.Sequential(conv, own, nn.TransformerEncoderLayer(8, 2, 16), linear, linear)
-    for name in ("0", "1", "out_proj", "linear1"):
-        refused(f"'{name}' matches no layer", inject_lora, model, LoRAConfig(targets=name))
     assert inject_lora(model, LoRAConfig(targets="all-linear")) == ["3"]
     assert model[3] is model[4] is not linear  # one layer in two places stays one
 
@@ -488,14 +485,6 @@ def test_a_plain_checkpoint_loads_into_an_adapted_model(strict):
     shake(model)
     assert changed(adapter_state_dict(model), before) == before.keys()  # before holds copies
     assert same_bits(strip_lora(model).state_dict(), plain)
-
-
-def test_dropout_acts_on_the_adapter_alone():
-    """In training dropout must change B A x, and leave W0 x alone."""
-    layer, x = LoRALinear(linear(nn.Linear, 64, 4), 4, 4, dropout=0.5), torch.randn(1, 64)
-    assert torch.equal(layer(x), layer.base(x))  # B = 0, whatever is dropped
-    shake(layer)
-    assert not torch.equal(layer(x), layer.eval()(x))
 
 
 # --- merged, switched off, copied, saved for backward ---
@@ -679,23 +668,24 @@ def test_an_interrupted_save_leaves_no_mixed_adapter(tmp_path, monkeypatch):
 
 
 @quiet
-@cases("build, options", [
-    (llama, dict(target_modules=r".*layers\.1\..*\.(q|v)_proj", use_rslora=True)),
-    (llama, dict(target_modules="all-linear")),
-    (llama, dict(target_modules=["q_proj", "nosuch"], layers_to_transform=0)),
-    (llama, dict(target_modules=["q_proj"], exclude_modules=["model.layers.0.self_attn.q_proj"])),
-    (llama, dict(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])),
-    (llama, dict(target_modules=["q_proj", "lm_head"])),
-    (roberta, dict(target_modules=["query"], task_type="SEQ_CLS"))])
-def test_adapters_that_peft_made_load_and_agree(build, options, tmp_path):
+@cases("build, targets, options", [
+    (llama, r".*layers\.1\..*\.(q|v)_proj", dict(use_rslora=True)),
+    (llama, "all-linear", {}),
+    (llama, ["q_proj", "nosuch"], dict(layers_to_transform=0)),
+    (llama, ["q_proj"], dict(exclude_modules=["model.layers.0.self_attn.q_proj"])),
+    (llama, ["q_proj"], dict(modules_to_save=["embed_tokens", "lm_head"])),
+    (llama, ["q_proj", "lm_head"], {}),
+    (roberta, ["query"], dict(task_type="SEQ_CLS"))])
+def test_adapters_that_peft_made_load_and_agree(build, targets, options, tmp_path):
     """Logits must be PEFT's within 1e-5, however its config names layers and modules."""
     peft = pytest.importorskip("peft")
-    theirs = peft.get_peft_model(build(), peft.LoraConfig(r=4, lora_alpha=8, **options)).eval()
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, **options)
+    theirs = peft.get_peft_model(build(), config).eval()
     shake(theirs)
     theirs.save_pretrained(tmp_path)
     load_adapter(model := build(), tmp_path)
     close(logits(model), logits(theirs))
-    if "lm_head" in options["target_modules"]:
+    if "lm_head" in targets:
         base = "base_model.model.lm_head.base_layer.weight"
         edit_tensors(tmp_path, lambda t: t[base].add_(1))
         refused("another base weight for lm_head", load_adapter, model, tmp_path)
