@@ -2,7 +2,6 @@
 
 In the order of the files that are tested; what starts processes comes last.
 """
-import argparse
 import copy
 import dataclasses
 import importlib.util
@@ -90,7 +89,7 @@ def roberta():
 
 
 class SmallGPT(nn.Module):
-    """A GPT of one's own: no transformers, no config, and names that are easily confused."""
+    """A GPT of one's own, with names that are easily confused."""
 
     def __init__(self, seed=0):
         super().__init__()
@@ -146,7 +145,7 @@ def saved(folder, build=llama, **options):
 
 
 def train(model, steps, parameters=None):
-    """Return the losses of some steps of AdamW on the parameters given, or on all that train."""
+    """Return the losses of AdamW's steps on these parameters, or on all that train."""
     losses, labels = [], IDS if hasattr(model, "lm_head") else torch.tensor([0, 1])
     parameters = parameters or [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
@@ -278,7 +277,7 @@ def test_base_never_changes():
     model(IDS).logits.sum().backward()  # gradients of pretraining
     inject_lora(model, LoRAConfig(r=4, **HEAD))
     before = bits(model)
-    train(model, 3, model.parameters())  # the optimizer holds the base too
+    train(model, 3, model.parameters())  # the base too
     trained = {n for n in before if "lora_" in n or n.startswith("classifier.")}
     assert changed(bits(model), before) == trained
 
@@ -315,7 +314,7 @@ def test_full_rank_reaches_any_delta():
 
 TINY = dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
             num_attention_heads=32, num_key_value_heads=4)
-GPT3 = dict(hidden_size=12288, num_hidden_layers=96, num_attention_heads=96)  # q and v are its own
+GPT3 = dict(hidden_size=12288, num_hidden_layers=96, num_attention_heads=96)
 TABLE_2 = dict(targets=("query", "value"), also_train=("classifier.out_proj",))
 DISTILBERT = dict(targets=("q_lin", "v_lin"), also_train=("pre_classifier", "classifier"))
 
@@ -348,16 +347,14 @@ def test_training_curve_equals_peft_s(build, options, tmp_path):
     model, _ = saved(tmp_path, build, **options)
     theirs = peft.PeftModel.from_pretrained(build(), tmp_path, is_trainable=True).eval()
     close(logits(theirs), logits(model))
-    losses = train(model, 20)
-    assert losses[-1] < losses[0] - 0.1
-    assert losses == pytest.approx(train(theirs, 20), abs=1e-4)
+    assert train(model, 20) == pytest.approx(train(theirs, 20), abs=1e-4)
 
 
 def test_the_readme_s_lines_adapt_a_gpt_of_one_s_own(workdir, monkeypatch):
     """The README's snippet must train, save, merge and strip without lora.py's appendix."""
     source = Path(lora.__file__).read_text(encoding="utf8")
-    source, rule, _ = source.partition("# --- appendix: a 4-bit base (NF4) ---\n")
-    assert rule and "nf4" not in source.split('"""', 2)[2].lower()
+    source = source[:source.index("# --- appendix: a 4-bit base (NF4) ---\n")]
+    assert "nf4" not in source.split('"""', 2)[2].lower()
     core = ModuleType("lora")
     monkeypatch.setitem(sys.modules, "lora", core)
     exec(source, vars(core))
@@ -376,7 +373,7 @@ def test_the_readme_s_lines_adapt_a_gpt_of_one_s_own(workdir, monkeypatch):
 
 # --- injection ---
 
-@cases("bad", [dict(r=0), dict(r=1.5), dict(alpha=0), dict(alpha=math.nan), dict(dropout=1.0),
+@cases("bad", [dict(r=0), dict(r=1.5), dict(alpha=math.nan), dict(dropout=1.0),
                dict(targets=()), dict(rslora="false")])
 def test_config_refuses_values_out_of_range(bad):
     """A bad value must be a ValueError that names the field."""
@@ -477,7 +474,7 @@ def test_a_cast_keeps_the_adapter_in_float32_and_the_codes(dtype):
 
 @cases("strict", [True, False])
 def test_a_plain_checkpoint_loads_into_an_adapted_model(strict):
-    """Injected too early: plain names must reach the base, strict or not, and leave A and B."""
+    """Injected too early: plain names must reach the base, and leave A and B."""
     plain, (model, _) = SmallGPT(seed=1).state_dict(), injected(SmallGPT)
     before = adapter_state_dict(model)
     model.load_state_dict(plain, strict=strict)
@@ -588,7 +585,7 @@ def test_a_broken_adapter_is_refused(message, tmp_path):
     refused(f"no adapter for this model.*{message}", load_adapter, llama(), tmp_path)
 
 
-VALUES = [None, True, 0, -1, 3.5, 10**400, math.nan, "", "q_proj", [], [1], [["q_proj"]], {}]
+VALUES = [None, True, -1, 10**400, math.nan, "", "q_proj", [], [["q_proj"]], {}]
 
 
 def mutant(files, rng):
@@ -697,7 +694,7 @@ def test_every_option_of_peft_is_honoured_harmless_or_refused(tmp_path):
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     assert known <= lora.ACCEPTED | lora.REFUSED
     model, _ = saved(tmp_path)
-    for option in (*sorted(lora.REFUSED), "init_lora_weights"):
+    for option in (*lora.REFUSED, "init_lora_weights"):
         edit_config(tmp_path, **{option: "pissa"})
         refused(f"{option} = 'pissa'.*not supported", load_adapter, model, tmp_path)
         edit_config(tmp_path, **{option: None})
