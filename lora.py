@@ -6,8 +6,8 @@
     W0         base.weight    (d, k)    never
     A          lora_A         (r, k)    yes, random start
     B          lora_B         (d, r)    yes, zero start: step 0 is the base model, bit for bit
-    r          r              scalar    the rank, far below min(d, k)
-    alpha / r  scaling        scalar    no
+    r          r              number    no, the rank: far below min(d, k)
+    alpha / r  scaling        number    no
 
 Use, in any PyTorch model that calls its linear layers:
 
@@ -28,8 +28,6 @@ Differences from the paper
   paper has a Gaussian A, and no dropout.
 - Merging is a call. The authors' code merges inside eval(), so that a checkpoint saved then holds
   W0 + B A under W0's name. Here state_dict() raises while merged.
-- A fused projection (GPT-2's c_attn) is adapted whole. The authors' code can adapt its thirds.
-- rslora divides by sqrt(r) instead of r (Kalajdzievski 2023, arXiv:2312.03732).
 """
 import copy
 import json
@@ -56,10 +54,11 @@ class LoRAConfig:
     """What to adapt, and how. Raises ValueError for a value out of range.
 
     r           rank of the update (Sec. 4.1)
-    alpha       the update is scaled by alpha / r, or by alpha / sqrt(r) with rslora
+    alpha       the update is scaled by alpha / r
     dropout     probability, on the adapter's input
     targets     dotted name endings of layers, or "all-linear": all but output head and routers
     also_train  dotted name endings of modules to train in full and save along: a fresh classifier
+    rslora      scale by alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732)
     """
     r: int = 8
     alpha: float = 16.0
@@ -111,13 +110,14 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.enabled = True
         self.unmerged_base = None  # while merged: (base,), a tuple so that it is no submodule
+        self.train(base.training)
 
     def forward(self, x):
         if self.merged or not self.enabled:
             return self.base(x)
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., k) -> (..., r)
         update = F.linear(z * self.scaling, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        h = self.base(x)  # last: backward needs only x and z, so recomputation stops before it
+        h = self.base(x)  # last: backward does not need it, so checkpointing does not recompute it
         if not isinstance(h, torch.Tensor):
             raise ValueError(f"{type(self.base).__name__} returns no tensor: do not target it")
         return h + update
@@ -133,7 +133,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self):
-        """Put a dense layer of W0 + scaling * B A in the base's place: no latency (Sec. 4.1).
+        """Put a dense layer with W0 + scaling * B A in the base's place: no latency (Sec. 4.1).
 
         Summed in fp32, rounded once. The base waits on the CPU for unmerge().
         """
@@ -150,9 +150,7 @@ class LoRALinear(nn.Module):
     def unmerge(self):
         """Put the base back. (W0 + scaling B A) - scaling B A would not give every bit of W0."""
         if self.merged:
-            weight = self.base.weight
-            base = copied(self.unmerged_base[0], weight.device)
-            self.base = base if base.weight.dtype == weight.dtype else base.to(weight.dtype)
+            self.base = copied(self.unmerged_base[0], self.base.weight.device)
             self.unmerged_base = None
 
     def refuse_while_merged(self, action):
@@ -177,17 +175,14 @@ class LoRALinear(nn.Module):
         super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Accept a plain checkpoint too: its weight is the base's, A and B stay."""
+        """Accept a plain checkpoint too: its weight is the base's, and A and B stay."""
         self.refuse_while_merged("load a state_dict")
         for name in self.base.state_dict():
             if prefix + name in state_dict:
                 state_dict[f"{prefix}base.{name}"] = state_dict.pop(prefix + name)
-                state_dict.setdefault(prefix + "lora_A", self.lora_A.detach())
-                state_dict.setdefault(prefix + "lora_B", self.lora_B.detach())
+                state_dict[prefix + "lora_A"] = self.lora_A.detach()
+                state_dict[prefix + "lora_B"] = self.lora_B.detach()
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def extra_repr(self):
-        return f"r={self.lora_A.shape[0]}, scaling={self.scaling:g}"
 
 
 def features(layer):
@@ -217,7 +212,7 @@ def copied(layer, device):
     """Return a copy of a layer on a device, sharing no tensor with it."""
     memo = {id(p): nn.Parameter(p.to(device, copy=True), False) for p in layer.parameters()}
     memo |= {id(buffer): buffer.to(device, copy=True) for buffer in layer.buffers()}
-    return copy.deepcopy(layer, memo)  # what is in the memo counts as copied already
+    return copy.deepcopy(layer, memo)  # deepcopy takes from the memo what is there
 
 
 # --- injection ---
@@ -227,14 +222,11 @@ def inject_lora(model, config) -> list[str]:
 
     Create the optimizer afterwards. Raises ValueError, with the model untouched.
     """
-    model = getattr(model, "_orig_mod", model)  # inside torch.compile's wrapper
     if dict(lora_layers(model)):
         raise ValueError("the model carries an adapter: call strip_lora(model) first")
     layers, heads = select(model, config)
-    wrappers = {}
-    for base in layers.values():
-        wrapper = LoRALinear(base, config.r, config.alpha, config.dropout, config.rslora)
-        wrappers[base] = wrapper.train(base.training)
+    wrappers = {base: LoRALinear(base, config.r, config.alpha, config.dropout, config.rslora)
+                for base in layers.values()}
     model.requires_grad_(False)
     model.zero_grad()  # gradients of pretraining would move the base at the next step
     replace_modules(model, wrappers)
@@ -268,7 +260,7 @@ def count_parameters(model) -> tuple[int, int]:
 def merge_lora(model):
     """Add every update to its base weight; return the model. Merging twice is merging once.
 
-    Raises ValueError, with no layer merged, if one cannot be, or if there is no adapter.
+    Raises ValueError, with no layer merged, for a base that has no dense weight.
     """
     layers = require_lora(model).values()
     try:
@@ -326,9 +318,7 @@ def select(model, config):
     """Return {name: layer} of what to wrap, and {name: module} of what to train in full."""
     if any(isinstance(module, PARALLEL) for module in model.modules()):
         raise ValueError("DataParallel would not synchronise the adapter: inject first, then wrap")
-    modules = {name: module for name, module in model.named_modules()
-               if name and next(module.parameters(), None) is not None}
-    heads = match(modules, config.also_train, "module with weights")
+    heads = match(dict(model.named_modules()), config.also_train)
     for name, head in heads.items():
         if list(head.buffers()):  # running statistics, or 4-bit weights
             raise ValueError(f"also_train: {name} has buffers, which are not saved")
@@ -337,21 +327,22 @@ def select(model, config):
     if config.targets == ("all-linear",):
         output = getattr(model, "get_output_embeddings", lambda: None)()
         layers = {name: layer for name, layer in layers.items()
-                  if not (layer is output or ends_in(name, ["lm_head"]) or is_router(layer))}
+                  if layer is not output and not ends_in(name, ["lm_head"])
+                  and "Router" not in type(layer).__name__}  # PhiMoE's, Llama 4's: return tuples
     else:
-        layers = match(layers, config.targets, "layer that can be adapted")
+        layers = match(layers, config.targets)
     if not layers:
-        raise ValueError("this model has no linear layer to adapt")
+        raise ValueError("there is no linear layer to adapt")
     refuse_tied(model, layers | heads)
     return layers, heads
 
 
-def match(modules, endings, kind):
-    """Return those whose names end in one of the endings. Each ending has to match."""
+def match(modules, endings):
+    """Return the modules whose names end in one of the endings. Each ending has to match."""
     for ending in endings:
         if not any(ends_in(name, [ending]) for name in modules):
-            existing = ", ".join(sorted({name.split(".")[-1] for name in modules}))
-            raise ValueError(f"{ending!r} matches no {kind}; there are: {existing or 'none'}")
+            existing = ", ".join(sorted({name.split(".")[-1] for name in modules} - {""}))
+            raise ValueError(f"{ending!r} matches no layer among: {existing}")
     return {name: module for name, module in modules.items() if ends_in(name, endings)}
 
 
@@ -384,15 +375,8 @@ def is_linear(module):
         return False
     if is_transposed(module):
         return weight.dim() == 2
-    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    # Other libraries pack weights into integers of another shape.
-    return None not in sizes and (weight.shape == sizes or not weight.is_floating_point())
-
-
-def is_router(layer):
-    """True for an nn.Linear with its own forward: PhiMoE's and Llama 4's routers return tuples."""
-    overrides = isinstance(layer, nn.Linear) and type(layer).forward is not nn.Linear.forward
-    return overrides and layer.weight.dtype in FLOATS  # not a layer quantised by another library
+    packed = not weight.is_floating_point()  # by another library, in another shape
+    return hasattr(module, "in_features") and (packed or weight.shape == features(module))
 
 
 def refuse_tied(model, modules):
@@ -427,8 +411,7 @@ def adapter_state_dict(model) -> dict[str, torch.Tensor]:
 def save_adapter(model, config, folder):
     """Write adapter_model.safetensors and adapter_config.json, which PEFT and load_adapter read.
 
-    Raises RuntimeError while merged; ValueError for NaN, for another r or scaling than injected,
-    and for a parameter that trains but would not be saved.
+    Raises RuntimeError while merged, and ValueError for what load_adapter could not restore.
     """
     from safetensors.torch import save
     while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):  # they prefix the names
@@ -446,13 +429,12 @@ def save_adapter(model, config, folder):
     for key, parameter in parameters.items():
         if not parameter.isfinite().all():
             raise ValueError(f"{key} holds NaN or infinity")
-    if not any(layer.lora_B.any() for layer in layers.values()):
-        warnings.warn("nothing was trained: is the optimizer older than the adapter?")
+
     by_ending = all(ends_in(name, config.targets) for name in layers)  # not all-linear
     options = {
         "peft_type": "LORA", "inference_mode": True, "bias": "none",
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
+        "base_model_name_or_path": getattr(model, "name_or_path", None),
         "r": int(config.r), "lora_alpha": float(config.alpha),  # numpy's numbers are not JSON's
         "lora_dropout": float(config.dropout), "use_rslora": config.rslora,
         "target_modules": list(config.targets if by_ending else layers),
@@ -460,14 +442,14 @@ def save_adapter(model, config, folder):
         "fan_in_fan_out": any(is_transposed(layer.base) for layer in layers.values())}
     tensors = {key: p.detach().to("cpu").contiguous() for key, p in parameters.items()}
     metadata = {"format": "pt", "base": json.dumps(base_sample(model))}  # PEFT ignores it
+    files = {WEIGHTS: save(tensors, metadata), CONFIG: json.dumps(options, indent=2).encode()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {name: folder / f"{name}.part" for name in (WEIGHTS, CONFIG)}
-    parts[WEIGHTS].write_bytes(save(tensors, metadata))
-    parts[CONFIG].write_text(json.dumps(options, indent=2))
+    for name, content in files.items():
+        (folder / f"{name}.part").write_bytes(content)
     (folder / CONFIG).unlink(missing_ok=True)  # a crash here leaves no adapter, not a mixed one
-    for name, part in parts.items():
-        part.replace(folder / name)
+    for name in files:
+        (folder / f"{name}.part").replace(folder / name)
 
 
 def file_parameters(model, also_train):
@@ -484,21 +466,21 @@ def file_parameters(model, also_train):
 
 def base_sample(model):
     """Return 64 weights of the last adapted layer, a fingerprint; [] if not floats."""
-    layer = list(require_lora(model).values())[-1]
-    plain = layer.weight.dtype in FLOATS and not layer.weight.is_meta
-    return layer.weight.flatten()[:64].tolist() if plain else []
+    weight = list(require_lora(model).values())[-1].weight
+    return weight.flatten()[:64].tolist() if weight.dtype in FLOATS and not weight.is_meta else []
 
 
 def load_adapter(model, folder) -> LoRAConfig:
     """Put a folder's adapter onto the model, replacing any other; return its config.
 
-    Create the optimizer afterwards: loading replaces A and B. Nothing in the files is executed.
-    Raises ValueError, with the model as it was, unless the file holds just what injecting its
-    config would make.
+    Create the optimizer afterwards: loading replaces A and B. Raises RuntimeError while merged,
+    and ValueError, with the model as it was, if the files are damaged or for another model.
     """
-    model = getattr(model, "_orig_mod", model)
-    bases = {layer: layer.unmerged_base[0] if layer.merged else layer.base
-             for _, layer in lora_layers(model)}
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper prefixes the names
+    bases = {}
+    for _, layer in lora_layers(model):
+        layer.refuse_while_merged("load an adapter")
+        bases[layer] = layer.base
     replace_modules(model, bases)  # the file is compared with the plain model
     try:
         config, tensors, sample = read_adapter(model, Path(folder))
@@ -508,8 +490,6 @@ def load_adapter(model, folder) -> LoRAConfig:
     finally:
         replace_modules(model, {base: layer for layer, base in bases.items()})
 
-    for layer in bases:
-        layer.unmerge()
     for module in model.modules():
         if hasattr(module, "before_training"):  # a head that the old adapter trained
             module.load_state_dict(module.before_training)
@@ -524,23 +504,27 @@ def load_adapter(model, folder) -> LoRAConfig:
 
 
 def read_adapter(model, folder):
-    """Return (config, {key: tensor}, sample of the base), checked against the plain model."""
+    """Return (config, {key: tensor}, sample of the base). Nothing in the files is executed.
+
+    The tensors have to be exactly those that injecting the config into this plain model makes.
+    """
     from safetensors import safe_open
-    options = json.loads((folder / CONFIG).read_text(encoding="utf8"))
+    options = json.loads((folder / CONFIG).read_bytes())
     check_options(options)
     with safe_open(folder / WEIGHTS, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         sample = torch.tensor(json.loads((file.metadata() or {}).get("base", "[]"))).float()
+
     modules = dict(model.named_modules())
-
-    def present(endings):  # PEFT lists names that the model may lack: score beside classifier
-        return [ending for ending in endings if any(ends_in(name, [ending]) for name in modules)]
-
     targets = options.get("target_modules")
     narrowed = options.get("exclude_modules") or options.get("layers_to_transform") is not None
     if narrowed or not isinstance(targets, list):
         # A regular expression is not run: the keys tell the layers.
         targets = [name for name in modules if f"{PREFIX}{name}.lora_A.weight" in tensors]
+
+    def present(endings):  # PEFT lists names that the model may lack: score beside classifier
+        return [ending for ending in endings if any(ends_in(name, [ending]) for name in modules)]
+
     config = LoRAConfig(
         r=options.get("r"), alpha=options.get("lora_alpha"),
         dropout=options.get("lora_dropout", 0.0), targets=present(targets),
@@ -553,25 +537,23 @@ def read_adapter(model, folder):
         d, k = features(layer)
         expected[f"{PREFIX}{name}.lora_A.weight"] = (config.r, k)
         expected[f"{PREFIX}{name}.lora_B.weight"] = (d, config.r)
-        # PEFT saves the base of an adapted lm_head along. It has to be this model's own, as
-        # it was before any adapter trained it.
+        # PEFT saves the base of an adapted lm_head along. It has to be this model's own.
         base = tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
-        own = getattr(layer, "before_training", {}).get("weight", layer.weight)
-        if base is not None and not torch.equal(base, own.to(base)):
+        if base is not None and not torch.equal(base, layer.weight.to(base)):
             raise ValueError(f"{WEIGHTS} has another base weight for {name} than this model")
-    for key in sorted(expected.keys() | tensors.keys()):
-        found = tuple(tensors[key].shape) if key in tensors else "missing"
-        wanted = expected.get(key, "no such entry")
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    for key in sorted(expected.keys() | shapes.keys()):
+        found, wanted = shapes.get(key, "missing"), expected.get(key, "no such entry")
         if found != wanted:
             raise ValueError(f"{key} is {found} in {WEIGHTS}, expected {wanted}")
         if tensors[key].dtype not in FLOATS or not tensors[key].float().isfinite().all():
-            raise ValueError(f"{key} is {tensors[key].dtype} or holds NaN, expected finite numbers")
+            raise ValueError(f"{key} is {tensors[key].dtype} or holds NaN")
     return config, tensors, sample
 
 
 def check_options(options):
     """Raise ValueError for another kind of adapter; warn of an unknown option."""
-    if not isinstance(options, dict) or options.get("peft_type") != "LORA":
+    if options.get("peft_type") != "LORA":
         raise ValueError(f"{CONFIG} does not say peft_type LORA")
     init = options.get("init_lora_weights")
     if init not in (True, False, None, "gaussian", "orthogonal", "eva"):

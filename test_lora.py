@@ -2,10 +2,8 @@
 
 In the order of the files that are tested; what starts processes comes last.
 """
-import argparse
 import copy
 import dataclasses
-import gc
 import importlib.util
 import io
 import itertools
@@ -25,11 +23,10 @@ import warnings
 from fractions import Fraction
 from multiprocessing.pool import ApplyResult
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small are no faster with more threads
 
-import huggingface_hub
 import numpy
 import pytest
 import safetensors.torch
@@ -65,7 +62,7 @@ from train_sst2 import LossScaler as Sst2LossScaler
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 cases, quiet = pytest.mark.parametrize, pytest.mark.filterwarnings("ignore")
-README = (Path(__file__).parent / "README.md").read_text(encoding="utf8")
+README = (HERE / "README.md").read_text(encoding="utf8")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -92,16 +89,16 @@ def roberta():
 
 
 class SmallGPT(nn.Module):
-    """A GPT of one's own: no transformers, no config, and names that are easily confused."""
+    """A GPT of one's own, with names that are easily confused."""
 
-    def __init__(self, seed=0, d=16):
+    def __init__(self, seed=0):
         super().__init__()
         torch.manual_seed(seed)
         names = ("q_proj", "eq_proj", "v_proj", "mlp")
-        self.embedding = nn.Embedding(64, d)
+        self.embedding = nn.Embedding(64, 16)
         self.blocks = nn.ModuleList(
-            nn.ModuleDict({name: nn.Linear(d, d) for name in names}) for _ in range(2))
-        self.lm_head = nn.Linear(d, 64)
+            nn.ModuleDict({name: nn.Linear(16, 16) for name in names}) for _ in range(2))
+        self.lm_head = nn.Linear(16, 64)
 
     def forward(self, ids):
         x = self.embedding(ids)
@@ -135,7 +132,7 @@ def shake(model, scale=0.1):
 
 def injected(build, **options):
     """Return (model, config) with an adapter that does something."""
-    model, config = build(), LoRAConfig(**{"r": 4, "alpha": 8} | options)
+    model, config = build(), LoRAConfig(**dict(r=4, alpha=8) | options)
     inject_lora(model, config)
     shake(model)
     return model, config
@@ -148,7 +145,7 @@ def saved(folder, build=llama, **options):
 
 
 def train(model, steps, parameters=None):
-    """Return the losses of some steps of AdamW on the parameters given, or on all that train."""
+    """Return the losses of AdamW's steps on these parameters, or on all that train."""
     losses, labels = [], IDS if hasattr(model, "lm_head") else torch.tensor([0, 1])
     parameters = parameters or [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
@@ -184,21 +181,6 @@ def close(a, b, atol=1e-5):
     torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
-def saved_for_backward(function, but=()):
-    """Return the bytes that function() keeps for backward, each tensor once, but not of these."""
-    kept, others = {}, {tensor.untyped_storage().data_ptr() for tensor in but}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in others:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        function()
-    return sum(storage.nbytes() for storage in kept.values())
-
-
 def refused(match, call, *args, error=ValueError):
     with pytest.raises(error, match=match) as caught:
         call(*args)
@@ -226,8 +208,8 @@ def tiny(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(lines))
     texts = [f"{format_prompt(p['question'])} {p['answer']}" for p in problems]
     model, tokenizer = demo_base(texts)
-    config = model.config.to_dict() | {"hidden_size": 32, "intermediate_size": 48,
-                                       "num_hidden_layers": 2, "head_dim": 8}
+    config = model.config.to_dict() | dict(hidden_size=32, intermediate_size=48,
+                                           num_hidden_layers=2, head_dim=8)
     for name, tied in (("base", False), ("tied", True)):
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**config | {"tie_word_embeddings": tied}))
@@ -252,57 +234,52 @@ def load(tiny):
 @cases("kind", [nn.Linear, Conv1D])
 def test_zero_start_leaves_the_output_bit_identical(kind, dtype):
     """Step 0 must be the base, bit for bit (Sec. 4.1), with A and B in fp32 over any base."""
-    base = linear(kind, 24, 16).to(dtype)
-    x = torch.randn(5, 24).to(dtype)
-    before = base(x)
-    layer = LoRALinear(base, r=4, alpha=8)
+    base, x = linear(kind, 24, 16).to(dtype), torch.randn(5, 24).to(dtype)
+    layer = LoRALinear(base, r=4, alpha=8, dropout=0.5)  # which leaves W0 x alone
     y = layer(x)
-    assert torch.equal(y, before)
-    assert 0.9 < layer.lora_A.abs().max() * math.sqrt(24) <= 1
+    assert torch.equal(y, base(x))
     y.float().sum().backward()
-    for parameter, shape in ((layer.lora_A, (4, 24)), (layer.lora_B, (16, 4))):
-        assert parameter.shape == shape
-        assert parameter.dtype == parameter.grad.dtype == torch.float32
+    A, B = layer.lora_A, layer.lora_B
+    assert A.shape == (4, 24) and B.shape == (16, 4)
+    assert A.dtype == B.dtype == B.grad.dtype == torch.float32
+    assert 0.9 < A.abs().max() * math.sqrt(24) <= 1
 
 
 @cases("rslora, scaling", [(False, 3), (True, 6)])
 @cases("kind", [nn.Linear, Conv1D])
 def test_forward_is_a_dense_layer_with_the_update_added(kind, rslora, scaling):
     """y must be (W0 + s B A) x + b (Eq. 3), with s = alpha / r, or alpha / sqrt(r) for rslora."""
-    layer = LoRALinear(linear(kind, 24, 16), r=4, alpha=12, rslora=rslora)
+    layer = LoRALinear(linear(kind, 24, 16), r=4, alpha=12, rslora=rslora, dropout=0.5)
     shake(layer, 1.0)
     update = scaling * (layer.lora_B @ layer.lora_A).detach()
     weight = layer.base.weight if kind is nn.Linear else layer.base.weight.T
     x = torch.randn(3, 5, 24)
-    close(layer(x), F.linear(x, weight + update, layer.base.bias), atol=1e-4)
+    close(layer.eval()(x), F.linear(x, weight + update, layer.base.bias), atol=1e-4)
+    assert not torch.equal(layer.train()(x), layer(x))  # two draws of dropout
 
 
 def test_gradients_are_the_closed_form():
     """For G = dL/dy: dB = s G^T x A^T, dA = s B^T G^T x, dx = G (W0 + s B A), none for W0."""
-    layer = LoRALinear(linear(nn.Linear, 24, 16).double(), r=4, alpha=8)
+    layer, s = LoRALinear(linear(nn.Linear, 24, 16), r=4, alpha=8), 2
     shake(layer)
-    x = torch.randn(5, 24, dtype=torch.float64, requires_grad=True)
-    G = torch.randn(5, 16, dtype=torch.float64)
+    x, G = torch.randn(5, 24, requires_grad=True), torch.randn(5, 16)
     (layer(x) * G).sum().backward()
-    A, B, s = layer.lora_A.detach().double(), layer.lora_B.detach().double(), 2
-    close(layer.lora_B.grad.double(), s * G.T @ x.detach() @ A.T)
-    close(layer.lora_A.grad.double(), s * B.T @ G.T @ x.detach())
-    close(x.grad, G @ (layer.base.weight + s * B @ A))
+    A, B = layer.lora_A.detach(), layer.lora_B.detach()
+    close(layer.lora_B.grad, s * G.T @ x.detach() @ A.T, atol=1e-4)
+    close(layer.lora_A.grad, s * B.T @ G.T @ x.detach(), atol=1e-4)
+    close(x.grad, G @ (layer.base.weight + s * B @ A), atol=1e-4)
     assert layer.base.weight.grad is None and layer.base.bias.grad is None
 
 
 def test_base_never_changes():
-    """Training must move each A, B and named head, and no bit of the base (Sec. 4.2).
-
-    Not even with an optimizer over all parameters, and gradients from before the injection.
-    """
+    """Training must move each A, B and named head, and no bit of the base (Sec. 4.2)."""
     model = roberta().train()
-    model(IDS).logits.sum().backward()
+    model(IDS).logits.sum().backward()  # gradients of pretraining
     inject_lora(model, LoRAConfig(r=4, **HEAD))
     before = bits(model)
-    train(model, 3, model.parameters())
+    train(model, 3, model.parameters())  # the base too
     trained = {n for n in before if "lora_" in n or n.startswith("classifier.")}
-    assert changed(bits(model), before) == trained == adapter_state_dict(model).keys()
+    assert changed(bits(model), before) == trained
 
 
 @cases("build, target", [(llama, "v_proj"), (gpt2, "c_attn")])
@@ -310,35 +287,21 @@ def test_base_never_changes():
 def test_merge_rounds_once_and_unmerge_restores_every_bit(build, target, dtype):
     """Merged W must be round(W0 + s B A), twice as once; unmerged, the base has its old bits."""
     model, _ = injected(lambda: in_dtype(build(), dtype), targets=target)
-    before, unmerged, merged = bits(model), logits(model), {}
-    layers = dict(lora_layers(model))
-    biases = {layer: layer.bias for layer in layers.values() if layer.bias is not None}
-    for name, layer in layers.items():
+    layers = [layer for _, layer in lora_layers(model)]
+    before, unmerged, rounded = bits(model), logits(model), []
+    for layer in layers:
+        layer.base.forward = layer.base.forward  # as libraries do: the copy has to run its own
         update = 2 * layer.lora_B @ layer.lora_A
         update = update.T if build is gpt2 else update
-        merged[name] = (layer.weight.float() + update).to(layer.weight.dtype)
-    assert merge_lora(model) is model and merge_lora(model) is model
-    assert same_bits({name: layer.weight for name, layer in layers.items()}, merged)
-    for layer, bias in biases.items():  # its own: the waiting base moves to the CPU without it
-        assert torch.equal(layer.bias, bias) and layer.bias.data_ptr() != bias.data_ptr()
-    close(logits(model), unmerged, atol=1e-5 if dtype in (torch.float32, "nf4") else 0.1)
-    assert unmerge_lora(model) is model and unmerge_lora(model) is model
-    assert same_bits(bits(model), before) and torch.equal(logits(model), unmerged)
+        rounded.append((layer.weight.float() + update).to(layer.weight.dtype))
+    biases = [layer.bias for layer in layers if layer.bias is not None]
     with torch.autocast("cpu", torch.bfloat16):  # the sum stays fp32
-        merge_lora(model)
-    assert same_bits({name: layer.weight for name, layer in layers.items()}, merged)
-
-
-def test_strip_leaves_plain_layers_and_the_original_keys(tmp_path):
-    """Merged or not, the original keys must be back, and a trained head stay as trained."""
-    model, _ = saved(tmp_path, roberta, **HEAD)
-    adapted, head = logits(model), bits(model.classifier)
-    assert strip_lora(merge_lora(model)) is model
-    assert model.state_dict().keys() == roberta().state_dict().keys()
-    close(logits(model), adapted)
-    saved(tmp_path, roberta, targets="key")
-    load_adapter(model, tmp_path)
-    assert same_bits(bits(model.classifier), head)
+        assert merge_lora(model) is model and merge_lora(model) is model
+    assert all(map(torch.equal, (layer.weight for layer in layers), rounded))
+    assert not any(layer.bias is bias for layer, bias in zip(layers, biases))  # owns its bias
+    close(logits(model), unmerged, atol=1e-5 if dtype in (torch.float32, "nf4") else 0.1)
+    assert unmerge_lora(model) is model
+    assert same_bits(bits(model), before) and torch.equal(logits(model), unmerged)
 
 
 def test_full_rank_reaches_any_delta():
@@ -351,74 +314,51 @@ def test_full_rank_reaches_any_delta():
 
 TINY = dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
             num_attention_heads=32, num_key_value_heads=4)
-ROBERTA = dict(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1)
+GPT3 = dict(hidden_size=12288, num_hidden_layers=96, num_attention_heads=96)
 TABLE_2 = dict(targets=("query", "value"), also_train=("classifier.out_proj",))
 DISTILBERT = dict(targets=("q_lin", "v_lin"), also_train=("pre_classifier", "classifier"))
 
 
-def gpt3():
-    """The q and v of the paper's GPT-3."""
-    blocks = [{n: nn.Linear(12288, 12288) for n in ("q_proj", "v_proj")} for _ in range(96)]
-    return nn.ModuleList(nn.ModuleDict(block) for block in blocks)
-
-
-@cases("kind, sizes, options, base, adapter, head", [
-    ("llama", TINY, {}, 1_100_048_384, 1_126_400, 0),
-    ("llama", TINY, dict(r=64, targets="all-linear"), 1_100_048_384, 50_462_720, 0),
-    ("llama", {}, {}, 6_738_415_616, 4_194_304, 0),  # Llama-2-7B
-    *(("roberta", ROBERTA, TABLE_2 | dict(r=r), 124_647_170, adapter, 1_538)
+@cases("kind, sizes, options, trainable", [
+    ("llama", TINY, {}, 1_126_400), ("llama", TINY, dict(r=64, targets="all-linear"), 50_462_720),
+    ("llama", {}, {}, 4_194_304),  # Llama-2-7B
+    *(("roberta", {}, TABLE_2 | dict(r=r), adapter + 1_538)
       for r, adapter in ((1, 36_864), (2, 73_728), (4, 147_456), (8, 294_912))),
-    ("distilbert", {}, DISTILBERT, 67_102_466 - 147_456, 147_456, 739_586 - 147_456),
-    ("gpt3", {}, dict(r=1), 192 * 12288 * 12289, 4_718_592, 0),
-    ("gpt3", {}, {}, 192 * 12288 * 12289, 37_748_736, 0)])
-def test_parameter_counts_of_the_published_models(kind, sizes, options, base, adapter, head):
+    ("distilbert", {}, DISTILBERT, 739_586),
+    ("llama", GPT3, dict(r=1), 4_718_592), ("llama", GPT3, {}, 37_748_736)])
+def test_parameter_counts_of_the_published_models(kind, sizes, options, trainable):
     """Counts must be those of the papers and model cards (no weights: the meta device)."""
-    task = AutoModelForSequenceClassification if head else AutoModelForCausalLM
+    task = AutoModelForSequenceClassification if "bert" in kind else AutoModelForCausalLM
     with torch.device("meta"):
-        model = gpt3() if kind == "gpt3" else make(kind, task, **sizes)
-    assert count_parameters(model)[1] == base
+        model = make(kind, task, **sizes)
     inject_lora(model, LoRAConfig(**options))
-    assert count_parameters(model) == (adapter + head, base + adapter)
+    found, total = count_parameters(model)
+    assert found == trainable
+    assert sizes != TINY or total == 1_100_048_384 + trainable
+    assert kind != "distilbert" or total == 67_102_466
 
 
 @quiet
 @cases("build, options", [
     (llama, {}), (llama, dict(rslora=True)), (gpt2, dict(targets=("c_attn",))), (roberta, HEAD)])
 def test_training_curve_equals_peft_s(build, options, tmp_path):
-    """20 AdamW steps must give PEFT's losses within 1e-4; each loads the other's file."""
+    """PEFT must load our file, agree, and have the losses of 20 AdamW steps within 1e-4."""
     peft = pytest.importorskip("peft")
-    model, config = build(), LoRAConfig(r=4, alpha=8, **options)
-    inject_lora(model, config)
-    save_adapter(model, config, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(build(), tmp_path, is_trainable=True)
-    losses = train(model, 20)
-    assert losses[-1] < losses[0] - 0.1
-    assert losses == pytest.approx(train(theirs.eval(), 20), abs=1e-4)
-
-    save_adapter(model, config, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(build(), tmp_path).eval()
+    model, _ = saved(tmp_path, build, **options)
+    theirs = peft.PeftModel.from_pretrained(build(), tmp_path, is_trainable=True).eval()
     close(logits(theirs), logits(model))
-    theirs.save_pretrained(tmp_path)
-    again = build()
-    assert load_adapter(again, tmp_path).scaling == config.scaling
-    close(logits(again), logits(model))
+    assert train(model, 20) == pytest.approx(train(theirs, 20), abs=1e-4)
 
 
-@cases("part", ["whole", "core"])
-def test_the_readme_s_lines_adapt_a_gpt_of_one_s_own(part, tmp_path, monkeypatch):
-    """The README's snippet must train, save and merge one, also without lora.py's appendix."""
-    monkeypatch.chdir(tmp_path)
+def test_the_readme_s_lines_adapt_a_gpt_of_one_s_own(workdir, monkeypatch):
+    """The README's snippet must train, save, merge and strip without lora.py's appendix."""
     source = Path(lora.__file__).read_text(encoding="utf8")
-    if part == "core":
-        source, rule, _ = source.partition("# --- appendix: a 4-bit base (NF4) ---\n")
-        assert rule and "nf4" not in source.split('"""', 2)[2].lower()
-    Path("copied.py").write_text(source, encoding="utf8")
-    spec = importlib.util.spec_from_file_location("copied", "copied.py")
-    copied = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copied)
-    monkeypatch.setitem(sys.modules, "lora", copied)
-    snippets = re.findall(r"```python\n(.*?)```", README, re.S)
-    snippet = next(snippet for snippet in snippets if "inject_lora" in snippet)
+    source = source[:source.index("# --- appendix: a 4-bit base (NF4) ---\n")]
+    assert "nf4" not in source.split('"""', 2)[2].lower()
+    core = ModuleType("lora")
+    monkeypatch.setitem(sys.modules, "lora", core)
+    exec(source, vars(core))
+    snippet = next(s for s in re.findall(r"```python\n(.*?)```", README, re.S) if "inject" in s)
     losses = []
 
     def loss_of(model, batch):
@@ -427,91 +367,67 @@ def test_the_readme_s_lines_adapt_a_gpt_of_one_s_own(part, tmp_path, monkeypatch
 
     scope = {"MyModel": SmallGPT, "batches": [IDS] * 60, "loss_of": loss_of}
     exec(snippet, scope)
-    close(loss_of(scope["model"], IDS), losses[59], atol=0.1)
-    assert losses[59] < losses[0] - 0.2
+    assert loss_of(scope["model"], IDS) < losses[0] - 0.2
     assert scope["model"].state_dict().keys() == SmallGPT().state_dict().keys()
 
 
 # --- injection ---
 
-@cases("bad", [
-    dict(r=0), dict(r=1.5), dict(alpha=0), dict(alpha=math.nan), dict(alpha=10**400),
-    dict(dropout=1.0), dict(dropout=-0.1), dict(targets=()), dict(rslora="false")])
+@cases("bad", [dict(r=0), dict(r=1.5), dict(alpha=math.nan), dict(dropout=1.0),
+               dict(targets=()), dict(rslora="false")])
 def test_config_refuses_values_out_of_range(bad):
     """A bad value must be a ValueError that names the field."""
     refused(next(iter(bad)), lambda: LoRAConfig(**bad))
 
 
-def test_targets_match_whole_names():
+@cases("names, options", [
+    ("blocks.0.q_proj blocks.1.q_proj", dict(targets=["q_proj"])),
+    ("blocks.0.q_proj", dict(targets="0.q_proj")),
+    ("blocks.0.q_proj blocks.0.eq_proj blocks.0.v_proj blocks.0.mlp",
+     dict(targets="all-linear", also_train="blocks.1"))])
+def test_targets_match_whole_names(names, options):
     """q_proj must not match eq_proj; all-linear is all but the output head and also_train."""
-    def names(build, targets, also_train=()):
-        return inject_lora(build(), LoRAConfig(targets=targets, also_train=also_train))
-
-    first = [f"blocks.0.{name}" for name in ("q_proj", "eq_proj", "v_proj", "mlp")]
-    assert names(SmallGPT, ["q_proj"]) == ["blocks.0.q_proj", "blocks.1.q_proj"]
-    assert names(SmallGPT, "0.q_proj") == ["blocks.0.q_proj"]
-    assert names(SmallGPT, ["all-linear"], "blocks.1") == first
-    sizes = [len(names(build, "all-linear")) for build in (llama, gpt2)]
-    assert [*sizes, len(names(roberta, "all-linear", "classifier"))] == [14, 8, 12]
+    assert inject_lora(SmallGPT(), LoRAConfig(**options)) == names.split()
 
 
 def test_a_name_without_match_lists_what_exists():
     """A misspelt name must be an error with the names there are, the model untouched."""
     model = SmallGPT()
-    refused("'q_porj' matches.*: eq_proj, lm_head, mlp, q_proj, v_proj",
+    refused("'q_porj' matches no layer.*: eq_proj, lm_head, mlp, q_proj, v_proj",
             inject_lora, model, LoRAConfig(targets=("q_proj", "q_porj")))
-    refused("'head' matches", inject_lora, model, LoRAConfig(also_train="head"))
+    refused("'head' matches no", inject_lora, model, LoRAConfig(also_train="head"))
     refused("no linear layer", inject_lora, nn.Linear(8, 8), LoRAConfig(targets="all-linear"))
-    assert same_bits(bits(model), bits(SmallGPT()))
     assert all(parameter.requires_grad for parameter in model.parameters())
-    inject_lora(model, LoRAConfig())
-    refused("strip_lora", inject_lora, model, LoRAConfig())
 
 
-@cases("device", ["cpu", "meta"])
-def test_a_tied_weight_is_refused(device, tmp_path):
+def test_a_tied_weight_is_refused():
     """Training a head that is the embedding too would change both: refused in either role."""
-    with torch.device(device):
-        model = llama(tie_word_embeddings=True)
-    model.tie_weights()
+    model = llama(tie_word_embeddings=True)
     for config in (LoRAConfig(targets=("q_proj", "lm_head")), LoRAConfig(also_train="lm_head")):
         refused("lm_head shares a weight", inject_lora, model, config)
-    saved(tmp_path, targets="lm_head")
-    refused("lm_head shares a weight", load_adapter, model, tmp_path)
-    assert not list(lora_layers(model))
-
-
-def test_a_module_under_two_names_stays_one():
-    """One layer standing in two places must be adapted in both, and stripped in both."""
-    model = SmallGPT()
-    first, second = model.blocks
-    second["q_proj"] = layer = first["q_proj"]
-    inject_lora(model, LoRAConfig(targets="q_proj"))
-    assert second["q_proj"] is first["q_proj"] is not layer
-    strip_lora(model)
-    assert second["q_proj"] is first["q_proj"] is layer
 
 
 def test_what_only_looks_linear_is_left_alone():
     """Nor may layers be adapted that are read but never called, as in torch's attention."""
     conv = type("Conv1D", (nn.Conv1d,), {})(8, 8, 3)  # not that of transformers
-    transposed = nn.Embedding(8, 4)  # stands for a layer of somebody's own, (in, out)
-    transposed.in_features, transposed.out_features = 8, 4
-    empty = type("Conv1D", (nn.Module,), {})()  # without a weight of its own
-    encoder = nn.TransformerEncoderLayer(8, 2, 16)
-    model = nn.Sequential(conv, transposed, empty, nn.Identity(), encoder, nn.Linear(4, 4))
-    for name in ("0", "1", "2", "3", "out_proj", "linear1"):
-        refused(f"'{name}' matches no layer", inject_lora, model, LoRAConfig(targets=name))
-    assert inject_lora(model, LoRAConfig(targets="all-linear")) == ["5"]
+    own, linear = nn.Embedding(8, 4), nn.Linear(4, 4)
+    own.in_features, own.out_features = 8, 4  # stands for a layer that keeps (in, out)
+    model = nn.Sequential(conv, own, nn.TransformerEncoderLayer(8, 2, 16), linear, linear)
+    assert inject_lora(model, LoRAConfig(targets="all-linear")) == ["3"]
+    assert model[3] is model[4] is not linear  # one layer in two places stays one
 
 
-EXPERTS = SMALL | dict(num_local_experts=2, intermediate_size_mlp=48, head_dim=8)
+def test_all_linear_leaves_out_a_head_of_any_name():
+    """get_output_embeddings() must tell."""
+    model = SmallGPT()
+    model.get_output_embeddings = lambda: model.blocks[0]["mlp"]
+    assert "blocks.0.mlp" not in inject_lora(model, LoRAConfig(targets="all-linear"))
 
 
 @cases("kind", ["phimoe", "llama4_text"])
 def test_all_linear_leaves_out_routers(kind):
     """Routers return tuples: all-linear must train without them, a named one must say so."""
-    model = make(kind, **EXPERTS)
+    model = make(kind, **SMALL, num_local_experts=2, intermediate_size_mlp=48, head_dim=8)
     names = inject_lora(model, LoRAConfig(r=2, targets="all-linear"))
     assert len(names) >= 8 and not any("router" in name for name in names)
     train(model, 1)
@@ -522,9 +438,9 @@ def test_all_linear_leaves_out_routers(kind):
 @cases("kind", ["Linear8bitLt", "Linear4bit"])
 def test_layers_that_bitsandbytes_quantised_train(kind, tmp_path):
     """all-linear must adapt them; merging must say that it cannot, and merge none."""
-    layers = pytest.importorskip("bitsandbytes").nn
+    quantised = getattr(pytest.importorskip("bitsandbytes").nn, kind)
     options = dict(has_fp16_weights=False) if kind == "Linear8bitLt" else {}
-    model = nn.Sequential(nn.Linear(32, 32), getattr(layers, kind)(32, 32, **options)).to("cpu")
+    model = nn.Sequential(nn.Linear(32, 32), quantised(32, 32, **options)).to("cpu")
     config = LoRAConfig(r=2, targets="all-linear")
     assert inject_lora(model, config) == ["0", "1"]
     model(torch.randn(16, 32)).square().mean().backward()
@@ -537,104 +453,59 @@ def test_layers_that_bitsandbytes_quantised_train(kind, tmp_path):
 def test_wrappers_come_after_injection(tmp_path):
     """Inside DDP, adapters would not be synchronised: refused; saving from inside must work."""
     model, config = saved(tmp_path)
-    before = load_file(tmp_path / WEIGHTS), (tmp_path / CONFIG).read_bytes()
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    parallel = nn.DataParallel, nn.parallel.DistributedDataParallel
-    for wrap in parallel:
-        refused("first, then wrap", inject_lora, wrap(llama()), config)
-        refused("first, then wrap", load_adapter, nn.Sequential(wrap(llama())), tmp_path)
-    for wrap in (*parallel, torch.compile):
-        save_adapter(wrap(model), config, tmp_path)
-        assert same_bits(load_file(tmp_path / WEIGHTS), before[0])
-        assert (tmp_path / CONFIG).read_bytes() == before[1]
-    torch.distributed.destroy_process_group()
+    before, parallel = load_file(tmp_path / WEIGHTS), nn.DataParallel(model)
+    refused("first, then wrap", inject_lora, nn.DataParallel(llama()), config)
+    refused("first, then wrap", load_adapter, parallel, tmp_path)
+    save_adapter(torch.compile(parallel), config, tmp_path)
+    assert same_bits(load_file(tmp_path / WEIGHTS), before)
     load_adapter(torch.compile(model), tmp_path)
 
 
 @cases("dtype", [torch.float32, "nf4"])
-@cases("cast", [
-    lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to("cpu", torch.float16)])
-def test_a_cast_keeps_the_adapter_in_float32_and_the_codes(cast, dtype):
+def test_a_cast_keeps_the_adapter_in_float32_and_the_codes(dtype):
     """A cast after injection must cast the base alone: each bit of A, B and NF4's codes stays."""
     model, _ = injected(lambda: in_dtype(llama(), dtype))
-    before = bits(model)
-    half = cast(model).model.embed_tokens.weight.dtype
-    after = bits(model)
+    before, after = bits(model), bits(model.half())
     for name in before:
         if name.endswith((".lora_A", ".lora_B", ".codes", ".absmax")):
-            assert after[name].dtype == before[name].dtype
-            assert torch.equal(after[name], before[name])
-    for merged in (model, merge_lora(model)):
-        assert {layer.weight.dtype for _, layer in lora_layers(merged)} == {half}
-        assert logits(merged).dtype == half
+            assert before[name].dtype == after[name].dtype
+            assert torch.equal(before[name], after[name])
+    assert logits(model).dtype == logits(merge_lora(model)).dtype == torch.float16
 
 
 @cases("strict", [True, False])
 def test_a_plain_checkpoint_loads_into_an_adapted_model(strict):
-    """Injected too early: plain names must reach the base, strict or not, and leave A and B."""
+    """Injected too early: plain names must reach the base, and leave A and B."""
     plain, (model, _) = SmallGPT(seed=1).state_dict(), injected(SmallGPT)
-    before, own = adapter_state_dict(model), copy.deepcopy(model.state_dict())
+    before = adapter_state_dict(model)
     model.load_state_dict(plain, strict=strict)
     assert same_bits(adapter_state_dict(model), before)
     shake(model)
     assert changed(adapter_state_dict(model), before) == before.keys()  # before holds copies
-    model.load_state_dict(own, strict=strict)
-    assert same_bits(model.state_dict(), own)
-    model.load_state_dict(plain, strict=strict)
-    with pytest.raises(RuntimeError, match="blocks.1.v_proj.*bias"):
-        model.load_state_dict({n: plain[n] for n in plain if n != "blocks.1.v_proj.bias"})
     assert same_bits(strip_lora(model).state_dict(), plain)
-
-
-def test_dropout_acts_on_the_adapter_alone_and_only_in_training():
-    """Dropout must leave W0 x alone, keep the update's mean, and do nothing in eval."""
-    model = nn.Sequential(linear(nn.Linear, 64, 4))
-    inject_lora(model, LoRAConfig(r=4, alpha=4, dropout=0.5, targets="0"))
-    layer, x = model[0], torch.randn(1, 64)
-    assert torch.equal(layer(x), layer.base(x))  # B = 0, whatever is dropped
-    shake(model)
-    dense = F.linear(x, layer.base.weight + layer.delta(), layer.base.bias)
-    close(layer.eval()(x), dense)
-    outputs = layer.train()(x.expand(20000, 64))
-    assert outputs.std(0).min() > 0.05
-    close(outputs.mean(0), dense[0], atol=0.05)
 
 
 # --- merged, switched off, copied, saved for backward ---
 
 def test_a_merged_model_is_not_saved_loaded_or_switched_off(tmp_path):
     """Each would lose the adapter or apply it twice: RuntimeError with the cure."""
-    model, config = injected(llama)
-    state = model.state_dict()
+    model, config = saved(tmp_path)
     merge_lora(model)
-    for call, *args in ((save_adapter, model, config, tmp_path), (model.state_dict,),
-                        (model.load_state_dict, state), (disable_lora(model).__enter__,)):
+    for call, *args in ((save_adapter, model, config, tmp_path), (load_adapter, model, tmp_path),
+                        (model.state_dict,), (model.load_state_dict, {}),
+                        (disable_lora(model).__enter__,)):
         refused("unmerge_lora", call, *args, error=RuntimeError)
 
 
 def test_a_merge_that_fails_leaves_nothing_merged():
     """No adapter, the meta device and computed weights must be clear errors."""
+    refused("no adapter.*inject_lora", merge_lora, llama())
     computed = SmallGPT()
     nn.utils.parametrizations.weight_norm(computed.blocks[1]["q_proj"])
     for model in (computed, llama().to("meta")):
-        for call in (merge_lora, unmerge_lora, lambda m: disable_lora(m).__enter__()):
-            refused("no adapter.*inject_lora", call, model)
         inject_lora(model, LoRAConfig(targets="q_proj"))
         refused("cannot merge into this", merge_lora, model)
         assert not any(layer.merged for _, layer in lora_layers(model))
-
-
-def test_a_merged_layer_follows_casts_and_a_forward_of_its_own():
-    """Libraries bind forward to a layer: the dense copy must run its own, not the old layer's."""
-    model, _ = injected(SmallGPT)
-    for _, layer in lora_layers(model):
-        layer.base.forward = layer.base.forward
-    adapted = logits(model)
-    assert not torch.equal(adapted, logits(SmallGPT()))
-    close(logits(merge_lora(model)), adapted)
-    unmerge_lora(model.bfloat16())
-    close(logits(model).float(), adapted, atol=0.1)
 
 
 def test_disable_is_the_base_also_after_an_exception():
@@ -648,127 +519,89 @@ def test_disable_is_the_base_also_after_an_exception():
         refused("disable_lora", merge_lora, model, error=RuntimeError)
         raise KeyError
     assert torch.equal(logits(model), adapted)
-    assert not torch.equal(logits(llama()), adapted)
 
 
-@cases("merge", [False, True])
 @cases("dtype", [torch.float32, "nf4"])
-def test_compiled_copied_and_pickled_models_agree(dtype, merge):
+def test_compiled_copied_and_pickled_models_agree(dtype):
     """Each must give the same output; unmerging or training a copy must not touch the model."""
     model, _ = injected(lambda: in_dtype(SmallGPT().eval(), dtype), dropout=0.5)
     unmerged = logits(model)
-    if merge:
-        merge_lora(model)
-    adapted = logits(model)
-    close(logits(torch.compile(model, backend="eager")), adapted)
+    close(logits(torch.compile(model, backend="eager")), unmerged)
+    merged = logits(merge_lora(model))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(logits(twin), adapted)
+        assert torch.equal(logits(twin), merged)
         assert torch.equal(logits(unmerge_lora(twin)), unmerged)
         shake(twin)
-        assert torch.equal(logits(model), adapted)
+        assert torch.equal(logits(model), merged)
 
 
 @cases("wrap", [lambda layer: layer, NF4Linear])
 def test_an_adapted_layer_keeps_its_input_once(wrap):
-    """For backward it may keep x, once, and tensors of the rank's size: nothing d wide."""
-    layer = LoRALinear(wrap(nn.Linear(96, 80).bfloat16()), r=4, alpha=8).train()
-    x = torch.randn(50, 96).bfloat16().requires_grad_()
-    kept = saved_for_backward(lambda: layer(x), but=[*layer.parameters(), *layer.buffers()])
-    of_rank_size = 2 * 4 * (2 * 50 + 96 + 80)  # z, scaled z, A and B in bf16
-    assert x.nbytes <= kept <= x.nbytes + of_rank_size
-
-
-def test_a_checkpointed_layer_does_not_run_its_base_again():
-    """Backward does not need W0 x: recomputing must stop before it."""
-    layer, x = LoRALinear(nn.Linear(32, 16), r=4, alpha=8), torch.randn(5, 32, requires_grad=True)
-    calls = []
+    """For backward it may keep x, its base's own weight and what is as narrow as the rank."""
+    layer, kept, calls = LoRALinear(wrap(nn.Linear(96, 80)), r=4, alpha=8), [], []
+    x = torch.randn(50, 96, requires_grad=True)
+    with saved_tensors_hooks(kept.append, lambda _: None):
+        layer(x)
+    wide = {tensor.data_ptr() for tensor in kept if tensor.numel() >= 50 * 80}
+    assert wide <= {x.data_ptr(), *(p.data_ptr() for p in layer.base.parameters())}
     layer.base.register_forward_hook(lambda *_: calls.append(1))
     checkpoint(layer, x, use_reentrant=False).sum().backward()
-    assert layer.lora_B.grad is not None and len(calls) == 1
+    assert len(calls) == 1  # recomputing stops before the base
 
 
 # --- adapter files ---
 
-NUMPY = dict(r=numpy.int64(2), alpha=numpy.float32(4), dropout=numpy.float32(0.5))
-
-
 @cases("build, first, second", [
     (llama, {}, dict(targets="all-linear", rslora=True)), (roberta, HEAD, dict(targets="dense")),
     (gpt2, dict(targets=("c_attn", "c_fc")), dict(targets="c_proj")),
-    (lambda: SmallGPT().eval(), NUMPY, dict(targets="0.q_proj")),
-    (SmallGPT, dict(targets="all-linear", also_train="lm_head"), dict(targets="mlp"))])
+    (SmallGPT, dict(r=numpy.int64(2), alpha=numpy.float32(4)), dict(targets="0.q_proj"))])
 def test_a_loaded_adapter_is_exact_and_replaces_any_other(build, first, second, tmp_path):
-    """Bits and config must come back, also in place of a merged one; heads go back to the start."""
+    """Bits and config must come back in place of any other; a head goes back to its start."""
     folders = [tmp_path / "first", tmp_path / "second"]
     both = [saved(folder, build, **o) for folder, o in zip(folders, (first, second))]
     model = build()
     for folder, (wanted, config) in zip(folders * 2, both * 2):
         loaded = load_adapter(model, folder)
         assert dataclasses.replace(loaded, targets=config.targets) == config
-        assert same_bits(adapter_state_dict(model), adapter_state_dict(wanted))
+        assert same_bits(bits(model), bits(wanted))
         assert torch.equal(logits(model), logits(wanted))
-        merge_lora(model)
-    assert same_bits(bits(strip_lora(unmerge_lora(model))), bits(build()))
     assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
-    options = json.loads((folder / CONFIG).read_text())
-    assert not any("-" in name for name in options["target_modules"])
-    assert options["fan_in_fan_out"] == (build is gpt2)
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BROKEN = {
     CONFIG: lambda f: (f / CONFIG).unlink(),
-    WEIGHTS: lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
     "LORA": lambda f: edit_config(f, peft_type="IA3"),
-    "r is '8'": lambda f: edit_config(f, r="8"),
     r"\(4, 32\).*expected \(8, 32\)": lambda f: edit_config(f, r=8),
     "k_proj.*missing": lambda f: edit_config(f, target_modules=["q_proj", "k_proj", "v_proj"]),
-    "surprise.*no such": lambda f: edit_tensors(f, lambda t: t.update(surprise=t[KEY] + 1)),
     "NaN": lambda f: edit_tensors(f, lambda t: t[KEY].fill_(math.inf)),
-    "int64": lambda f: edit_tensors(f, lambda t: t.update({KEY: t[KEY].long()})),
-    "finite": lambda f: edit_tensors(f, lambda t: t.update({KEY: t[KEY].double() * 1e99}))}
+    "int64": lambda f: edit_tensors(f, lambda t: t.update({KEY: t[KEY].long()}))}
 
 
 @cases("message", BROKEN)
 def test_a_broken_adapter_is_refused(message, tmp_path):
-    """Each way to be broken must be one line that says so; another adapter stays as it was."""
+    """Each way to be broken must be one line that says so."""
     saved(tmp_path)
     BROKEN[message](tmp_path)
-    model, _ = injected(llama, r=2, targets="o_proj")
-    before = bits(model)
-    refused(f"no adapter for this model.*{message}", load_adapter, model, tmp_path)
-    assert same_bits(bits(model), before)
+    refused(f"no adapter for this model.*{message}", load_adapter, llama(), tmp_path)
 
 
-VALUES = [None, True, 0, 1, -1, 3.5, 1e308, 10**400, math.nan, "", "q_proj", "x" * 10000, [], [1],
-          ["q_proj"], [["q_proj"]], {}, {"q_proj": 4}]
-SAMPLES = ["", "null", "1", f"[{10**400}]", "[[1], [2]]", '"x"', "[" * 9999]
+VALUES = [None, True, -1, 10**400, math.nan, "", "q_proj", [], [["q_proj"]], {}]
 
 
-def mutant(weights, config, rng):
-    """Return both files with one change: a bit, a cut, an option, the shape of an entry."""
-    end = 8 + int.from_bytes(weights[:8], "little")
-    header, options = json.loads(weights[8:end]), json.loads(config)
-    kind, cut = rng.randrange(5), rng.random()
-    if kind == 0:  # the header, the tensors or the config
-        parts = [bytearray(part) for part in (weights[:end], weights[end:], config)]
-        part = rng.choice(parts)
-        part[int(cut * len(part))] ^= 1 << rng.randrange(8)
-        return bytes(parts[0] + parts[1]), bytes(parts[2])
-    if kind == 1:
-        weights = weights[:int(cut * len(weights))]
-    elif kind == 2:
-        config = config[:int(cut * len(config))]
-    elif kind == 3:
-        name = rng.choice([*options, "use_dora", "exclude_modules", "nosuch"])
-        options[name] = rng.choice(VALUES)
+def mutant(files, rng):
+    """Return both files with one change: an option, a cut or a bit."""
+    weights, config = map(bytearray, files)
+    kind, part = rng.randrange(3), rng.choice([weights, config])
+    place = rng.randrange(min(len(part), 4000))  # the header of the weights, or their beginning
+    if kind == 0:
+        options = json.loads(config)
+        options[rng.choice([*options, "use_dora", "exclude_modules"])] = rng.choice(VALUES)
         config = json.dumps(options).encode()
+    elif kind == 1:
+        del part[place:]
     else:
-        entry = header[rng.choice(sorted(header.keys() - {"__metadata__"}))]
-        entry[rng.choice(["shape", "data_offsets"])] = rng.choices([0, 4, 16, 64, -1, 2**63], k=2)
-        header["__metadata__"] = {"base": rng.choice(SAMPLES)}
-        text = json.dumps(header).encode()
-        weights = len(text).to_bytes(8, "little") + text + weights[end:]
+        part[place] ^= 1 << rng.randrange(8)
     return weights, config
 
 
@@ -776,43 +609,36 @@ def mutant(weights, config, rng):
 def test_mutated_adapters_load_exactly_or_leave_the_model_alone(tmp_path):
     """Of 1,000 each must load to the bit what it says, or be refused with the model as it was."""
     saved(tmp_path, SmallGPT)
-    whole = (tmp_path / WEIGHTS).read_bytes(), (tmp_path / CONFIG).read_bytes()
-    models, rng, loaded = (SmallGPT(), injected(SmallGPT, targets="mlp")[0]), random.Random(0), 0
+    paths = tmp_path / WEIGHTS, tmp_path / CONFIG
+    whole, rng, loaded = [path.read_bytes() for path in paths], random.Random(0), 0
+    start, _ = injected(SmallGPT, targets="mlp")
     for i in range(1000):
-        weights, config = mutant(*whole, rng)
-        (tmp_path / WEIGHTS).write_bytes(weights)
-        (tmp_path / CONFIG).write_bytes(config)
-        model = copy.deepcopy(models[i % 2])
+        for path, content in zip(paths, mutant(whole, rng)):
+            path.write_bytes(content)
+        model = copy.deepcopy(start)
         try:
             read = load_adapter(model, tmp_path)
         except ValueError as error:
-            assert same_bits(bits(model), bits(models[i % 2])), f"{i}: {error}"
-            assert "\n" not in str(error), i
+            assert same_bits(bits(model), bits(start)) and "\n" not in str(error), i
             continue
         loaded += 1
-        options, tensors = json.loads(config), load_file(tmp_path / WEIGHTS)
+        options, tensors = json.loads(paths[1].read_bytes()), load_file(paths[0])
         assert (read.r, read.alpha) == (options["r"], options["lora_alpha"])
         for key, tensor in adapter_state_dict(model).items():
             assert torch.equal(tensor, tensors.pop(f"base_model.model.{key}.weight")), i
-        assert not tensors and same_bits(bits(strip_lora(model)), bits(models[0])), i
+        assert not tensors and same_bits(bits(strip_lora(model)), bits(SmallGPT())), i
     assert 100 < loaded < 500
 
 
-@cases("here", [*DTYPES, "nf4"])
-def test_another_base_warns_and_another_dtype_does_not(here, tmp_path):
-    """The sample of the base must tell another seed; A and B are fp32 over any, from bf16 too."""
-    saved(tmp_path, lambda: in_dtype(SmallGPT(), here))
-    if here == torch.bfloat16:
-        sample = dict(safetensors.safe_open(tmp_path / WEIGHTS, "pt").metadata())
-        tensors = {key: t.bfloat16() for key, t in load_file(tmp_path / WEIGHTS).items()}
-        save_file(tensors, tmp_path / WEIGHTS, sample)
-    for there in (*DTYPES, "nf4"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            load_adapter(model := in_dtype(SmallGPT(), there), tmp_path)
-        assert {t.dtype for t in adapter_state_dict(model).values()} == {torch.float32}
-        with pytest.warns(UserWarning, match="another base"):
-            load_adapter(in_dtype(SmallGPT(seed=1), there), tmp_path)
+@cases("there", [*DTYPES, "nf4"])
+def test_another_base_warns_and_another_dtype_does_not(there, tmp_path):
+    """The sample of the base must tell another seed, and fit the same base in any dtype."""
+    saved(tmp_path, SmallGPT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(in_dtype(SmallGPT(), there), tmp_path)
+    with pytest.warns(UserWarning, match="another base"):
+        load_adapter(in_dtype(SmallGPT(seed=1), there), tmp_path)
 
 
 def test_saving_refuses_what_would_not_load_again(tmp_path):
@@ -820,56 +646,44 @@ def test_saving_refuses_what_would_not_load_again(tmp_path):
     model, config = saved(tmp_path)
     before = (tmp_path / WEIGHTS).read_bytes()
     refused("was injected", save_adapter, model, LoRAConfig(r=4, alpha=16), tmp_path)
-    norm = model.model.norm.requires_grad_(True)
-    refused("model.norm.weight trains.*also_train", save_adapter, model, config, tmp_path)
-    norm.requires_grad_(False)
     model.model.layers[1].self_attn.q_proj.lora_A.data[0, 0] = math.nan
     refused("layers.1.self_attn.q_proj.lora_A.* NaN", save_adapter, model, config, tmp_path)
-    refused("no adapter", save_adapter, llama(), config, tmp_path)
+    model.model.norm.requires_grad_(True)
+    refused("model.norm.weight trains.*also_train", save_adapter, model, config, tmp_path)
     assert (tmp_path / WEIGHTS).read_bytes() == before
-    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))  # its statistics: in no file
-    refused("1 has buffers", inject_lora, model, LoRAConfig(targets="0", also_train="1"))
 
 
 def test_an_interrupted_save_leaves_no_mixed_adapter(tmp_path, monkeypatch):
     """New weights beside an old config must not be left: without a config nothing loads."""
-    (model, config), replace = saved(tmp_path), os.replace
+    def interrupted(*_):
+        raise KeyboardInterrupt
 
-    def interrupted(part, place):
-        if place.name == CONFIG:
-            raise KeyboardInterrupt
-        replace(part, place)
-
-    monkeypatch.setattr(os, "replace", interrupted)
+    model, config = saved(tmp_path)
+    monkeypatch.setattr(Path, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_adapter(model, config, tmp_path)
     refused(CONFIG, load_adapter, model, tmp_path)
 
 
 @quiet
-@cases("build, options", [
-    (llama, dict(target_modules=r".*layers\.1\..*\.(q|v)_proj", use_rslora=True)),
-    (llama, dict(target_modules="all-linear")),
-    (llama, dict(target_modules=["q_proj", "nosuch"], layers_to_transform=0)),
-    (llama, dict(target_modules=["q_proj"], exclude_modules=["model.layers.0.self_attn.q_proj"])),
-    (llama, dict(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])),
-    (llama, dict(target_modules=["q_proj", "lm_head"])),
-    (gpt2, dict(target_modules=["c_attn", "nosuch"], fan_in_fan_out=True)),
-    (roberta, dict(target_modules=["query"], task_type="SEQ_CLS"))])
-def test_adapters_that_peft_made_load_and_agree(build, options, tmp_path):
+@cases("build, targets, options", [
+    (llama, r".*layers\.1\..*\.(q|v)_proj", dict(use_rslora=True)),
+    (llama, "all-linear", {}),
+    (llama, ["q_proj", "nosuch"], dict(layers_to_transform=0)),
+    (llama, ["q_proj"], dict(exclude_modules=["model.layers.0.self_attn.q_proj"])),
+    (llama, ["q_proj"], dict(modules_to_save=["embed_tokens", "lm_head"])),
+    (llama, ["q_proj", "lm_head"], {}),
+    (roberta, ["query"], dict(task_type="SEQ_CLS"))])
+def test_adapters_that_peft_made_load_and_agree(build, targets, options, tmp_path):
     """Logits must be PEFT's within 1e-5, however its config names layers and modules."""
     peft = pytest.importorskip("peft")
-    theirs = peft.get_peft_model(build(), peft.LoraConfig(r=4, lora_alpha=8, **options)).eval()
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, **options)
+    theirs = peft.get_peft_model(build(), config).eval()
     shake(theirs)
     theirs.save_pretrained(tmp_path)
-    model = build()
-    save_adapter(model, load_adapter(model, tmp_path), tmp_path / "ours")
-    load_adapter(model, tmp_path / "ours")
+    load_adapter(model := build(), tmp_path)
     close(logits(model), logits(theirs))
-    if "lm_head" in options["target_modules"]:
-        model, _ = injected(build, also_train="lm_head")  # goes back to the head it had
-        load_adapter(model, tmp_path)
-        close(logits(model), logits(theirs))
+    if "lm_head" in targets:
         base = "base_model.model.lm_head.base_layer.weight"
         edit_tensors(tmp_path, lambda t: t[base].add_(1))
         refused("another base weight for lm_head", load_adapter, model, tmp_path)
@@ -879,73 +693,36 @@ def test_every_option_of_peft_is_honoured_harmless_or_refused(tmp_path):
     """What makes another kind of adapter must be refused by name; an unknown option must warn."""
     peft = pytest.importorskip("peft")
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert known <= lora.ACCEPTED | lora.REFUSED and len(lora.REFUSED) >= 17
-    assert not lora.ACCEPTED & lora.REFUSED
+    assert known <= lora.ACCEPTED | lora.REFUSED
     model, _ = saved(tmp_path)
-    for option in lora.REFUSED:
-        edit_config(tmp_path, **{option: {"q_proj": 1}})
-        refused(f"{option} = .*PEFT", load_adapter, model, tmp_path)
+    for option in (*lora.REFUSED, "init_lora_weights"):
+        edit_config(tmp_path, **{option: "pissa"})
+        refused(f"{option} = 'pissa'.*not supported", load_adapter, model, tmp_path)
         edit_config(tmp_path, **{option: None})
-    for start in ("pissa", "olora", "loftq", "corda", "lora_ga"):
-        edit_config(tmp_path, init_lora_weights=start)
-        refused(f"init_lora_weights = '{start}'", load_adapter, model, tmp_path)
-    edit_config(tmp_path, init_lora_weights="gaussian", nosuch=1)
+    edit_config(tmp_path, nosuch=1)
     with pytest.warns(UserWarning, match="nosuch = 1.*unknown"):
         load_adapter(model, tmp_path)
 
 
 # --- a 4-bit base ---
 
-def packed(weight):
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    layer.weight = nn.Parameter(weight.clone())
-    return NF4Linear(layer)
-
-
-@cases("shape", [(8, 128), (13, 7), (1, 1), (300, 70), (512, 64)])
-def test_nf4_error_is_within_half_a_gap(shape):
-    """Each value must be its block's nearest, and absmax rounded by 1/256 at most."""
-    torch.manual_seed(0)
-    weight = torch.randn(shape) * torch.logspace(-9, 4, shape[0])[:, None]
-    weight[0] = 0
-    layer = packed(weight)
-    blocks, back = (F.pad(w.flatten(), (0, -w.numel() % 64)).view(-1, 64)
-                    for w in (weight, layer.weight))
-    absmax = blocks.abs().amax(1, keepdim=True)
-    scaled = blocks / absmax.clamp(min=1e-30)
-    nearest = (scaled[..., None] - torch.tensor(NF4)).abs().amin(-1)
-    assert nearest.max() < 0.152  # half the widest gap, from -1 to -0.696
-    assert ((back - blocks).abs() <= (nearest + 1 / 256) * absmax).all()
-    if shape == (8, 128):
-        assert (layer.codes[:64] == 0x77).all()  # row 0: code 7 is the exact 0
-    if shape == (512, 64):
-        assert sum(8 * b.nbytes for b in layer.buffers()) / weight.numel() <= 4.26
-
-
 def test_nf4_codes_agree_with_bitsandbytes():
-    """The packed bytes must be bitsandbytes', and the values as close as absmax is rounded."""
+    """Each value must be its block's nearest, in 4.25 bits, and the bytes bitsandbytes'."""
+    layer = linear(nn.Linear, 320, 256)
+    weight, packed = layer.weight.detach(), NF4Linear(layer)
+    blocks, back = weight.view(-1, 64), packed.weight.view(-1, 64)
+    absmax = blocks.abs().amax(1, keepdim=True)
+    nearest = ((blocks / absmax)[..., None] - torch.tensor(NF4)).abs().amin(-1)
+    assert ((back - blocks).abs() <= (nearest + 1 / 256) * absmax).all()  # absmax in bfloat16
+    assert sum(8 * buffer.nbytes for buffer in packed.buffers()) == 4.25 * weight.numel()
+    ragged = nn.Linear(7, 3)
+    nn.init.zeros_(ragged.weight)
+    assert torch.equal(NF4Linear(ragged).weight, ragged.weight)
+
     functional = pytest.importorskip("bitsandbytes.functional")
-    weight = 0.02 * torch.randn(256, 320, generator=torch.Generator().manual_seed(0))
     codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    layer = packed(weight)
-    assert torch.equal(codes.flatten(), layer.codes)
-    close(layer.weight, functional.dequantize_4bit(codes, state), atol=3e-4)
-
-
-@cases("dtype", DTYPES)
-@cases("kind", [nn.Linear, Conv1D])
-def test_nf4_computes_and_differentiates_like_the_dense_layer(kind, dtype):
-    """Output and dL/dx must be those of a dense layer with the dequantised weight."""
-    base = linear(kind, 40, 24).to(dtype).eval()
-    layer = NF4Linear(base)
-    dense = layer.to_dense()
-    assert not layer.training and not dense.training
-    assert type(dense) is kind and dense.weight.shape == base.weight.shape
-    x = torch.randn(3, 5, 40, dtype=dtype, requires_grad=True)
-    assert torch.equal(layer(x), dense(x))
-    gradient = torch.randn(3, 5, 24, dtype=dtype)
-    gradients = [torch.autograd.grad(net(x), x, gradient)[0] for net in (layer, dense)]
-    close(*gradients, atol=1e-6 if dtype == torch.float32 else 1e-2)
+    assert torch.equal(codes.flatten(), packed.codes)
+    close(packed.weight, functional.dequantize_4bit(codes, state), atol=3e-4)
 
 
 class Integers(TorchDispatchMode):
@@ -959,40 +736,36 @@ class Integers(TorchDispatchMode):
         return output
 
 
-def test_nf4_keeps_nothing_and_its_index_is_small():
-    """Backward must find no weight kept, and no integers above 2 bytes a weight be made."""
-    layer, x = packed(torch.randn(64, 128)), torch.randn(2, 128, requires_grad=True)
-    assert saved_for_backward(lambda: layer(x)) == 0
-    y = layer(x)
-    tensors = (thing for thing in gc.get_objects() if type(thing) is torch.Tensor)
-    assert not any(tensor.shape == (64, 128) for tensor in tensors)
+@cases("dtype", DTYPES)
+@cases("kind", [nn.Linear, Conv1D])
+def test_nf4_computes_and_differentiates_like_the_dense_layer(kind, dtype):
+    """Output and dL/dx must be the dequantised layer's; no index takes above 2 bytes a weight."""
+    layer = NF4Linear(linear(kind, 40, 24).to(dtype).eval())
+    dense = layer.to_dense()
+    assert type(dense) is kind and not layer.training and not dense.training
+    x = torch.randn(3, 5, 40, dtype=dtype, requires_grad=True)
+    assert torch.equal(layer(x), dense(x))
     with Integers() as integers:
-        y.sum().backward()
-    assert 0 < integers.largest <= 2 * 64 * 128
+        gradients = [torch.autograd.grad(net(x).sum(), x)[0] for net in (layer, dense)]
+    close(*gradients, atol=1e-6 if dtype == torch.float32 else 0.1)
+    assert 0 < integers.largest <= 2 * 40 * 24
 
 
 @cases("build", [llama, gpt2])
-def test_lora_over_nf4_trains_and_goes_back(build, tmp_path):
-    """QLoRA: only A and B move; loading works while merged and over a dense base."""
-    model, config = build(), LoRAConfig(r=4, targets="all-linear")
+def test_lora_over_nf4_trains_and_goes_back(build):
+    """QLoRA: only A and B move; merged and stripped, or dequantised, the layers are plain."""
+    model, plain, config = build(), build(), LoRAConfig(r=4, targets="all-linear")
     names, base = quantize_nf4(model), logits(model)
-    assert count_parameters(model)[1] == count_parameters(build())[1]
-    assert inject_lora(model, config) == names == inject_lora(build(), config)
+    assert count_parameters(model)[1] == count_parameters(plain)[1]
+    assert inject_lora(model, config) == names
     before, losses = bits(model), train(model, 20)
-    answer, trained = logits(model), bits(model)
     assert losses[-1] < losses[0] - 0.5
-    assert changed(trained, before) == adapter_state_dict(model).keys()
-    save_adapter(model, config, tmp_path)
-    load_adapter(build(), tmp_path)
-    load_adapter(merge_lora(model), tmp_path)
-    assert torch.equal(logits(model), answer) and same_bits(bits(model), trained)
-    plain = strip_lora(merge_lora(copy.deepcopy(model)))
-    close(logits(plain), answer)
+    assert changed(bits(model), before) == adapter_state_dict(model).keys()
+    merged = strip_lora(merge_lora(copy.deepcopy(model)))
+    close(logits(merged), logits(model))
     dequantize_nf4(strip_lora(model))
     assert torch.equal(logits(model), base)
-    shapes = {name: t.shape for name, t in build().state_dict().items()}
-    for dense in (plain, model):
-        assert {name: t.shape for name, t in dense.state_dict().items()} == shapes
+    assert merged.state_dict().keys() == model.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_quantising_leaves_what_it_must():
@@ -1004,17 +777,12 @@ def test_quantising_leaves_what_it_must():
     refused("quantise first", quantize_nf4, model)
     refused("buffers", inject_lora, in_dtype(roberta(), "nf4"), LoRAConfig(**HEAD))
     own, damaged = type("Own", (nn.Linear,), {})(8, 8), nn.Linear(8, 8)
-    damaged.weight.data[3, 3] = math.nan
-    layers = nn.Sequential(own, damaged, nn.Linear(8, 8, device="meta"),
-                           nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
-    layers[3].weight = layers[4].weight
-    with pytest.warns(UserWarning) as caught:
-        assert quantize_nf4(layers) == ["5"]
-    for i, reason in enumerate(("Own", "finite", "on meta", "shares a weight", "shares a weight")):
-        assert str(caught[i].message).startswith(f"{i} stays dense: ")
-        assert reason in str(caught[i].message)
-    with pytest.warns(UserWarning):
-        refused("no linear layer to quantise", quantize_nf4, layers[:3])
+    nn.init.constant_(damaged.weight, math.nan)
+    layers = nn.Sequential(own, damaged, *(nn.Linear(8, 8) for _ in range(3)))
+    layers[2].weight = layers[3].weight
+    with pytest.warns(UserWarning, match="stays dense") as caught:
+        assert quantize_nf4(layers) == ["4"]
+    assert [str(warning.message)[0] for warning in caught] == ["0", "1", "2", "3"]
 
 
 # --- eval_gsm8k.py: prompt and answer ---
