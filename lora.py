@@ -157,7 +157,6 @@ class LoRALinear(nn.Module):
         if self.merged:
             raise RuntimeError(f"cannot {action} while merged: call unmerge_lora(model) first")
 
-    # for code that reads layer.weight
     weight = property(lambda self: self.base.weight)
     bias = property(lambda self: self.base.bias)
 
@@ -348,7 +347,7 @@ def match(modules, endings):
 
 def ends_in(name, endings):
     """Compare whole dotted parts: q_proj is no end of eq_proj."""
-    return f".{name}".endswith(tuple(f".{ending}" for ending in endings))
+    return name != "" and f".{name}".endswith(tuple(f".{ending}" for ending in endings))
 
 
 PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
@@ -414,7 +413,7 @@ def save_adapter(model, config, folder):
     Raises RuntimeError while merged, and ValueError for what load_adapter could not restore.
     """
     from safetensors.torch import save
-    while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):  # they prefix the names
+    while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):
         model = getattr(model, "_orig_mod", None) or model.module
     layers = require_lora(model)
     for layer in layers.values():
@@ -429,6 +428,8 @@ def save_adapter(model, config, folder):
     for key, parameter in parameters.items():
         if not parameter.isfinite().all():
             raise ValueError(f"{key} holds NaN or infinity")
+    if not any(layer.lora_B.any() for layer in layers.values()):
+        warnings.warn("no lora_B has moved: was the optimizer made before the adapter?")
 
     by_ending = all(ends_in(name, config.targets) for name in layers)  # not all-linear
     options = {
