@@ -1612,7 +1612,7 @@ def test_the_memory_plan_is_what_a_step_holds(flags, monkeypatch):
     if "--nf4" in flags:
         quantize_nf4(model)
     train_math.use_attention(model)
-    inject_lora(model, LoRAConfig(targets="all-linear"))
+    inject_lora(model, LoRAConfig(r=64, targets="all-linear"))
     plan = train_math.plan_memory(model, parse_args(f"--batch-size 4 {flags}".split()), 128)
     with torch.profiler.profile(profile_memory=True) as profiler:
         backward_loss(model, collate([(list(range(128)), 1)] * 4, "cpu"))

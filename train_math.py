@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -186,7 +185,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     is not enough, (b, 1, n, n), True where to look.
     """
     if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise NotImplementedError("a cap, sinks or a position bias in attention")
+        raise NotImplementedError("a cap, sinks or a position bias")
     b, h, n, c = query.shape
     group = h // key.shape[1]
     if query.device.type != "cpu":
@@ -389,7 +388,7 @@ def newest_state(folder):
         try:
             load_file(path / "adapter_model.safetensors")
             return path, torch.load(path / "trainer_state.pt", "cpu", weights_only=True)
-        except Exception as error:  # cut off, half deleted, junk
+        except Exception as error:  # cut off, junk
             warnings.warn(f"{path} is damaged and passed over ({first_line(error)})")
     raise ValueError(f"--resume: {folder} has no whole checkpoint to continue from")
 
