@@ -7,13 +7,12 @@
     torchrun --nproc-per-node 2 -- train_math.py                   # the same run on two GPUs
 
 Written: checkpoints/RUN/step_000500/ (adapter in PEFT's format, trainer's state) and runs/RUN/
-(metrics.jsonl with a line per step, TensorBoard events, loss.png). Start reading at train().
+(metrics.jsonl with a line per step, loss.png). Start reading at train().
 """
 import hashlib
 import io
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -22,9 +21,8 @@ import sys
 import time
 import warnings
 from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -35,6 +33,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 import eval_gsm8k
 from eval_gsm8k import (BASE_MODEL, RANK, WORLD, Parser, check_ids, checkpoints, encode_prompt,
@@ -52,28 +52,26 @@ def parse_args(argv=None):
     add, count = parser.add_argument, number(int, 1)
     add("--model", default=BASE_MODEL, help="Hub id or folder of the base model")
     add("--data", default="meta-math/MetaMathQA", help="Hub id, or .jsonl/.json/.parquet/.csv")
-    add("--nb-samples", type=count, default=10000, help="train on the first N rows")
+    add("--nb-samples", type=count, default=10000, help="rows to train on, the first")
     add("--epochs", type=count, default=3)
-    add("--max-steps", type=count, help="stop after N steps, the schedule ending there")
-    add("--r", type=number(int, 1, 2**16), default=8, help="rank (Sec. 4.1)")
-    add("--alpha", type=number(float, 1e-6), default=16.0, help="the update is scaled by alpha / r")
-    add("--dropout", type=number(float, 0, 0.99), default=0.05, help="on the adapter's input")
+    add("--max-steps", type=count, help="the schedule ends there, too")
+    add("--r", type=int, default=8, help="rank (Sec. 4.1)")
+    add("--alpha", type=float, default=16.0, help="the update is scaled by alpha / r")
+    add("--dropout", type=float, default=0.05, help="on the adapter's input")
     add("--targets", nargs="+", default=["q_proj", "v_proj"], help="name endings, or all-linear")
     add("--rslora", action="store_true", help="scale by alpha / sqrt(r) (arXiv:2312.03732)")
-    add("--lr", type=number(float, 1e-12, 1), default=3e-4, help="peak learning rate")
+    add("--lr", type=number(float, 1e-12, 1), default=3e-4, help="at the peak")
     add("--warmup-steps", type=number(int, 0), default=100, help="at most a tenth of all steps")
     add("--weight-decay", type=number(float, 0, 1), default=0.0)
     add("--clip", type=number(float, 1e-6), default=1.0, help="largest gradient norm")
     add("--batch-size", type=count, default=1, help="rows per micro-batch")
-    add("--grad-accum", type=count, default=8, help="micro-batches per optimizer step")
+    add("--grad-accum", type=count, default=8, help="micro-batches per step")
     add("--max-length", type=number(int, 2), default=512, help="longer rows are dropped")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--nf4", action="store_true", help="hold the base's linear layers in 4 bits (QLoRA)")
-    add("--checkpoint-activations", action=BooleanOptionalAction,
-        help="recompute each block in backward (default: unless the plan fits)")
+    add("--checkpoint-activations", action=BooleanOptionalAction, help="default: as the plan says")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--vram", type=number(float, 0.6), metavar="GB",
-        help="pretend that the card has GB, 0.5 of them for CUDA's context")
+    add("--vram", type=number(float, 0.6), help="act as a card of so many GiB, 0.5 CUDA's own")
     add("--run-name", help="default: lora-r{r}-{data}")
     add("--save-every", type=count, default=500, help="steps between checkpoints")
     add("--resume", action="store_true", help="continue from the newest whole checkpoint")
@@ -81,7 +79,7 @@ def parse_args(argv=None):
     add("--demo", action="store_true", help="train and score a tiny model; takes --seed alone")
     args = parser.parse_args(argv)
     name = args.run_name or f"lora-r{args.r}-{Path(args.data).stem}"
-    args.run_name = re.sub(r"[^\w.-]", "_", name)  # one folder
+    args.run_name = re.sub(r"^\.|[^\w.-]", "_", name)  # one folder, not ..
     return args
 
 
@@ -112,22 +110,23 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     order = rng.sample(range(len(lengths)), len(lengths))
     batches = []
     # Rows of like length share a batch, to save padding: sorted within pools of 50 batches.
-    for start in range(0, len(order), 50 * batch_size):
-        pool = sorted(order[start:start + 50 * batch_size], key=lambda row: lengths[row])
+    size = 50 * batch_size
+    for start in range(0, len(order), size):
+        pool = sorted(order[start:start + size], key=lambda row: lengths[row])
         batches += [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
     rng.shuffle(batches)
     # The largest first: out-of-memory comes in the first minute, not in the third hour.
-    sizes = [len(batch) * max(lengths[row] for row in batch) for batch in batches]
-    largest = sizes.index(max(sizes))
-    batches[0], batches[largest] = batches[largest], batches[0]
+    largest = max(batches, key=lambda batch: len(batch) * max(lengths[row] for row in batch))
+    place = batches.index(largest)
+    batches[0], batches[place] = largest, batches[0]
     return batches
 
 
 def collate(examples, device):
     """Return ids (batch, longest), and the rows and columns of the targets: answers and their EOS.
 
-    Padding is on the right, where causal attention never looks: no mask is needed. Targets are
-    known by length, so that the final EOS is one also where pad == eos.
+    Padding is on the right, where causal attention never looks. Targets are known by length: the
+    final EOS is one, also where pad == eos.
     """
     longest = max(len(ids) for ids, _ in examples)
     padded = [ids + [0] * (longest - len(ids)) for ids, _ in examples]
@@ -182,11 +181,11 @@ def learning_rate_at(step, steps, warmup, peak):
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
     """Return (softmax(scaling Q K^T + causal bias) V, None): (b, n, h, c), and no weights.
 
-    query (b, h, n, c); key and value (b, g, n, c), h a multiple of g; attention_mask, if a causal
-    one is not enough, (b, 1, n, n), True where to look.
+    query (b, h, n, c); key and value (b, g, n, c), h a multiple of g; attention_mask, where causal
+    is not enough, (b, 1, n, n), True where to look.
     """
     if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise NotImplementedError("a cap, sinks or a position bias in attention")
+        raise NotImplementedError("a cap, sinks or a position bias")
     b, h, n, c = query.shape
     group = h // key.shape[1]
     if query.device.type != "cpu":
@@ -196,27 +195,27 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
             key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout,
                                              is_causal=attention_mask is None, scale=scaling)
-        return out.transpose(1, 2).contiguous(), None
-    # On a CPU the fused kernel's backward is slow. The query heads of a group are stacked in the
-    # rows, so that K and V are not repeated.
-    if attention_mask is None:
-        attention_mask = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
-    bias = torch.zeros_like(attention_mask, dtype=query.dtype)
-    bias = bias.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
-    rows = (query * (scaling or c**-0.5)).reshape(b, -1, group * n, c)
-    scores = rows @ key.transpose(2, 3)  # (b, g, h/g n, n)
-    scores += bias.repeat(1, 1, group, 1)  # in place: scores are the largest tensors here
-    weights = F.dropout(F.softmax(scores, dim=-1), dropout)
-    out = (weights @ value).view(b, h, n, -1)
+    else:
+        # The fused kernel's backward is slow here. The query heads of a group are stacked in the
+        # rows, so that K and V are not repeated.
+        if attention_mask is None:
+            attention_mask = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
+        bias = torch.zeros_like(attention_mask, dtype=query.dtype)
+        bias = bias.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
+        rows = (query * (scaling or c**-0.5)).reshape(b, -1, group * n, c)
+        scores = rows @ key.transpose(2, 3)  # (b, g, h/g n, n)
+        scores += bias.repeat(1, 1, group, 1)  # in place: scores are the largest tensors here
+        weights = F.dropout(F.softmax(scores, dim=-1), dropout)
+        out = (weights @ value).view(b, h, n, -1)
     return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("lora_training", attention)
+AttentionMaskInterface.register("lora_training", sdpa_mask)  # else the mask is silently None
 
 
 def use_attention(model):
     """Set the attention above, in place of transformers' own."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-    AttentionInterface.register("lora_training", attention)
-    AttentionMaskInterface.register("lora_training", sdpa_mask)  # else the mask is silently None
     model.set_attn_implementation("lora_training")
 
 
@@ -252,17 +251,16 @@ def backward_loss(model, batch, weight=1.0):
 def check_head(model, ids):
     """Raise ValueError unless the loss above sees this model's logits; set the attention above.
 
-    Where that gives other logits, the model keeps its own. ids: the longest training row, so that
-    sliding windows take effect.
+    Where that gives other logits, the model keeps its own. ids: the longest row, so that sliding
+    windows take effect.
     """
     ids = torch.tensor([ids], device=model.device)
-    head, last = model.get_output_embeddings(), slice(-16, None)  # positions to compare
-    own = model(input_ids=ids, use_cache=False).logits[:, last].float()
-    fp32 = model.dtype == torch.float32
+    own = model(input_ids=ids, use_cache=False).logits[:, -16:].float()
+    head, fp32 = model.get_output_embeddings(), model.dtype == torch.float32
 
     def agrees(tolerance):
         try:
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, last]
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -16:]
         except (AttributeError, NotImplementedError):  # no hidden states; a cap or sinks
             return False
         logits = head(hidden.to(head.weight.dtype)).float()
@@ -282,8 +280,6 @@ def check_head(model, ids):
 def blocks(model):
     """Return the transformer blocks: of the model's module lists the one with most weights."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    if not lists:
-        raise ValueError(f"{type(model).__name__} has no list of blocks (a ModuleList)")
     return max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))
 
 
@@ -293,57 +289,56 @@ def checkpoint_blocks(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-@torch.no_grad()
 def kept_by_block(model, length):
     """Return bytes of (a block's input, all that it keeps for backward) for a row of `length`."""
-    block, kept = blocks(model)[0], {}
-
-    def measure(_, args, kwargs):
-        hook.remove()  # where layers share one block, it is called again
-        hidden, *shared = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        hidden.requires_grad_()
-        with torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
-            block.forward(*args, **kwargs)
-        for tensor in [*shared, *model.parameters()]:  # shared by all blocks, such as the mask
-            kept.pop(tensor.untyped_storage().data_ptr(), None)
-        kept["input"] = hidden.nbytes
+    block, calls, kept = blocks(model)[0], [], {}
+    hook = block.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        model.base_model(input_ids=ids, use_cache=False)
+    hook.remove()
+    hidden, *shared = [x for x in tree_leaves(calls[0]) if isinstance(x, torch.Tensor)]
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    hook = block.register_forward_pre_hook(measure, with_kwargs=True)
-    ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
-    model.base_model(input_ids=ids, use_cache=False)
-    return kept.pop("input"), sum(kept.values())
+    args, kwargs = calls[0]
+    hidden.requires_grad_()
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        block.forward(*args, **kwargs)
+    for tensor in [*shared, *model.parameters()]:  # shared by all blocks, such as the mask
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return hidden.nbytes, sum(kept.values())
 
 
 def plan_memory(model, args, longest):
     """Choose between keeping and recomputing activations; print and return the planned GiB."""
-    device, recompute, n = model.device, args.checkpoint_activations, len(blocks(model))
+    n, free = len(blocks(model)), free_memory(model.device)
     # All blocks count as the first: too low where later ones are larger (experts).
     block_input, kept = (args.batch_size * size for size in kept_by_block(model, longest))
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    plan = {"gradients and AdamW's moments": 3 * trained, "activations": n * kept,
+    plan = {"gradients and AdamW's moments": 12 * count_parameters(model)[0],  # three in fp32
+            "activations": n * kept,
             # A chunk's logits at 20 bytes each, or half of what a block keeps.
             "other gradients": max(20 * CHUNK, kept // 2)}
-    need, free = sum(plan.values()), free_memory(device)
-    # torch does not restore the random state of MPS: backward would see another dropout mask.
-    other_masks = device.type == "mps" and args.dropout > 0
-    if recompute and other_masks:
-        raise ValueError("--checkpoint-activations on mps needs --dropout 0")
+    need = sum(plan.values())
+    recompute = args.checkpoint_activations
     if recompute is None:
-        recompute = 1.25 * need > free and not other_masks
+        recompute = 1.25 * need > free
     if recompute:
+        if model.device.type == "mps" and args.dropout > 0:
+            # torch does not restore its random state: backward would draw another mask
+            raise ValueError("mps needs --dropout 0 or --no-checkpoint-activations")
         checkpoint_blocks(model)
         plan["activations"] = (n - 1) * block_input + kept
-    plan["weights"] = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    if device.type != "cuda":
-        plan["Python and libraries"] = max(0, process_memory() - plan["weights"])
-    total, known = sum(plan.values()) / GiB, f"{free / GiB:.2f}" if free else "unknown"
+    plan["weights"] = model.get_memory_footprint()
+    if model.device.type != "cuda":
+        process = read_number("/proc/self/status", "VmRSS:", 1024)
+        plan["Python and libraries"] = max(0, process - plan["weights"])
+    total = sum(plan.values()) / GiB
     print("memory plan, GiB:", ", ".join(f"{what} {size / GiB:.3f}" for what, size in plan.items()))
     print(f"in all {total:.2f}, activations {'recomputed' if recompute else 'kept'}: keeping takes "
-          f"{need / GiB:.2f} beside the weights, free: {known}", flush=True)
+          f"{need / GiB:.2f} beside the weights, free: {free / GiB:.2f}", flush=True)
     return total
 
 
@@ -355,15 +350,9 @@ def free_memory(device):
         within = min(free + torch.cuda.memory_reserved(device), limit)
         return within - torch.cuda.memory_allocated(device)
     free = read_number("/proc/meminfo", "MemAvailable:", 1024)
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        if limit := read_number(path):  # of a container
-            free = min(free, limit - process_memory())
-    return free
-
-
-def process_memory():
-    """Return the bytes that the process holds, 0 if unknown."""
-    return read_number("/proc/self/status", "VmRSS:", 1024)
+    limit = read_number("/sys/fs/cgroup/memory.max")  # of a container
+    used = read_number("/proc/self/status", "VmRSS:", 1024)
+    return min(free, limit - used) if limit else free
 
 
 def read_number(path, name="", unit=1):
@@ -372,17 +361,9 @@ def read_number(path, name="", unit=1):
     return unit * int(match[1]) if match else 0
 
 
-def limit_vram(gb, device):
-    """Cap the allocator, so that a big card runs out of memory where a small one would."""
-    own = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
-    if gb * GiB > own:
-        raise ValueError(f"--vram {gb:g}: {device} has {own / GiB:.1f} GiB of GPU memory")
-    torch.cuda.set_per_process_memory_fraction((gb - 0.5) * GiB / own, device)
-
-
 # --- checkpoints ---
 
-MAY_CHANGE_ON_RESUME = {"device", "vram", "save_every", "resume", "demo", "checkpoint_activations"}
+MAY_CHANGE_ON_RESUME = {"device", "vram", "save_every", "resume", "checkpoint_activations"}
 
 
 def save_checkpoint(folder, model, config, state):
@@ -391,18 +372,13 @@ def save_checkpoint(folder, model, config, state):
     Every adapter stays; the state, twice as large, for the newest two.
     """
     part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     save_adapter(model, config, part)
     content = io.BytesIO()  # to a file, torch.save would hide that a disk is full
     torch.save(state, content)
-    with open(part / "trainer_state.pt", "wb") as file:
-        file.write(content.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
+    (part / "trainer_state.pt").write_bytes(content.getvalue())
+    shutil.rmtree(folder, ignore_errors=True)  # damaged
     part.rename(folder)
-    steps = checkpoints(folder.parent)  # any later folder is a damaged checkpoint
-    for old in steps[:steps.index(folder)][:-1]:
+    for old in checkpoints(folder.parent)[:-2]:
         (old / "trainer_state.pt").unlink(missing_ok=True)
 
 
@@ -410,11 +386,9 @@ def newest_state(folder):
     """Return (folder, trainer state) of the newest checkpoint that can be read."""
     for path in reversed(checkpoints(folder)):
         try:
-            state = torch.load(path / "trainer_state.pt", map_location="cpu", weights_only=True)
             load_file(path / "adapter_model.safetensors")
-            json.loads((path / "adapter_config.json").read_text())
-            return path, {key: state[key] for key in ("step", "identity", "scaler", "optimizer")}
-        except Exception as error:  # cut off, half deleted, junk
+            return path, torch.load(path / "trainer_state.pt", "cpu", weights_only=True)
+        except Exception as error:  # cut off, junk
             warnings.warn(f"{path} is damaged and passed over ({first_line(error)})")
     raise ValueError(f"--resume: {folder} has no whole checkpoint to continue from")
 
@@ -422,36 +396,34 @@ def newest_state(folder):
 # --- training ---
 
 def train(model, examples, args, config=None, state=None):
-    """Train what requires grad, on from a state; with a config, save. Return the last folder."""
+    """Train what requires grad, on from a state; with a config, save."""
     state = state or {"step": 0}
-    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
-    parameters = list(names)
+    names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad])
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     scaler = LossScaler(enabled=model.dtype == torch.float16)
     lengths = [len(ids) for ids, _ in examples]
-    order = [rows for epoch in range(args.epochs)
-             for rows in epoch_batches(lengths, args.batch_size, args.seed, epoch)]
-    steps = min(math.ceil(len(order) / args.grad_accum), args.max_steps or sys.maxsize)
+    batches = [[examples[row] for row in rows] for epoch in range(args.epochs)
+               for rows in epoch_batches(lengths, args.batch_size, args.seed, epoch)]
+    steps = min(math.ceil(len(batches) / args.grad_accum), args.max_steps or math.inf)
     step = state["step"]
     if step:
         optimizer.load_state_dict(state["optimizer"])
         vars(scaler).update(state["scaler"])
     saved, stop = None, False
-    with (open_log(Path("runs", args.run_name), step) as log, catch_signals() as caught,
+    log = open_log(Path("runs", args.run_name, "metrics.jsonl"), step)
+    with (catch_signals() as caught,
           tqdm(total=steps, initial=step, unit="step", disable=RANK > 0 or None) as bar):
         while step < steps and not stop:
             start = time.perf_counter()
 
             # 1. Learning rate. A skipped step does not advance the schedule.
             lr = learning_rate_at(step - scaler.skipped, steps, args.warmup_steps, args.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr
 
             # 2. Forward and backward, one micro-batch at a time. Each loss is divided by the
             #    targets of the whole window, so 8 x 1, 4 x 2 and 1 x 8 give the same gradient.
             first = step * args.grad_accum
-            window = [[examples[row] for row in rows]
-                      for rows in order[first:first + args.grad_accum]]
+            window = batches[first:first + args.grad_accum]
             targets = sum(len(ids) - prompt for batch in window for ids, prompt in batch)
             loss = 0.0
             for n in range(RANK, len(window), WORLD):
@@ -460,16 +432,16 @@ def train(model, examples, args, config=None, state=None):
                 batch = collate(window[n], model.device)
                 loss += backward_loss(model, batch, scaler.scale / targets)
             loss, stop = sum_over_processes(parameters, float(loss) / targets, bool(caught))
-            idle = [name for p, name in names.items() if p.grad is None]
+            idle = [name for name, p in zip(names, parameters) if p.grad is None]
             if idle and step == state["step"]:  # what the text does not reach: a vision tower
-                warnings.warn(f"{len(idle)} weights had no gradient, such as {idle[0]}")
+                bar.write(f"{len(idle)} weights had no gradient, such as {idle[0]}")
 
             # 3. Unscale and clip, in fp32.
             scaler.unscale(parameters)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
 
             # 4. Step, or skip after an overflow, leaving weights and moments untouched.
-            finite = math.isfinite(loss) and math.isfinite(norm)
+            finite = math.isfinite(loss + norm)
             if finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -500,73 +472,60 @@ def train(model, examples, args, config=None, state=None):
         gather(saved)  # torchrun ends all when one exits, and rank 0 may be saving
         print(f"stopped: the same command with --resume goes on from {saved}")
         sys.exit(128 + (caught or [signal.SIGTERM])[0])  # 130 for Ctrl-C, 143 for SIGTERM
-    return saved
 
 
 def sum_over_processes(parameters, loss, stop):
     """Sum the gradients, in place, and two numbers over all processes."""
     if WORLD == 1:
         return loss, stop
-    for p in parameters:
-        if p.grad is None:  # a process without a micro-batch in a short window
-            p.grad = torch.zeros_like(p)
-        dist.all_reduce(p.grad)
-    numbers = torch.tensor([loss, stop], device=parameters[0].device)
+    reached = [p.grad is not None for p in parameters]
+    numbers = torch.tensor([loss, stop, *reached], device=parameters[0].device)
     dist.all_reduce(numbers)
-    return numbers.tolist()
+    loss, stop, *reached = numbers.tolist()
+    for p, anywhere in zip(parameters, reached):
+        if anywhere:  # in a short window not every process has a micro-batch
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+    return loss, stop
 
 
-@contextmanager
-def open_log(folder, step):
-    """Yield log(line): to metrics.jsonl, cut back to its first `step` lines, and to TensorBoard.
-
-    At the end loss.png is drawn, with a running mean.
-    """
+def open_log(path, step):
+    """Return log(line), which appends to metrics.jsonl, cut back to its first `step` lines."""
     if RANK > 0:
-        yield lambda line: None
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "metrics.jsonl"
+        return lambda line: None
+    path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     path.write_text("".join(lines[:step]))
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(folder, purge_step=step + 1)  # hides what it has of later steps
-    except ImportError:
-        board = None
 
     def log(line):
-        for key in ("loss", "lr", "grad_norm", "tokens_per_s"):
-            if board:
-                board.add_scalar(key, line[key], line["step"])
-            if not math.isfinite(line[key]):
-                line[key] = None  # NaN is not JSON
+        line = {key: x if math.isfinite(x) else None for key, x in line.items()}  # JSON has no NaN
         with open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
-    with board or nullcontext():
-        yield log
+    return log
+
+
+def plot_loss(path):
+    """Draw the losses of metrics.jsonl, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
     losses = [line["loss"] for line in map(json.loads, open(path)) if not line["skipped"]]
     axes = Figure().subplots()
-    axes.plot(losses, color="0.8")
-    axes.plot(list(accumulate(losses, lambda mean, loss: 0.95 * mean + 0.05 * loss)))
+    axes.plot(losses)
     axes.set(xlabel="optimizer step", ylabel="loss (nats per target)")
-    axes.figure.savefig(folder / "loss.png")
+    axes.figure.savefig(path.with_name("loss.png"))
 
 
 @contextmanager
 def catch_signals():
     """Yield a list that notes Ctrl-C and SIGTERM: the step is finished. A second one ends it."""
-    caught = []
-
     def note(signum, _):
         caught.append(signum)
         signal.signal(signum, before[signum])
 
+    caught = []
     before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
@@ -579,21 +538,21 @@ def catch_signals():
 
 def main(args):
     """Run the experiment, or the demo. Return the folder of the last checkpoint."""
-    if WORLD > (1 if args.demo else args.grad_accum):
-        raise ValueError(f"{WORLD} processes: --demo takes one, --grad-accum N at most N")
     if args.demo:
         return demo(args.seed)
+    config = LoRAConfig(args.r, args.alpha, args.dropout, args.targets, rslora=args.rslora)
     folder = Path("checkpoints", args.run_name)
-    begun, state = None, {"step": 0}
+    state = {"step": 0}
     if args.resume:
         begun, state = newest_state(folder)
     elif checkpoints(folder):
         raise ValueError(f"{folder} has checkpoints: add --resume, or give another --run-name")
     device = join_processes(pick_device(args.device))
-    if args.vram:
-        limit_vram(args.vram, device)
+    if args.vram:  # a big card runs out of memory where a small one would
+        share = (args.vram - 0.5) * GiB / torch.cuda.mem_get_info(device)[1]
+        torch.cuda.set_per_process_memory_fraction(share, device)
     dtype, reason = pick_dtype(args.dtype, device)
-    args.dtype = str(dtype).removeprefix("torch.")
+    args.dtype = str(dtype)[6:]
     rows = read_rows(args.data, "train", args.nb_samples)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
     examples = encode(rows, tokenizer, args.max_length)
@@ -607,42 +566,40 @@ def main(args):
     run = {**identity, "step": state["step"]}
     begun_as = gather(run | state.get("identity", {}))[0]  # the saved one, if there is one
     for key, value in run.items():
-        if begun_as.get(key, value) != value:
-            raise ValueError(f"{key} of this run was {begun_as[key]}, is {value}: repeat the old "
-                             "one, or give another --run-name")
+        if begun_as[key] != value:
+            raise ValueError(f"{key} of this run was {begun_as[key]}, is {value}: repeat it, or "
+                             "give another --run-name")
     state["identity"] = identity
 
-    config = LoRAConfig(args.r, args.alpha, args.dropout, args.targets, rslora=args.rslora)
     torch.manual_seed(args.seed)
     names = inject_lora(model, config)
-    if begun:
+    if args.resume:
         load_adapter(model, begun)
 
     trainable, total = count_parameters(model)
-    tokens = sum(map(len, ids))
-    print(f"{args.model} in {args.dtype}{' over NF4' * args.nf4} on {device} ({reason}), "
-          f"attention {model.config._attn_implementation}\n"
-          f"{len(names)} layers adapted ({names[0]} ...): {trainable:,} of {total:,} parameters "
-          f"train ({trainable / total:.2%}), in float32\n"
-          f"{len(ids):,} rows, {len(rows) - len(ids):,} dropped over {args.max_length} tokens; "
-          f"{tokens * args.batch_size * args.grad_accum // len(ids):,} tokens a step")
+    print(f"{args.model} in {args.dtype}{' over NF4' * args.nf4} on {device} ({reason})\n"
+          f"{len(names)} layers adapted: {trainable:,} of {total:,} parameters train "
+          f"({trainable / total:.2%}), in float32\n"
+          f"{len(ids):,} rows, {len(rows) - len(ids):,} dropped over {args.max_length} tokens")
     model.train()
     planned = plan_memory(model, args, len(longest))
-    last = train(model, examples, args, config, state) or begun  # a finished run has no step left
+    train(model, examples, args, config, state)
+    last, metrics = checkpoints(folder)[-1], Path("runs", args.run_name, "metrics.jsonl")
     print(f"peak memory {peak_memory(device) / GiB:.2f} GiB, planned {planned:.2f}. Written: "
-          f"{last}/, runs/{args.run_name}/metrics.jsonl")
+          f"{last}/, {metrics}")
+    if RANK == 0:
+        plot_loss(metrics)
     return last
 
 
 def run_identity(model, examples, args):
-    """Return what must not change on resuming: flags, data, base weights."""
+    """Return what must not change on resuming: flags, data, base weights (a little of each)."""
     identity = {f"--{key.replace('_', '-')}": value for key, value in vars(args).items()
                 if key not in MAY_CHANGE_ON_RESUME}
-    base = hashlib.sha256()
-    for tensor in [*model.parameters(), *model.buffers()]:  # a little of each
-        base.update(tensor.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    data = hashlib.sha256(repr(examples).encode())
-    return {**identity, "data": data.hexdigest()[:12], "base": base.hexdigest()[:12]}
+    weights = [tensor.flatten()[:64].tolist() for tensor in [*model.parameters(), *model.buffers()]]
+    for name, value in (("data", examples), ("base", weights)):
+        identity[name] = hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+    return identity
 
 
 # --- the demo: everything above, on a model and problems made here ---
@@ -651,7 +608,7 @@ def demo_problem(rng, two_steps):
     """Return a problem of one step, 7 + 5 = 12, or of two, 7 + 5 = 12, 12 - 3 = 9."""
     name = rng.choice(["Ann", "Ben", "Cleo", "Dan", "Eve", "Finn"])
     thing = rng.choice(["apples", "books", "coins", "eggs", "pens", "shells"])
-    have = rng.randint(0, 10 if two_steps else 15)  # each single step is one that the base has seen
+    have = rng.randint(0, 10 if two_steps else 15)  # the base has seen each step
     question, solution = f"{name} has {have} {thing} .", ""
     for _ in range(1 + two_steps):
         change = rng.randint(1, 5)
@@ -668,29 +625,25 @@ def demo_problem(rng, two_steps):
 def demo_base(texts, seed=0):
     """Return a Llama of 1M random weights, and a tokenizer with just the words of these texts."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, logging
-    logging.disable_progress_bar()
-    split = pre_tokenizers.Whitespace()
-    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    words = sorted(set(re.findall(r"\w+|[^\w\s]+", " ".join(texts))))
     ids = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
     inner = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    inner.pre_tokenizer = split
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>",
                                         eos_token="<eos>", unk_token="<unk>")
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=len(ids), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-        num_attention_heads=4, max_position_embeddings=128, pad_token_id=0, eos_token_id=1,
+        num_attention_heads=4, pad_token_id=0, eos_token_id=1,
         bos_token_id=None)), tokenizer
 
 
 def demo(seed):
     """Pretrain a base on one-step problems, adapt it to two-step ones, score it on both, merge."""
-    begin, ours = time.perf_counter(), Path("demo/one-step-train.jsonl").exists()
-    for old in ("demo", "checkpoints/demo"):
-        if Path(old).exists() and not ours:
-            raise ValueError(f"--demo replaces ./{old}, and this is not its own: run it elsewhere")
-        shutil.rmtree(old, ignore_errors=True)
+    if Path("demo/one-step-train.jsonl").exists():  # the last demo's
+        shutil.rmtree("demo")
+        shutil.rmtree("checkpoints/demo", ignore_errors=True)
     Path("demo").mkdir()
     rng = random.Random(seed)
     for task in ("one-step", "two-step"):
@@ -704,7 +657,7 @@ def demo(seed):
     cpu = "--dtype float32 --device cpu"
     common = f"{cpu} --grad-accum 1 --dropout 0 --lr 3e-3 --seed {seed}"
 
-    print("1. A base is pretrained on one-step problems, by the same loop")
+    print("1. Pretrain a base on one-step problems, by the same loop")
     args = parse_args(f"--run-name demo-base --epochs 6 --batch-size 64 {common}".split())
     rows = read_rows("demo/one-step-train.jsonl", "train")
     model, tokenizer = demo_base([f"{format_prompt(q)} {a}" for q, a in rows], seed)
@@ -714,16 +667,14 @@ def demo(seed):
 
     flags = ("--model demo/base --data demo/two-step-train.jsonl --run-name demo "
              f"--targets all-linear --epochs 3 --batch-size 32 {common}")
-    print(f"2. LoRA teaches it two-step problems: train_math.py {flags}", flush=True)
+    print(f"2. Adapt it to two-step problems: train_math.py {flags}")
     last = main(parse_args(flags.split()))
 
     for task, merge in (("two-step", "--save-merged demo/merged"), ("one-step", "")):
         flags = (f"--model demo/base --adapter {last} --data demo/{task}-test.jsonl {merge} "
                  f"--batch-size 200 --max-new-tokens 40 {cpu}")
-        print(f"3. Held-out {task} problems: eval_gsm8k.py {flags}", flush=True)
+        print(f"3. Score held-out {task} problems: eval_gsm8k.py {flags}")
         eval_gsm8k.main(eval_gsm8k.parse_args(flags.split()))
-    print(f"data and models are in demo/; {time.perf_counter() - begin:.0f} s in all")
-    return last
 
 
 if __name__ == "__main__":
