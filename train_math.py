@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 2 -- train_math.py                   # the same run on two GPUs
 
 Written: checkpoints/RUN/step_000500/ (adapter in PEFT's format, trainer's state) and runs/RUN/
-(metrics.jsonl with a line per step, loss.png). Start reading at train().
+(metrics.jsonl with a line per step, TensorBoard events, loss.png). Start reading at train().
 """
 import hashlib
 import io
@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import pandas  # comes with datasets
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -52,14 +53,14 @@ def parse_args(argv=None):
     add, count = parser.add_argument, number(int, 1)
     add("--model", default=BASE_MODEL, help="Hub id or folder of the base model")
     add("--data", default="meta-math/MetaMathQA", help="Hub id, or .jsonl/.json/.parquet/.csv")
-    add("--nb-samples", type=count, default=10000, help="rows to train on, the first")
+    add("--nb-samples", type=count, default=10000, help="train on the first N rows")
     add("--epochs", type=count, default=3)
-    add("--max-steps", type=count, help="the schedule ends there, too")
+    add("--max-steps", type=count, help="stop after N steps, the schedule ending there")
     add("--r", type=int, default=8, help="rank (Sec. 4.1)")
     add("--alpha", type=float, default=16.0, help="the update is scaled by alpha / r")
     add("--dropout", type=float, default=0.05, help="on the adapter's input")
     add("--targets", nargs="+", default=["q_proj", "v_proj"], help="name endings, or all-linear")
-    add("--rslora", action="store_true", help="scale by alpha / sqrt(r) (arXiv:2312.03732)")
+    add("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
     add("--lr", type=number(float, 1e-12, 1), default=3e-4, help="at the peak")
     add("--warmup-steps", type=number(int, 0), default=100, help="at most a tenth of all steps")
     add("--weight-decay", type=number(float, 0, 1), default=0.0)
@@ -109,13 +110,13 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     rng = random.Random(f"{seed} {epoch}")
     order = rng.sample(range(len(lengths)), len(lengths))
     batches = []
-    # Rows of like length share a batch, to save padding: sorted within pools of 50 batches.
+    # Sorted by length within pools of 50 batches, to save padding.
     size = 50 * batch_size
     for start in range(0, len(order), size):
         pool = sorted(order[start:start + size], key=lambda row: lengths[row])
         batches += [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
     rng.shuffle(batches)
-    # The largest first: out-of-memory comes in the first minute, not in the third hour.
+    # The largest first: out-of-memory comes at once, not in the third hour.
     largest = max(batches, key=lambda batch: len(batch) * max(lengths[row] for row in batch))
     place = batches.index(largest)
     batches[0], batches[place] = largest, batches[0]
@@ -163,9 +164,8 @@ class LossScaler:
         self.good_steps = self.good_steps + 1 if finite else 0
         if self.enabled and not finite:
             self.scale /= 2
-        elif self.enabled and self.good_steps == self.interval:
+        elif self.enabled and self.good_steps % self.interval == 0:
             self.scale *= 2
-            self.good_steps = 0
 
 
 def learning_rate_at(step, steps, warmup, peak):
@@ -200,8 +200,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         # rows, so that K and V are not repeated.
         if attention_mask is None:
             attention_mask = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
-        bias = torch.zeros_like(attention_mask, dtype=query.dtype)
-        bias = bias.masked_fill(~attention_mask, torch.finfo(query.dtype).min)
+        bias = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
         rows = (query * (scaling or c**-0.5)).reshape(b, -1, group * n, c)
         scores = rows @ key.transpose(2, 3)  # (b, g, h/g n, n)
         scores += bias.repeat(1, 1, group, 1)  # in place: scores are the largest tensors here
@@ -323,12 +322,13 @@ def plan_memory(model, args, longest):
             "other gradients": max(20 * CHUNK, kept // 2)}
     need = sum(plan.values())
     recompute = args.checkpoint_activations
+    # torch does not restore the random state of MPS: backward would see another dropout mask.
+    other_masks = model.device.type == "mps" and args.dropout > 0
+    if recompute and other_masks:
+        raise ValueError("--checkpoint-activations on mps needs --dropout 0")
     if recompute is None:
-        recompute = 1.25 * need > free
+        recompute = 1.25 * need > free and not other_masks
     if recompute:
-        if model.device.type == "mps" and args.dropout > 0:
-            # torch does not restore its random state: backward would draw another mask
-            raise ValueError("mps needs --dropout 0 or --no-checkpoint-activations")
         checkpoint_blocks(model)
         plan["activations"] = (n - 1) * block_input + kept
     plan["weights"] = model.get_memory_footprint()
@@ -336,8 +336,8 @@ def plan_memory(model, args, longest):
         process = read_number("/proc/self/status", "VmRSS:", 1024)
         plan["Python and libraries"] = max(0, process - plan["weights"])
     total = sum(plan.values()) / GiB
-    print("memory plan, GiB:", ", ".join(f"{what} {size / GiB:.3f}" for what, size in plan.items()))
-    print(f"in all {total:.2f}, activations {'recomputed' if recompute else 'kept'}: keeping takes "
+    print("memory plan, GiB:", *(f"{size / GiB:.3f} {what}," for what, size in plan.items()),
+          f"in all {total:.2f}\nactivations {'recomputed' if recompute else 'kept'}: keeping takes "
           f"{need / GiB:.2f} beside the weights, free: {free / GiB:.2f}", flush=True)
     return total
 
@@ -490,14 +490,23 @@ def sum_over_processes(parameters, loss, stop):
 
 
 def open_log(path, step):
-    """Return log(line), which appends to metrics.jsonl, cut back to its first `step` lines."""
+    """Return log(line): to TensorBoard and metrics.jsonl, cut back to its first `step` lines."""
     if RANK > 0:
         return lambda line: None
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     path.write_text("".join(lines[:step]))
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(path.parent, purge_step=step + 1)  # hides what it has of later steps
+    except ImportError:
+        board = None
 
     def log(line):
+        if board:
+            for key, value in line.items():
+                board.add_scalar(key, value, line["step"])
+            board.flush()
         line = {key: x if math.isfinite(x) else None for key, x in line.items()}  # JSON has no NaN
         with open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
@@ -506,14 +515,15 @@ def open_log(path, step):
 
 
 def plot_loss(path):
-    """Draw the losses of metrics.jsonl, where matplotlib is installed."""
+    """Draw the losses of metrics.jsonl and their running mean, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return
-    losses = [line["loss"] for line in map(json.loads, open(path)) if not line["skipped"]]
+    losses = pandas.read_json(path, lines=True).set_index("step").loss
     axes = Figure().subplots()
-    axes.plot(losses)
+    axes.plot(losses, color="0.8")
+    axes.plot(losses.ewm(alpha=0.05).mean())
     axes.set(xlabel="optimizer step", ylabel="loss (nats per target)")
     axes.figure.savefig(path.with_name("loss.png"))
 
