@@ -656,6 +656,9 @@ def test_another_base_warns_and_another_dtype_does_not(there, tmp_path):
 
 def test_saving_refuses_what_would_not_load_again(tmp_path):
     """Another config, NaN and a weight unfrozen by hand must raise, and leave the old file."""
+    inject_lora(model := llama(), LoRAConfig())
+    with pytest.warns(UserWarning, match="no lora_B has moved"):
+        save_adapter(model, LoRAConfig(), tmp_path)
     model, config = saved(tmp_path)
     before = (tmp_path / WEIGHTS).read_bytes()
     refused("was injected", save_adapter, model, LoRAConfig(r=4, alpha=16), tmp_path)
@@ -900,10 +903,19 @@ def test_a_process_of_torchrun_touches_its_own_gpu_alone(monkeypatch):
 
 def test_half_precision_without_units_is_the_user_s_choice(monkeypatch):
     """On such a CPU auto must be float32. Asked for by name, half precision warns and obeys."""
+    def settled(name, *flags):
+        args = train_sst2.parse_args(["--device", "cpu", "--dtype", name, *flags])
+        train_sst2.settle(args)
+        return getattr(torch, args.dtype)
+
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert eval_gsm8k.pick_dtype("auto", CPU)[0] == torch.float32
-    with pytest.warns(UserWarning, match="--dtype bfloat16"):
-        assert eval_gsm8k.pick_dtype("bfloat16", CPU)[0] == torch.bfloat16
+    for pick in (lambda name: eval_gsm8k.pick_dtype(name, CPU)[0], settled):
+        assert pick("auto") == torch.float32
+        with pytest.warns(UserWarning, match="--dtype bfloat16 is slow"):
+            assert pick("bfloat16") == torch.bfloat16
+    mps = SimpleNamespace(device=torch.device("mps"))
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: mps)
+    refused("on MPS", settled, "auto", "--checkpoint-activations")
 
 
 def test_models_are_loaded_as_asked_or_refused(tiny, workdir):
@@ -1658,18 +1670,6 @@ def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder, workdir):
         Path(name).mkdir()
         Path(name, "train.jsonl").write_text(row)
     refused(message, train_sst2.main, sst2(encoder, flags))
-
-
-def test_devices_choose_the_dtype_and_mps_refuses_recomputation(encoder, monkeypatch):
-    """Without units for bf16, fp32 must be the default and bf16 give a warning."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    train_sst2.settle(args := sst2(encoder, "--dtype auto"))
-    assert args.dtype == "float32"
-    with pytest.warns(match="--dtype bfloat16 is slow on this CPU"):
-        train_sst2.settle(sst2(encoder, "--dtype bfloat16"))
-    mps = SimpleNamespace(device=torch.device("mps"))
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: mps)
-    refused("on MPS", train_sst2.settle, sst2(encoder, "--checkpoint-activations"))
 
 
 # --- train_sst2.py: Section 7 of the paper ---
