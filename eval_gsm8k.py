@@ -10,7 +10,8 @@ NAME-DATA.jsonl (every completion) and, with matplotlib, a chart.
 
 Completions that end in "#### n" score as in lm-evaluation-harness (gsm8k, strict and flexible).
 Different on purpose: "The answer is n" (MetaMathQA) counts too, and wins over "#### n"; flexible
-prefers such a number to the last one; numbers compare by value: $29.00 is 29, 0.5 is 1/2.
+prefers such a number to the last one; numbers compare by value: $29.00 is 29, 0.5 is 1/2; --shots
+takes rows of the same file, not of the training split.
 """
 import argparse
 import csv
@@ -99,7 +100,7 @@ def extract_answer(completion, flexible=False):
     Strict: the first number on the line after the last "The answer is", else the first "#### n".
     Flexible: the last "#### n" instead, else the last number.
     """
-    text = completion.split("Question:")[0]  # after which the model asks itself
+    text = completion.split("Question:")[0]  # what follows is a question of its own
     # The lookahead leaves the rest of the line to the next match.
     said = re.findall(r"the answer is[: \n]*(?=(.*))", text, re.IGNORECASE)
     hashed = re.findall(r"####\s*([^\s#]+)", text)
@@ -328,7 +329,7 @@ def complete_batch(model, tokenizer, prompts, eos, max_new_tokens):
     longest. A state (Mamba) has no rows that could leave.
     """
     piece = max_new_tokens if model._is_stateful else 16
-    # Padded by length: ids cannot tell padding from an EOS.
+    # The mask comes from the lengths: ids cannot tell padding from an EOS.
     width = max(map(len, prompts.values()))
     ids = [[eos[0]] * (width - len(prompt)) + prompt for prompt in prompts.values()]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts.values()]

@@ -21,7 +21,7 @@ Use, in any PyTorch model that calls its linear layers:
     merge_lora(model)                            # W0 + scaling B A: no latency is added
     strip_lora(model)                            # plain layers again
 
-A first reading may stop after merging. The appendix, a base in 4 bits, can be cut off.
+On a first reading, stop after merging. The appendix (a 4-bit base) can be deleted.
 
 Differences from the paper
 - A starts like the weight of nn.Linear, and its input has dropout, as in the authors' code. The
@@ -117,7 +117,7 @@ class LoRALinear(nn.Module):
             return self.base(x)
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., k) -> (..., r)
         update = F.linear(z * self.scaling, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        h = self.base(x)  # last: backward does not need it, so checkpointing does not recompute it
+        h = self.base(x)  # last: a checkpointed block that ends here need not run it again
         if not isinstance(h, torch.Tensor):
             raise ValueError(f"{type(self.base).__name__} returns no tensor: do not target it")
         return h + update
@@ -188,11 +188,11 @@ def features(layer):
     """Return (d, k), the sizes of output and input."""
     if hasattr(layer, "out_features"):
         return layer.out_features, layer.in_features
-    return tuple(reversed(layer.weight.shape))  # Conv1D
+    return tuple(reversed(layer.weight.shape))
 
 
 def is_transposed(layer):
-    """True for transformers' Conv1D (GPT-2), quantised or not: its weight is (k, d)."""
+    """True for GPT-2's Conv1D in transformers, packed or not: its weight is (k, d)."""
     return type(layer).__name__ == "Conv1D" or getattr(layer, "transposed", False)
 
 
@@ -202,7 +202,7 @@ def dense_copy(base):
         return base.to_dense()
     weight = base._parameters.get("weight")
     if weight is None or weight.dtype not in FLOATS or weight.is_meta:
-        # computed (weight_norm), quantised by another library, or on the meta device
+        # computed (weight_norm), packed by another library, or on the meta device
         raise ValueError(f"cannot merge into this {type(base).__name__}, which has no dense weight")
     return copied(base, weight.device)
 
@@ -231,7 +231,7 @@ def inject_lora(model, config) -> list[str]:
     replace_modules(model, wrappers)
     for head in heads.values():
         head.requires_grad_(True)
-        head.before_training = copy.deepcopy(head.state_dict())  # for load_adapter to put back
+        head.before_training = copy.deepcopy(head.state_dict())
     return list(layers)
 
 
@@ -256,6 +256,14 @@ def count_parameters(model) -> tuple[int, int]:
 
 # --- merge, switch off, take off ---
 
+def require_lora(model):
+    """Return {name: LoRALinear}; raise ValueError if there is none."""
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise ValueError("the model carries no adapter: call inject_lora or load_adapter first")
+    return layers
+
+
 def merge_lora(model):
     """Add every update to its base weight; return the model. Merging twice is merging once.
 
@@ -276,14 +284,6 @@ def unmerge_lora(model):
     for layer in require_lora(model).values():
         layer.unmerge()
     return model
-
-
-def require_lora(model):
-    """Return {name: LoRALinear}; raise ValueError if there is none."""
-    layers = dict(lora_layers(model))
-    if not layers:
-        raise ValueError("the model carries no adapter: call inject_lora or load_adapter first")
-    return layers
 
 
 def strip_lora(model):
@@ -313,6 +313,9 @@ def disable_lora(model):
 
 # --- which layers can be adapted ---
 
+PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
+
+
 def select(model, config):
     """Return {name: layer} of what to wrap, and {name: module} of what to train in full."""
     if any(isinstance(module, PARALLEL) for module in model.modules()):
@@ -337,7 +340,7 @@ def select(model, config):
 
 
 def match(modules, endings):
-    """Return the modules whose names end in one of the endings. Each ending has to match."""
+    """Return the modules whose names end in one of the endings. Every ending must match."""
     for ending in endings:
         if not any(ends_in(name, [ending]) for name in modules):
             existing = ", ".join(sorted({name.split(".")[-1] for name in modules} - {""}))
@@ -346,11 +349,10 @@ def match(modules, endings):
 
 
 def ends_in(name, endings):
-    """Compare whole dotted parts: q_proj is no end of eq_proj."""
+    """Compare whole dotted parts: q_proj does not end eq_proj."""
     return name != "" and f".{name}".endswith(tuple(f".{ending}" for ending in endings))
 
 
-PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
 # These read their children's weights without calling them: an adapter there would do nothing.
 BYPASSING = nn.MultiheadAttention, nn.TransformerEncoderLayer
 
@@ -403,7 +405,7 @@ REFUSED = set("""
 
 
 def adapter_state_dict(model) -> dict[str, torch.Tensor]:
-    """Return copies of what trains, for load_state_dict(copies, strict=False), not to optimize."""
+    """Return copies of what trains. load_state_dict(copies, strict=False) goes back to them."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -416,9 +418,11 @@ def save_adapter(model, config, folder):
     while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):
         model = getattr(model, "_orig_mod", None) or model.module
     layers = require_lora(model)
+    by_ending = config.targets != ("all-linear",)
+    same_layers = not by_ending or match(layers, config.targets) == layers
     for layer in layers.values():
         layer.refuse_while_merged("save")
-        if (layer.lora_A.shape[0], layer.scaling) != (config.r, config.scaling):
+        if not same_layers or (len(layer.lora_A), layer.scaling) != (config.r, config.scaling):
             raise ValueError(f"this is not the config that was injected: {config}")
     parameters = file_parameters(model, config.also_train)
     saved = set(parameters.values())
@@ -428,10 +432,10 @@ def save_adapter(model, config, folder):
     for key, parameter in parameters.items():
         if not parameter.isfinite().all():
             raise ValueError(f"{key} holds NaN or infinity")
-    if not any(layer.lora_B.any() for layer in layers.values()):
-        warnings.warn("no lora_B has moved: was the optimizer made before the adapter?")
+    still = [name for name, layer in layers.items() if not layer.lora_B.any()]
+    if still:
+        warnings.warn(f"B is still zero in {still[0]}: was the optimizer made before the adapter?")
 
-    by_ending = all(ends_in(name, config.targets) for name in layers)  # not all-linear
     options = {
         "peft_type": "LORA", "inference_mode": True, "bias": "none",
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
@@ -442,7 +446,7 @@ def save_adapter(model, config, folder):
         "modules_to_save": list(config.also_train) or None,
         "fan_in_fan_out": any(is_transposed(layer.base) for layer in layers.values())}
     tensors = {key: p.detach().to("cpu").contiguous() for key, p in parameters.items()}
-    metadata = {"format": "pt", "base": json.dumps(base_sample(model))}  # PEFT ignores it
+    metadata = {"format": "pt", "base": json.dumps(base_sample(model))}
     files = {WEIGHTS: save(tensors, metadata), CONFIG: json.dumps(options, indent=2).encode()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -498,7 +502,7 @@ def load_adapter(model, folder) -> LoRAConfig:
     for key, parameter in file_parameters(model, config.also_train).items():
         parameter.detach().copy_(tensors[key])
     here = torch.tensor(base_sample(model))
-    # Rounding to 4 bits moves the sample by about 10%, another seed by about 140%.
+    # Rounding to 4 bits moves the sample by 10%, another seed by 140%.
     if here.shape == sample.shape and (here - sample).norm() > 0.3 * sample.norm():
         warnings.warn(f"{folder} was trained on another base")
     return config
@@ -538,10 +542,10 @@ def read_adapter(model, folder):
         d, k = features(layer)
         expected[f"{PREFIX}{name}.lora_A.weight"] = (config.r, k)
         expected[f"{PREFIX}{name}.lora_B.weight"] = (d, config.r)
-        # PEFT saves the base of an adapted lm_head along. It has to be this model's own.
+        # PEFT saves the base of an adapted lm_head along. It must equal this model's.
         base = tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
         if base is not None and not torch.equal(base, layer.weight.to(base)):
-            raise ValueError(f"{WEIGHTS} has another base weight for {name} than this model")
+            raise ValueError(f"{WEIGHTS} has another base weight for {name}")
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     for key in sorted(expected.keys() | shapes.keys()):
         found, wanted = shapes.get(key, "missing"), expected.get(key, "no such entry")
@@ -553,7 +557,7 @@ def read_adapter(model, folder):
 
 
 def check_options(options):
-    """Raise ValueError for another kind of adapter; warn of an unknown option."""
+    """Raise ValueError for another kind of adapter; warn about unknown options."""
     if options.get("peft_type") != "LORA":
         raise ValueError(f"{CONFIG} does not say peft_type LORA")
     init = options.get("init_lora_weights")
@@ -564,7 +568,7 @@ def check_options(options):
             continue
         if key in REFUSED:
             raise ValueError(f"{key} = {value!r:.60} is not supported: use this adapter with PEFT")
-        warnings.warn(f"{CONFIG} has the option {key} = {value!r:.60}, which is unknown here")
+        warnings.warn(f"{CONFIG}: the option {key} = {value!r:.60} is unknown here")
 
 
 # --- appendix: a 4-bit base (NF4) ---

@@ -657,11 +657,15 @@ def test_another_base_warns_and_another_dtype_does_not(there, tmp_path):
 def test_saving_refuses_what_would_not_load_again(tmp_path):
     """Another config, NaN and a weight unfrozen by hand must raise, and leave the old file."""
     inject_lora(model := llama(), LoRAConfig())
-    with pytest.warns(UserWarning, match="no lora_B has moved"):
+    with pytest.warns(UserWarning, match="B is still zero in model.layers.0"):
         save_adapter(model, LoRAConfig(), tmp_path)
     model, config = saved(tmp_path)
     before = (tmp_path / WEIGHTS).read_bytes()
-    refused("was injected", save_adapter, model, LoRAConfig(r=4, alpha=16), tmp_path)
+    for other in (dict(alpha=16), dict(targets="q_proj"), dict(targets="0.self_attn.q_proj")):
+        config_2 = dataclasses.replace(config, **other)
+        refused("was injected", save_adapter, model, config_2, tmp_path)
+    wider = dataclasses.replace(config, targets=("q_proj", "v_proj", "o_proj"))
+    refused("'o_proj' matches no", save_adapter, model, wider, tmp_path)
     model.model.layers[1].self_attn.q_proj.lora_A.data[0, 0] = math.nan
     refused("layers.1.self_attn.q_proj.lora_A.* NaN", save_adapter, model, config, tmp_path)
     model.model.norm.requires_grad_(True)

@@ -250,7 +250,7 @@ def backward_loss(model, batch, weight=1.0):
 def check_head(model, ids):
     """Raise ValueError unless the loss above sees this model's logits; set the attention above.
 
-    Where that gives other logits, the model keeps its own. ids: the longest row, so that sliding
+    If that changes the logits, the model keeps its own. ids: the longest row, so that sliding
     windows take effect.
     """
     ids = torch.tensor([ids], device=model.device)
@@ -396,7 +396,7 @@ def newest_state(folder):
 # --- training ---
 
 def train(model, examples, args, config=None, state=None):
-    """Train what requires grad, on from a state; with a config, save."""
+    """Train what requires grad, from a state if given; with a config, save checkpoints."""
     state = state or {"step": 0}
     names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad])
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
@@ -449,7 +449,7 @@ def train(model, examples, args, config=None, state=None):
             step += 1
             if scaler.skipped_in_a_row == (20 if scaler.enabled else 1):
                 raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}: try a lower "
-                                 "--lr, or --dtype bfloat16 or float32")
+                                 "--lr, or --dtype float32, and another --run-name")
 
             # 5. Log and save.
             tokens = sum(len(ids) for batch in window for ids, _ in batch)
@@ -470,7 +470,8 @@ def train(model, examples, args, config=None, state=None):
                         "optimizer": optimizer.state_dict()})
     if stop and step < steps:
         gather(saved)  # torchrun ends all when one exits, and rank 0 may be saving
-        print(f"stopped: the same command with --resume goes on from {saved}")
+        if saved:
+            print(f"stopped: the same command with --resume goes on from {saved}")
         sys.exit(128 + (caught or [signal.SIGTERM])[0])  # 130 for Ctrl-C, 143 for SIGTERM
 
 
@@ -566,18 +567,18 @@ def main(args):
     rows = read_rows(args.data, "train", args.nb_samples)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
     examples = encode(rows, tokenizer, args.max_length)
-    ids = [ids for ids, _ in examples]
-    longest = max(ids, key=len)
-    check_ids(model, ids)
+    encoded = [ids for ids, _ in examples]
+    longest = max(encoded, key=len)
+    check_ids(model, encoded)
     check_head(model, longest)
 
-    # In every process and on resuming, the run must be the one that rank 0 began.
+    # All processes, and a resumed run, must agree with what rank 0 began.
     identity = run_identity(model, examples, args)
     run = {**identity, "step": state["step"]}
     begun_as = gather(run | state.get("identity", {}))[0]  # the saved one, if there is one
     for key, value in run.items():
         if begun_as[key] != value:
-            raise ValueError(f"{key} of this run was {begun_as[key]}, is {value}: repeat it, or "
+            raise ValueError(f"{key} of this run was {begun_as[key]}, is {value}: go back, or "
                              "give another --run-name")
     state["identity"] = identity
 
@@ -590,7 +591,7 @@ def main(args):
     print(f"{args.model} in {args.dtype}{' over NF4' * args.nf4} on {device} ({reason})\n"
           f"{len(names)} layers adapted: {trainable:,} of {total:,} parameters train "
           f"({trainable / total:.2%}), in float32\n"
-          f"{len(ids):,} rows, {len(rows) - len(ids):,} dropped over {args.max_length} tokens")
+          f"{len(encoded):,} rows, {len(rows) - len(encoded):,} dropped: over {args.max_length}")
     model.train()
     planned = plan_memory(model, args, len(longest))
     train(model, examples, args, config, state)

@@ -12,7 +12,7 @@ folder with train and validation as .jsonl or .tsv: sentence, and label 0 or 1.
 
 Weights are fp32 under autocast. SST-2 validation has 872 rows: at 93% one run's 95% interval is
 +/- 1.7 points. All ranks and targets share one alpha and lr, and the update is scaled by alpha / r:
-neither rank (Sec. 7.2) nor targets (Sec. 7.1) are compared alone.
+neither rank (Sec. 7.2) nor targets (Sec. 7.1) vary alone.
 """
 import argparse
 import csv
@@ -43,13 +43,13 @@ from tqdm import tqdm
 from lora import (LoRAConfig, count_parameters, inject_lora, is_transposed, load_adapter,
                   lora_layers, save_adapter)
 
-# Linux: huge pages, or training takes up to twice the memory.
+# Huge pages (Linux): up to half the memory in training.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 try:
     from matplotlib.figure import Figure
 except ImportError:
-    Figure = None  # no pictures
+    Figure = None
 
 BASE = "roberta-base"
 
@@ -119,7 +119,7 @@ def hub_problem(name, kind):
 
 @contextmanager
 def loading(flag, name, kind=None):
-    """Turn a failure into one line. Yield True if the Hub is no help."""
+    """Turn a failure into one line. Yield True if only local files can be read."""
     problem = hub_problem(name, kind) if kind and not Path(name).exists() else None
     try:
         yield problem is not None
@@ -143,7 +143,7 @@ def read_sentences(data, split):
         elif Path(data).exists():
             table = map(json.loads, jsonl.open(encoding="utf8"))
         else:
-            import datasets  # takes seconds
+            import datasets
             datasets.config.HF_HUB_OFFLINE = offline
             config = "sst2" if data.endswith("glue") else None
             table = datasets.load_dataset(data, config, split=split).to_list()
@@ -321,8 +321,8 @@ def train(args, data, r, seed):
         start = time.perf_counter()
         model.train()
 
-        # 1. Learning rate: warm-up over 6% of the steps (Table 9), at most 100, then linearly to 0.
-        #    Skipped steps do not count.
+        # 1. Learning rate: warm-up over 6% of the steps (Table 9), at most 100, then a line to 0
+        #    that begins at step 0: the peak is up to 6% lower. Skipped steps do not count.
         done = step - 1 - skipped
         warmup = max(1, min(100, 0.06 * steps))
         lr = peak_lr * min((done + 1) / warmup, (steps - done) / steps)
@@ -494,7 +494,7 @@ def compare(args):
     for name in pairs:
         kinds.setdefault(re.split(r"\.\d+\.", name)[-1], []).append(name)
 
-    torch.manual_seed(0)  # of the random matrices
+    torch.manual_seed(0)
     maps = measured(kinds, lambda name: subspace_similarity(*pairs[name]))
     for kind, names in kinds.items():
         A1, A2 = map(torch.randn_like, pairs[names[0]])
@@ -578,7 +578,7 @@ def main(args):
     path.parent.mkdir(parents=True, exist_ok=True)
     for r, seed in itertools.product(args.ranks + [None] * args.full_finetune, args.seeds):
         if (r, seed) not in [(run["r"], run["seed"]) for run in runs]:
-            run, _ = train(args, data, r, seed)
+            run = train(args, data, r, seed)[0]  # frees the model
             runs.append(run)
             with open(path, "a") as file:
                 file.write(json.dumps(run) + "\n")
