@@ -437,8 +437,8 @@ def plan(args, settings):
             run, name = path.resolve().parts[-2:]
             evaluations.append((f"{run}-{name}" if name.startswith("step_") else name, str(path)))
     if args.save_merged:
-        if len(evaluations) != 2 or any(Path(args.save_merged).glob("*")):
-            raise ValueError("--save-merged takes exactly one adapter, and an empty folder")
+        if len(evaluations) != 2 or Path(args.save_merged).exists():
+            raise ValueError("--save-merged takes exactly one adapter, and a new folder")
         name, folder = evaluations[-1]
         evaluations.append((f"{name}-merged", folder))
     runs = {}

@@ -1045,7 +1045,7 @@ def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny, workdi
 @cases("flags, message", [
     ("--nb-samples 4", "base-test.json is another"), ("--adapter a a --out b", "a-test"),
     ("--adapter nowhere --out b", "is no adapter"), ("--data x.json", "a number"),
-    ("--adapter a --save-merged eval_results", "empty")])
+    ("--adapter a --save-merged eval_results", "a new folder")])
 def test_bad_runs_never_reach_generation(flags, message, tiny, workdir, monkeypatch):
     """Another evaluation's scores must stay. The same evaluation may be done again."""
     for _ in range(2):
@@ -1667,7 +1667,7 @@ def test_sentences_are_read_as_they_stand(workdir):
 
 @cases("flags, message", [
     ("--data /", "train.jsonl"), ("--data text", "--data text: .*sentence"),
-    ("--data labels", "labels 0 or 1"), ("--adapter nowhere", "nowhere"), ("--device x", "e x: ")])
+    ("--data labels", "label 0 or 1"), ("--adapter nowhere", "nowhere"), ("--device x", "e x: ")])
 def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder, workdir):
     """Folders, columns, labels, adapters, devices: each must be one line that names it."""
     for name, row in [("text", '{"text": "a"}'), ("labels", '{"sentence": "a", "label": -1}')]:

@@ -387,6 +387,7 @@ def newest_state(folder):
     for path in reversed(checkpoints(folder)):
         try:
             load_file(path / "adapter_model.safetensors")
+            json.loads((path / "adapter_config.json").read_bytes())
             return path, torch.load(path / "trainer_state.pt", "cpu", weights_only=True)
         except Exception as error:  # cut off, junk
             warnings.warn(f"{path} is damaged and passed over ({first_line(error)})")
@@ -521,7 +522,8 @@ def plot_loss(path):
         from matplotlib.figure import Figure
     except ImportError:
         return
-    losses = pandas.read_json(path, lines=True).set_index("step").loss
+    lines = map(json.loads, open(path))
+    losses = pandas.Series([line["loss"] for line in lines if not line["skipped"]], dtype=float)
     axes = Figure().subplots()
     axes.plot(losses, color="0.8")
     axes.plot(losses.ewm(alpha=0.05).mean())
@@ -653,9 +655,9 @@ def demo_base(texts, seed=0):
 def demo(seed):
     """Pretrain a base on one-step problems, adapt it to two-step ones, score it on both, merge."""
     if Path("demo/one-step-train.jsonl").exists():  # the last demo's
-        shutil.rmtree("demo")
+        shutil.rmtree("demo/merged", ignore_errors=True)
         shutil.rmtree("checkpoints/demo", ignore_errors=True)
-    Path("demo").mkdir()
+    Path("demo").mkdir(exist_ok=True)
     rng = random.Random(seed)
     for task in ("one-step", "two-step"):
         problems = {}

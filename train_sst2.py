@@ -147,9 +147,9 @@ def read_sentences(data, split):
             datasets.config.HF_HUB_OFFLINE = offline
             config = "sst2" if data.endswith("glue") else None
             table = datasets.load_dataset(data, config, split=split).to_list()
-        rows = [(row["sentence"], str(row["label"])) for row in table]
+        rows = [(row.get("sentence"), str(row.get("label"))) for row in table]
         if {type(text) for text, _ in rows} != {str} or {label for _, label in rows} - {"0", "1"}:
-            raise ValueError(f"{split}: expected sentences, and labels 0 or 1")
+            raise ValueError(f"{split}: expected sentence, and label 0 or 1")
     return [(text, int(label)) for text, label in rows]
 
 
@@ -276,7 +276,7 @@ def evaluate(model, examples, dtype):
     """Return (share right, mean cross-entropy)."""
     model.eval()
     right, loss = 0, 0.0
-    for batch in cut(sorted(examples, key=length), 64):  # sorted: less padding
+    for batch in cut(sorted(examples, key=length), 64):  # less padding
         batch_loss, batch_right = classify(model, batch, dtype)
         right += int(batch_right)
         loss += float(batch_loss)
