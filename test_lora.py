@@ -360,6 +360,9 @@ def test_training_curve_equals_peft_s(build, options, tmp_path):
     model, _ = saved(tmp_path, build, **options)
     theirs = peft.PeftModel.from_pretrained(build(), tmp_path, is_trainable=True).eval()
     close(logits(theirs), logits(model))
+    options = json.loads((tmp_path / CONFIG).read_text())
+    assert options["fan_in_fan_out"] == (build is gpt2)
+    assert options["task_type"] == (None if build is roberta else "CAUSAL_LM")
     assert train(model, 20) == pytest.approx(train(theirs, 20), abs=1e-4)
 
 
@@ -386,7 +389,7 @@ def test_the_readme_s_lines_adapt_a_gpt_of_one_s_own(workdir, monkeypatch):
 
 # --- injection ---
 
-@cases("bad", [dict(r=0), dict(r=1.5), dict(alpha=math.nan), dict(dropout=1.0),
+@cases("bad", [dict(r=0), dict(r=1.5), dict(alpha=0), dict(alpha=math.nan), dict(dropout=1.0),
                dict(targets=()), dict(rslora="false")])
 def test_config_refuses_values_out_of_range(bad):
     """A bad value must be a ValueError that names the field."""
@@ -484,6 +487,8 @@ def test_a_cast_keeps_the_adapter_in_float32_and_the_codes(dtype):
             assert before[name].dtype == after[name].dtype
             assert torch.equal(before[name], after[name])
     assert logits(model).dtype == logits(merge_lora(model)).dtype == torch.float16
+    unmerge_lora(model.to("meta", torch.bfloat16))  # another device: all must follow
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 @cases("strict", [True, False])
@@ -579,6 +584,10 @@ def test_a_loaded_adapter_is_exact_and_replaces_any_other(build, first, second, 
         assert same_bits(bits(model), bits(wanted))
         assert torch.equal(logits(model), logits(wanted))
     assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
+    load_adapter(model, folders[0])
+    stripped = bits(strip_lora(model))
+    load_adapter(model, folder)
+    assert same_bits(bits(strip_lora(model)), stripped)  # the head stays as trained
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -661,9 +670,9 @@ def test_saving_refuses_what_would_not_load_again(tmp_path):
         save_adapter(model, LoRAConfig(), tmp_path)
     model, config = saved(tmp_path)
     before = (tmp_path / WEIGHTS).read_bytes()
-    for other in (dict(alpha=16), dict(targets="q_proj"), dict(targets="0.self_attn.q_proj")):
-        config_2 = dataclasses.replace(config, **other)
-        refused("was injected", save_adapter, model, config_2, tmp_path)
+    for changes in (dict(alpha=16), dict(r=8, alpha=16), dict(targets="q_proj")):
+        other = dataclasses.replace(config, **changes)
+        refused("was injected", save_adapter, model, other, tmp_path)
     wider = dataclasses.replace(config, targets=("q_proj", "v_proj", "o_proj"))
     refused("'o_proj' matches no", save_adapter, model, wider, tmp_path)
     model.model.layers[1].self_attn.q_proj.lora_A.data[0, 0] = math.nan
@@ -795,6 +804,7 @@ def test_quantising_leaves_what_it_must():
     assert quantize_nf4(model, ()) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
     inject_lora(model, LoRAConfig())
     refused("quantise first", quantize_nf4, model)
+    refused("strip_lora", inject_lora, model, LoRAConfig())
     refused("buffers", inject_lora, in_dtype(roberta(), "nf4"), LoRAConfig(**HEAD))
     own, damaged = type("Own", (nn.Linear,), {})(8, 8), nn.Linear(8, 8)
     nn.init.constant_(damaged.weight, math.nan)
@@ -813,7 +823,7 @@ def test_quantising_leaves_what_it_must():
     ("The answer is 3. The answer is:\n4,2", "4"), ("#### none\n#### 5,0123", "5 5"),
     ("#### 7\nThe answer is: 8\n\nQuestion: next\nAnswer: The answer is 9", "8"),
     ("#### 10\n#### 11", "10 11"), ("10-5=5, 20-30", "- 30"), ("20 - 30", "- 30"),
-    ("it is -3.", "- -3"), ("Question: #### 5", "-"), ("48/2.5", "- 2.5"),
+    ("it is -3.", "- -3"), ("Question: #### 5", "-"), ("48/2.5", "- 2.5"), ("(9)-5", "- 5"),
     pytest.param(f"#### -0.{'9' * 5000}", f"-0.{'9' * 5000}", id="no digit is rounded away")])
 def test_strict_answers_need_a_marker_and_flexible_ones_do_not(text, answers):
     """A number behind a marker must win. Flexible, the last one counts where there is none."""
@@ -860,9 +870,10 @@ def test_rows_of_all_schemas_and_kinds_of_file(workdir):
 def test_empty_answers_are_dropped_and_only_calculator_marks_removed(workdir, capsys):
     """Alpaca has 28 empty outputs. <<48/2=24>> must go, code between << and >> must stay."""
     code = 'std::cout << "a"; std::cin >> b; y = 1 << 2 >> 3'
-    answers = [".5*48=<<.5*48=24>>24", " ", None, code]
+    answers = [" ", None, ".5*48=<<.5*48=24>>24", code]
     Path("x.json").write_text(json.dumps([{"question": "q", "answer": a} for a in answers]))
     assert [a for _, a in read_rows("x.json", "t")] == [".5*48=24", code]
+    assert len(read_rows("x.json", "t", 1)) == 1
     assert "x.json: 2 rows without an answer" in capsys.readouterr().out
 
 
@@ -873,6 +884,21 @@ def test_bad_data_is_one_clear_error(name, text, message, workdir):
     """An empty, broken or foreign data file must be one line that names it."""
     Path(name).write_text(text)
     refused(f"--data {name}: .*{message}", read_rows, name, "train")
+
+
+def test_a_hub_data_set_s_subset_and_split(monkeypatch):
+    """GSM8K and GLUE need a subset; scores must come from the split that is asked for."""
+    import datasets
+
+    def load_dataset(*what, split):
+        row = dict(question=f"{what} {split}", answer="1", sentence=f"{what} {split}", label=1)
+        return datasets.Dataset.from_list([row])
+    for module in (eval_gsm8k, train_sst2):
+        monkeypatch.setattr(module, "hub_problem", lambda *_: None)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert read_rows("openai/gsm8k", "test") == [("('openai/gsm8k', 'main') test", "1")]
+    assert read_rows("a/b", "train") == [("('a/b', None) train", "1")]
+    assert train_sst2.read_sentences("a/glue", "test") == [("('a/glue', 'sst2') test", 1)]
 
 
 @cases("failure, words", [
@@ -976,7 +1002,9 @@ def test_rows_beyond_the_model_s_positions_are_refused(tiny):
     model, tokenizer = load(tiny)
     model.config.max_position_embeddings = 40
     refused("40 positions.*--max-new-tokens", complete, model, tokenizer, ["a"], 1, 40)
-    refused("ids up to 1000000", eval_gsm8k.check_ids, model, [[10**6]])
+    n = len(model.lm_head.weight)
+    eval_gsm8k.check_ids(model, [[n - 1]], 39)
+    refused(f"ids up to {n}", eval_gsm8k.check_ids, model, [[n]])
 
 
 # --- eval_gsm8k.py: scores, and a run of evaluations ---
@@ -1009,6 +1037,17 @@ def test_shots_stand_in_the_prompt_and_are_not_scored(monkeypatch):
     monkeypatch.setattr(eval_gsm8k, "complete", lambda *args: [(text, True) for text in args[2]])
     [record] = eval_gsm8k.answer(None, None, [("a?", "#### 1"), ("b?", "2")], shots=1)
     assert record["completion"] == "Question: a?\nAnswer: #### 1\n\nQuestion: b?\nAnswer:"
+
+
+def test_strict_flexible_missing_and_cut_off_answers_are_counted_apart(monkeypatch):
+    """Each count must be its own, worked out by hand."""
+    said = [("#### 1", False), ("2", False), ("", True), ("9", False)]
+    monkeypatch.setattr(eval_gsm8k, "complete", lambda *_: said)
+    rows = [("q", str(n)) for n in (1, 2, 3, 4)]
+    result = eval_gsm8k.summarise(eval_gsm8k.answer(None, None, rows))
+    wanted = dict(n=4, correct=1, accuracy=0.25, correct_flexible=2, accuracy_flexible=0.5,
+                  no_answer=3, truncated=1)
+    assert wanted.items() <= result.items()
 
 
 def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, workdir, capsys):
@@ -1045,11 +1084,13 @@ def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny, workdi
 @cases("flags, message", [
     ("--nb-samples 4", "base-test.json is another"), ("--adapter a a --out b", "a-test"),
     ("--adapter nowhere --out b", "is no adapter"), ("--data x.json", "a number"),
-    ("--adapter a --save-merged eval_results", "a new folder")])
+    ("--adapter a --save-merged eval_results", "a new folder"),
+    ("--adapter a b --save-merged c", "exactly one")])
 def test_bad_runs_never_reach_generation(flags, message, tiny, workdir, monkeypatch):
     """Another evaluation's scores must stay. The same evaluation may be done again."""
     for _ in range(2):
-        evaluate(tiny, "--nb-samples", "3")
+        evaluate(tiny, "--nb-samples", "3", "--shots", "1")
+    assert len(records_of("base")) == 3
     Path("x.json").write_text('{"question": "q", "answer": "none"}')
     monkeypatch.setattr(eval_gsm8k, "complete", lambda *_: pytest.fail("generated"))
     refused(message, evaluate, tiny, *flags.split())
@@ -1170,10 +1211,11 @@ def test_batches_follow_from_seed_and_epoch_and_start_with_the_largest():
 
 # --- train_math.py: loss, attention ---
 
-def test_loss_and_gradients_equal_the_full_computation(tiny, monkeypatch):
+@cases("targets", ["q_proj", "lm_head"])
+def test_loss_and_gradients_equal_the_full_computation(targets, tiny, monkeypatch):
     """Logits in chunks, at targets alone, must give what labels of -100 and a mask give."""
     monkeypatch.setattr(train_math, "CHUNK", 300)
-    model, examples = adapted(tiny)
+    model, examples = adapted(tiny, targets=targets)
     ids, rows, columns = batch = collate(examples[:6], "cpu")
     ours = [backward_loss(model, batch, 0.5), *gradients(model).values()]
     model.zero_grad()
@@ -1232,6 +1274,17 @@ def test_attention_is_transformers_own(kind, window, dtype, dropout):
     assert all((a - b).norm() < tolerance * a.norm() for a, b in zip(*results))
 
 
+@cases("mask", [None, torch.ones(1, 1, 5, 5, dtype=torch.bool).tril().triu(-2)])
+def test_attention_is_the_same_off_the_cpu(mask):
+    """Its two ways must agree, on a CPU that says it is another device; scaling must be obeyed."""
+    class Elsewhere(torch.Tensor):
+        device = SimpleNamespace(type="cuda")
+    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    here, there = (train_math.attention(None, x, k, v, mask, 0.9)[0]
+                   for x in (q, q.as_subclass(Elsewhere)))
+    close(here, there.as_subclass(torch.Tensor))
+
+
 @quiet
 @cases("kind", ["mamba", "mamba2", "falcon_mamba", "nemotron_h"])
 def test_state_space_models_train_in_half_precision(kind):
@@ -1274,8 +1327,8 @@ def test_the_plan_chooses_and_flags_force_it(device, share, flags, recompute, ti
                        ("checkpoint_blocks", done.append)):
         monkeypatch.setattr(train_math, name, fake)
     monkeypatch.setattr(LlamaForCausalLM, "device", torch.device(device))
-    train_math.plan_memory(model, parse_args(command(tiny, flags)), 40)
-    assert done == recompute * [model]
+    plan = train_math.plan_memory(model, parse_args(command(tiny, flags)), 40)
+    assert done == recompute * [model] and plan > 10 - 4 * recompute  # one block of two
     if device == "mps":
         args = parse_args(command(tiny, RECOMPUTE))
         refused("mps needs --dropout 0", train_math.plan_memory, model, args, 40)
@@ -1293,6 +1346,10 @@ def test_vram_limits_the_allocator_and_the_plan(tiny, monkeypatch):
     assert train_math.free_memory(cuda) == 11 * GB
     refused("--data", run, tiny, f"--device cuda --vram 4 --data {tiny}/base/config.json")
     assert share[-1] == 3.5 / 16 and train_math.free_memory(cuda) == 2.5 * GB
+    for limit, free in ((5, 3), (0, 8)):  # of a container, of which 2 are used
+        numbers = {"/proc/meminfo": 8, "/sys/fs/cgroup/memory.max": limit, "/proc/self/status": 2}
+        monkeypatch.setattr(train_math, "read_number", lambda path, *_: numbers[path])
+        assert train_math.free_memory(CPU) == free
 
 
 @cases("flags", [KEEP, RECOMPUTE, RECOMPUTE + " --nf4"])
@@ -1313,7 +1370,7 @@ def test_the_memory_plan_is_what_a_step_holds(flags, monkeypatch):
     events.sort(key=lambda event: event.start_ns())
     peak = max(itertools.accumulate(event.nbytes() for event in events))
     moments = 8 * count_parameters(model)[0]  # two numbers in fp32
-    assert 0.75 < (peak + model.get_memory_footprint() + moments) / (plan * 2**30) < 1.25
+    assert 0.75 < (peak + model.get_memory_footprint() + moments) / (plan * 2**30) < 1
 
 
 # --- train_math.py: loss scaling, schedule, numbers that go wrong ---
@@ -1365,6 +1422,7 @@ def test_a_skipped_step_changes_nothing_but_the_scale(tiny, workdir, monkeypatch
     weights = []
 
     def overflow(model, *rest):
+        assert model.training
         weights.append(bits(model))
         return backward_loss(model, *rest) + (math.inf if len(weights) == 2 else 0)
 
@@ -1373,7 +1431,8 @@ def test_a_skipped_step_changes_nothing_but_the_scale(tiny, workdir, monkeypatch
     last = run(tiny, flags)
     first, skipped, third = metrics()
     assert [line["loss_scale"] for line in metrics()] == [2**16, 2**15, 2**15]
-    assert skipped["loss"] is None and first["lr"] != skipped["lr"] == third["lr"]
+    assert first["grad_norm"] < 99 and first["lr"] != skipped["lr"] == third["lr"]
+    assert skipped["loss"] is None
     assert same_bits(weights[1], weights[2]) and not same_bits(weights[0], weights[1])
     assert {int(state["step"]) for state in moments(last)} == {2}
     shutil.rmtree(last)
@@ -1394,7 +1453,8 @@ def test_a_run_that_diverges_says_what_may_help(dtype, loss, step, tiny, workdir
 
 def test_training_learns_and_writes_what_it_says(tiny, workdir, capsys):
     """Facts must come first, the loss fall, and two trainer's states stay."""
-    last = run(tiny, "--epochs 6 --max-length 38 --weight-decay 0.125 --save-every 9 --run-name ..")
+    last = run(tiny, "--epochs 6 --max-length 38 --weight-decay 0.125 --save-every 9 --rslora",
+               "--run-name ..")
     lines, out = metrics("_."), capsys.readouterr().out
     losses = [line["loss"] for line in lines]
     dropped = sum(len(ids) > 38 for ids, _ in adapted(tiny)[1])
@@ -1405,7 +1465,9 @@ def test_training_learns_and_writes_what_it_says(tiny, workdir, capsys):
     assert sum(losses[-8:]) < sum(losses[:8]) - 0.4 and Path("runs/_./loss.png").exists()
     states = [(folder / "trainer_state.pt").exists() for folder in checkpoints(last.parent)]
     assert states == (len(states) - 2) * [False] + [True, True]
-    assert torch.load(last / "trainer_state.pt")["optimizer"]["param_groups"][0]["weight_decay"]
+    group, = torch.load(last / "trainer_state.pt")["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 0.125 and lines[0]["peak_memory_gb"] > 0.05
+    assert json.loads((last / CONFIG).read_text())["use_rslora"]
 
 
 @cases("file, more", [("trainer_state.pt", ""), (WEIGHTS, "--nf4 --targets all-linear")])
@@ -1421,6 +1483,9 @@ def test_resume_continues_bitwise(file, more, tiny, workdir):
     for one, two in zip(lines, metrics(), strict=True):
         assert [*one.items()][:6] == [*two.items()][:6]  # speed and memory vary
     assert run(tiny, flags, "--resume") == last  # finished already
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = events.EventAccumulator("runs/run").Reload()
+    assert [event.step for event in board.Scalars("loss")] == [line["step"] for line in lines]
 
 
 def test_the_seed_reaches_dropout(tiny, workdir, monkeypatch):
@@ -1471,18 +1536,22 @@ def test_interrupting_saves_and_says_how_to_go_on(signum, tiny, workdir, monkeyp
     def interrupt(step, *rest):
         if step == 1:
             signal.raise_signal(signum)
+            assert signal.getsignal(signum) == before[signum]  # a second one ends it
         return learning_rate_at(step, *rest)
 
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(train_math, "learning_rate_at", interrupt)
     refused(f"^{128 + signum}$", run, tiny, "--max-steps 4", error=SystemExit)
     assert "--resume goes on from checkpoints/run/step_000002" in capsys.readouterr().out
     assert newest_state(Path("checkpoints/run"))[1]["step"] == len(metrics()) == 2
+    assert all(signal.getsignal(number) == handler for number, handler in before.items())
 
 
 # --- train_math.py: command lines ---
 
 @cases("flags, message", [
     ("--lr nan", "--lr"), ("--targets q_porj", "'q_porj' matches no"), ("--vram 4", "got: cpu"),
+    ("--clip inf", "--clip"),
     ("--device cuda:9", "--device cuda:9"), ("--data none.jsonl", "no such file"),
     ("--max-length 4", "4 leaves none of 64 rows"), ("--targets lm_head", "shares a weight")])
 def test_wrong_input_is_one_line(flags, message, tiny, workdir, capsys):
@@ -1526,6 +1595,8 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, work
         (1, 0, 512), (1, 1, 512), (2, 0, 1024), (2, 1, 1024), (None, 0, 0), (None, 1, 0)]
     assert [run["trainable"] for run in runs[::5]] == [512 + 64 * 2 + 2, runs[5]["total"]]
     assert len({run["loss"] for run in runs}) == 6
+    assert vars(args).keys() - runs[0].keys() - runs[5].keys() == set(
+        "adapter compare ranks seeds full_finetune checkpoint_activations device out demo".split())
     train_sst2.report([run | {"accuracy": n / 10} for n, run in enumerate(runs)], "curves.png")
     assert re.search(r"r=2 +1024 +1154 .* 0.25 +0.07071 +2\n", capsys.readouterr().out)
     path = Path("runs/sst2/sst2.jsonl")
@@ -1543,6 +1614,7 @@ def test_an_adapter_with_its_head_scores_the_same_elsewhere(encoder, monkeypatch
     """From its folder alone, on a fresh head, accuracy and loss must be equal."""
     monkeypatch.chdir(encoder.parent)
     run = json.loads(Path("demo-sst2/sst2.jsonl").read_text().splitlines()[3])
+    assert len(run["history"]) == 6  # of six steps; else four an epoch
     flags = "--adapter demo-sst2/r4-s1 --data demo-sst2 --device cpu --dtype float32"
     scores = train_sst2.main(train_sst2.parse_args(flags.split()))
     assert scores == (run["accuracy"], run["loss"])
@@ -1596,10 +1668,12 @@ def test_skipped_steps_leave_weights_and_schedule_and_twenty_end_a_run(encoder, 
     skipped, weights = run(2.0**120)
     assert skipped == 12 and same_bits(bits(train_sst2.load_encoder(args, None, 0)[0]), weights)
     assert 0 < run(2.0**22)[0] < 12 and steps[0][0] == args.full_lr
-    assert max(norm for _, norm in steps) < 1.001  # clipped
+    assert steps[1][0] == pytest.approx(args.full_lr * 11 / 12)
+    assert steps[0][1] < 0.5 and max(norm for _, norm in steps) < 1.001  # unscaled, clipped
     args.epochs = 2
     refused("at step 20: try a lower learning rate", run, 2.0**120)
-    bad = lambda model, *_: (math.nan * model.classifier.weight.sum(), 0)
+    bad = lambda model, *_: (
+        (math.nan if model.training else 1) * model.classifier.weight.sum(), 0)
     monkeypatch.setattr(train_sst2, "classify", bad)
     args.dtype = "float32"
     refused("loss nan.* at step 1:", run, 1)
@@ -1617,6 +1691,7 @@ def test_padding_changes_neither_loss_nor_accuracy(encoder):
     wanted = (logits.argmax(-1) == labels).float().mean(), F.cross_entropy(logits, labels)
     assert 0 < wanted[0] < 1
     close(torch.tensor(train_sst2.evaluate(model, examples, "float32")), torch.stack(wanted))
+    assert train_sst2.classify(model, examples, "bfloat16")[0].dtype == torch.float32
 
 
 def test_the_seed_reaches_head_adapter_data_and_dropout(encoder):
@@ -1625,7 +1700,7 @@ def test_the_seed_reaches_head_adapter_data_and_dropout(encoder):
     for seed in (0, 1, 2**32):
         model, _ = train_sst2.load_encoder(args, 2, seed)
         layer = next(layer for _, layer in lora_layers(model))
-        order = train_sst2.epoch_windows([[[n]] for n in range(9)], 2, 1, random.Random(seed))
+        order = train_sst2.epoch_windows([[n * [n]] for n in range(9)], 2, 1, random.Random(seed))
         seen.append([model.classifier.weight, layer.lora_A, F.dropout(torch.ones(64)), order])
     for values in zip(*seen):
         assert str(values[0]) not in map(str, values[1:])
@@ -1652,6 +1727,12 @@ def test_what_a_checkpoint_lacks_is_trained_or_named(encoder, workdir):
     assert count_parameters(model)[0] == 2 * 2 * 2 * (32 + 32) + 32 * 33 + 2 * 33
     args.head = ["classifier"]
     refused("distil has no pre_classifier.*--head", train_sst2.load_encoder, args, 2, 0)
+    bare = transformers.BertModel.from_pretrained(encoder / "base", add_pooling_layer=False)
+    bare.save_pretrained("bare")
+    args.model, args.head = "bare", ["classifier", "pooler"]
+    save_adapter(*train_sst2.load_encoder(args, 2, 0), "adapter")
+    args.model = args.head = None
+    assert train_sst2.load_adapted(args, "adapter")  # base and head are the adapter's
 
 
 def test_sentences_are_read_as_they_stand(workdir):
@@ -1696,11 +1777,13 @@ def test_subspace_similarity_is_one_zero_or_chance():
         assert abs(by_chance[i - 1, j - 1] - max(i, j) / 512) < 0.02
 
 
-def test_amplification_is_what_it_is_by_hand():
+@cases("kind", [nn.Linear, Conv1D])
+def test_amplification_is_what_it_is_by_hand(kind):
     """Table 7: for dW = c times W's own directions, top or not, the factor must be c."""
     U, V, values = basis(6, 40).T, basis(6, 30, seed=1), torch.tensor([9.0, 7, 5, 3, 2, 1])
-    layer = LoRALinear(nn.Linear(30, 40), r=2, alpha=1)  # scaling 0.5
-    layer.weight.data = U @ torch.diag(values) @ V
+    layer = LoRALinear(linear(kind, 30, 40), r=2, alpha=1)  # scaling 0.5
+    W = U @ torch.diag(values) @ V
+    layer.weight.data = W if kind is nn.Linear else W.T
     for some in (slice(0, 2), slice(2, 4)):
         layer.lora_B.data, layer.lora_A.data = U[:, some] * values[some], V[some]
         part, top = values[some].norm(), values[:2].norm()
@@ -1716,7 +1799,11 @@ def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, workdi
     maps = train_sst2.main(sst2(encoder, f"--compare {one} {other}"))
     first, last = (f"bert.encoder.layer.{n}.attention.self.query" for n in (0, 1))
     a, b = (dict(lora_layers(train_sst2.load_adapted(args, x)))[last] for x in (one, other))
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(last)]
+    out = capsys.readouterr().out.splitlines()
+    for name, phi in maps.items():
+        row = next(line for line in out if line.startswith(name)).split()[-3:]
+        assert row == [f"{x:.2f}" for x in (phi[0, 0], phi[0, -1], phi[-1, -1])]
+    rows = [line.split() for line in out if line.startswith(last)]
     V1, V2 = (torch.linalg.qr(layer.lora_A.T).Q for layer in (a, b))
     assert rows[0][-1] == f"{(V1.T @ V2).square().sum():.2f}"
     assert rows[2][1:3] == [f"{b.weight.norm():.2f}", f"{b.delta().norm():.2f}"]
