@@ -10,8 +10,8 @@ NAME-DATA.jsonl (every completion) and, with matplotlib, a chart.
 
 Completions that end in "#### n" score as in lm-evaluation-harness (gsm8k, strict and flexible).
 Different on purpose: "The answer is n" (MetaMathQA) counts too, and wins over "#### n"; flexible
-prefers such a number to the last one; numbers compare by value: $29.00 is 29, 0.5 is 1/2; --shots
-takes rows of the same file, not of the training split.
+takes the last number where neither stands; numbers compare by value: $29.00 is 29, 0.5 is 1/2.
+--shots takes rows of the same file.
 """
 import argparse
 import csv
@@ -35,7 +35,8 @@ from huggingface_hub import HfApi, errors
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from lora import dequantize_nf4, load_adapter, merge_lora, quantize_nf4, strip_lora
+from lora import (dequantize_nf4, load_adapter, merge_lora, quantize_nf4, reset_heads,
+                  strip_lora)
 
 # Huge pages for tensors (Linux), or training takes up to twice the memory.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -58,7 +59,7 @@ def number(kind, low, high=math.inf):
             return value
         raise ValueError
 
-    parse.__name__ = f"{kind.__name__} from {low:g} to {high:g}"  # for argparse
+    parse.__name__ = f"{kind.__name__} from {low:g} to {high:g}"
     return parse
 
 
@@ -137,7 +138,7 @@ def read_rows(data, split, nb_samples=None):
         if Path(data).exists():
             table = read_file(Path(data))
         else:
-            import datasets  # here: importing it takes seconds
+            import datasets  # takes seconds
             datasets.config.HF_HUB_OFFLINE = local
             subset = "main" if data.endswith("gsm8k") else None  # GSM8K has two
             table = datasets.load_dataset(data, subset, split=split)
@@ -467,6 +468,7 @@ def main(args):
     for _, result in runs.values():  # a broken adapter ends the run now, not after an hour
         if result["adapter"]:
             load_adapter(model, result["adapter"])
+    reset_heads(model)
     strip_lora(model)
 
     print(f"{args.model} on {device} in {dtype} ({reason}): {settings['n']} problems, "

@@ -84,7 +84,7 @@ class LoRAConfig:
         check("rslora", isinstance(self.rslora, bool), "True or False")
 
     @property
-    def scaling(self) -> float:
+    def scaling(self):
         # Sec. 4.1: dividing by r keeps the learning rate usable when r changes
         return float(self.alpha / (math.sqrt(self.r) if self.rslora else self.r))
 
@@ -109,7 +109,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # uniform within 1 / sqrt(k)
         self.dropout = nn.Dropout(dropout)
         self.enabled = True
-        self.unmerged_base = None  # while merged: (base,), a tuple so that it is no submodule
+        self.unmerged_base = None  # while merged: (base,), in a tuple so as not to be registered
         self.train(base.training)
 
     def forward(self, x):
@@ -117,7 +117,7 @@ class LoRALinear(nn.Module):
             return self.base(x)
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., k) -> (..., r)
         update = F.linear(z * self.scaling, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        h = self.base(x)  # last: a checkpointed block that ends here need not run it again
+        h = self.base(x)  # last, so that recomputation may stop before it
         if not isinstance(h, torch.Tensor):
             raise ValueError(f"{type(self.base).__name__} returns no tensor: do not target it")
         return h + update
@@ -216,7 +216,7 @@ def copied(layer, device):
 
 # --- injection ---
 
-def inject_lora(model, config) -> list[str]:
+def inject_lora(model, config):
     """Freeze the model, wrap the targets, train also_train (Sec. 4.2); return the wrapped names.
 
     Create the optimizer afterwards. Raises ValueError, with the model untouched.
@@ -247,7 +247,7 @@ def lora_layers(model):
     return ((name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear))
 
 
-def count_parameters(model) -> tuple[int, int]:
+def count_parameters(model):
     """Return (trainable, total) weights; a packed layer counts as d x k."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     packed = sum(math.prod(features(m)) for m in model.modules() if hasattr(m, "to_dense"))
@@ -287,7 +287,7 @@ def unmerge_lora(model):
 
 
 def strip_lora(model):
-    """Replace every wrapper by its base, merged or not; return the frozen model.
+    """Replace every wrapper by its base, merged or not; return the model.
 
     Modules of also_train stay as trained.
     """
@@ -353,7 +353,7 @@ def ends_in(name, endings):
     return name != "" and f".{name}".endswith(tuple(f".{ending}" for ending in endings))
 
 
-# These read their children's weights without calling them: an adapter there would do nothing.
+# These read their children's weights without calling them: an adapter there is bypassed.
 BYPASSING = nn.MultiheadAttention, nn.TransformerEncoderLayer
 
 
@@ -404,7 +404,7 @@ REFUSED = set("""
     trainable_token_indices target_parameters ensure_weight_tying""".split())
 
 
-def adapter_state_dict(model) -> dict[str, torch.Tensor]:
+def adapter_state_dict(model):
     """Return copies of what trains. load_state_dict(copies, strict=False) goes back to them."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -432,9 +432,9 @@ def save_adapter(model, config, folder):
     for key, parameter in parameters.items():
         if not parameter.isfinite().all():
             raise ValueError(f"{key} holds NaN or infinity")
-    still = [name for name, layer in layers.items() if not layer.lora_B.any()]
-    if still:
-        warnings.warn(f"B is still zero in {still[0]}: was the optimizer made before the adapter?")
+    zero = [name for name, layer in layers.items() if not layer.lora_B.any()]
+    if zero:
+        warnings.warn(f"B is still zero in {zero[0]}: was the optimizer made before the adapter?")
 
     options = {
         "peft_type": "LORA", "inference_mode": True, "bias": "none",
@@ -470,12 +470,12 @@ def file_parameters(model, also_train):
 
 
 def base_sample(model):
-    """Return 64 weights of the last adapted layer, a fingerprint; [] if not floats."""
+    """Return 64 weights of the last adapted layer, a spot check; [] if not floats."""
     weight = list(require_lora(model).values())[-1].weight
     return weight.flatten()[:64].tolist() if weight.dtype in FLOATS and not weight.is_meta else []
 
 
-def load_adapter(model, folder) -> LoRAConfig:
+def load_adapter(model, folder):
     """Put a folder's adapter onto the model, replacing any other; return its config.
 
     Create the optimizer afterwards: loading replaces A and B. Raises RuntimeError while merged,
@@ -495,9 +495,7 @@ def load_adapter(model, folder) -> LoRAConfig:
     finally:
         replace_modules(model, {base: layer for layer, base in bases.items()})
 
-    for module in model.modules():
-        if hasattr(module, "before_training"):  # a head that the old adapter trained
-            module.load_state_dict(module.before_training)
+    reset_heads(model)
     inject_lora(strip_lora(model), config)
     for key, parameter in file_parameters(model, config.also_train).items():
         parameter.detach().copy_(tensors[key])
@@ -506,6 +504,13 @@ def load_adapter(model, folder) -> LoRAConfig:
     if here.shape == sample.shape and (here - sample).norm() > 0.3 * sample.norm():
         warnings.warn(f"{folder} was trained on another base")
     return config
+
+
+def reset_heads(model):
+    """Give the modules of also_train the values back that they had before injecting."""
+    for module in model.modules():
+        if hasattr(module, "before_training"):
+            module.load_state_dict(module.before_training)
 
 
 def read_adapter(model, folder):
@@ -660,7 +665,7 @@ class NF4Product(torch.autograd.Function):
 
 
 @torch.no_grad()
-def quantize_nf4(model, skip=("lm_head",)) -> list[str]:
+def quantize_nf4(model, skip=("lm_head",)):
     """Put an NF4Linear in place of the linear layers; return their names.
 
     Call it on the CPU before injecting, then move the model: the device never holds a dense layer.

@@ -1073,12 +1073,14 @@ def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, wo
 @cases("flags", [[], ["--nf4"]])
 def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny, workdir):
     """What transformers loads must answer as base and adapter do."""
-    saved(Path("adapter"), lambda: load(tiny)[0], r=4)
+    saved(Path("adapter"), lambda: load(tiny)[0], r=4, also_train="lm_head")
     evaluate(tiny, "--adapter", "adapter", "--save-merged", "merged", *flags)
     evaluate(tiny, "--model", "merged", "--out", "again")
     answers = records_of("adapter")
     assert answers == records_of("adapter-merged") == records_of("base", "again")
     assert answers != records_of("base")
+    evaluate(tiny, "--out", "alone", *flags)
+    assert records_of("base") == records_of("base", "alone")  # the head of the adapter is gone
 
 
 @cases("flags, message", [
@@ -1545,6 +1547,16 @@ def test_interrupting_saves_and_says_how_to_go_on(signum, tiny, workdir, monkeyp
     assert "--resume goes on from checkpoints/run/step_000002" in capsys.readouterr().out
     assert newest_state(Path("checkpoints/run"))[1]["step"] == len(metrics()) == 2
     assert all(signal.getsignal(number) == handler for number, handler in before.items())
+
+
+def test_two_states_stay_whatever_lies_damaged_later(tmp_path):
+    """Only then can a resumed run be resumed once more."""
+    (tmp_path / "step_000009").mkdir()
+    model, config = injected(llama)
+    for step in (1, 2, 3):
+        train_math.save_checkpoint(tmp_path / f"step_00000{step}", model, config, {})
+    states = [(folder / "trainer_state.pt").exists() for folder in checkpoints(tmp_path)]
+    assert states == [False, True, True, False]
 
 
 # --- train_math.py: command lines ---

@@ -1,7 +1,7 @@
 """LoRA fine-tuning of TinyLlama-1.1B on MetaMathQA, planned for one 4 GB card.
 
     python train_math.py                                           # 10,000 problems, 3 epochs, r=8
-    python train_math.py --demo                                    # a good minute, no download
+    python train_math.py --demo                                    # about a minute, no download
     python train_math.py --model DIR --data train.jsonl --r 16     # your own model and data
     python eval_gsm8k.py --adapter checkpoints/lora-r8-MetaMathQA  # score every checkpoint
     torchrun --nproc-per-node 2 -- train_math.py                   # the same run on two GPUs
@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import pandas  # comes with datasets
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -72,7 +71,7 @@ def parse_args(argv=None):
     add("--nf4", action="store_true", help="hold the base's linear layers in 4 bits (QLoRA)")
     add("--checkpoint-activations", action=BooleanOptionalAction, help="default: as the plan says")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--vram", type=number(float, 0.6), help="act as a card of so many GiB, 0.5 CUDA's own")
+    add("--vram", type=number(float, 0.6), help="act as a card of N GiB, 0.5 for CUDA")
     add("--run-name", help="default: lora-r{r}-{data}")
     add("--save-every", type=count, default=500, help="steps between checkpoints")
     add("--resume", action="store_true", help="continue from the newest whole checkpoint")
@@ -80,7 +79,7 @@ def parse_args(argv=None):
     add("--demo", action="store_true", help="train and score a tiny model; takes --seed alone")
     args = parser.parse_args(argv)
     name = args.run_name or f"lora-r{args.r}-{Path(args.data).stem}"
-    args.run_name = re.sub(r"^\.|[^\w.-]", "_", name)  # one folder, not ..
+    args.run_name = re.sub(r"^\.|[^\w.-]", "_", name)  # no / and no leading dot
     return args
 
 
@@ -335,10 +334,10 @@ def plan_memory(model, args, longest):
     if model.device.type != "cuda":
         process = read_number("/proc/self/status", "VmRSS:", 1024)
         plan["Python and libraries"] = max(0, process - plan["weights"])
-    total = sum(plan.values()) / GiB
+    total, known = sum(plan.values()) / GiB, f"{free / GiB:.2f}" if free else "unknown"
     print("memory plan, GiB:", *(f"{size / GiB:.3f} {what}," for what, size in plan.items()),
           f"in all {total:.2f}\nactivations {'recomputed' if recompute else 'kept'}: keeping takes "
-          f"{need / GiB:.2f} beside the weights, free: {free / GiB:.2f}", flush=True)
+          f"{need / GiB:.2f} beside the weights, free: {known}", flush=True)
     return total
 
 
@@ -378,7 +377,8 @@ def save_checkpoint(folder, model, config, state):
     (part / "trainer_state.pt").write_bytes(content.getvalue())
     shutil.rmtree(folder, ignore_errors=True)  # damaged
     part.rename(folder)
-    for old in checkpoints(folder.parent)[:-2]:
+    steps = checkpoints(folder.parent)  # any later one is damaged
+    for old in steps[:steps.index(folder)][:-1]:
         (old / "trainer_state.pt").unlink(missing_ok=True)
 
 
@@ -422,7 +422,7 @@ def train(model, examples, args, config=None, state=None):
             optimizer.param_groups[0]["lr"] = lr
 
             # 2. Forward and backward, one micro-batch at a time. Each loss is divided by the
-            #    targets of the whole window, so 8 x 1, 4 x 2 and 1 x 8 give the same gradient.
+            #    targets of the whole window, so 8 x 1 or 1 x 8 of the same rows give one gradient.
             first = step * args.grad_accum
             window = batches[first:first + args.grad_accum]
             targets = sum(len(ids) - prompt for batch in window for ids, prompt in batch)
@@ -469,8 +469,8 @@ def train(model, examples, args, config=None, state=None):
                     save_checkpoint(saved, model, config, {
                         **state, "step": step, "scaler": vars(scaler),
                         "optimizer": optimizer.state_dict()})
+    gather(saved)  # rank 0 may still be saving, and torchrun ends all when one exits
     if stop and step < steps:
-        gather(saved)  # torchrun ends all when one exits, and rank 0 may be saving
         if saved:
             print(f"stopped: the same command with --resume goes on from {saved}")
         sys.exit(128 + (caught or [signal.SIGTERM])[0])  # 130 for Ctrl-C, 143 for SIGTERM
@@ -519,6 +519,7 @@ def open_log(path, step):
 def plot_loss(path):
     """Draw the losses of metrics.jsonl and their running mean, where matplotlib is installed."""
     try:
+        import pandas  # comes with datasets
         from matplotlib.figure import Figure
     except ImportError:
         return

@@ -6,7 +6,7 @@
     python train_sst2.py --adapter runs/sst2/r8-s0     # score a saved adapter
     python train_sst2.py --compare runs/sst2/r8-s0 runs/sst2/r64-s1    # what was learned
 
-One experiment is one folder, --out: sst2.jsonl has a line per finished run, which is not repeated;
+One experiment is one folder, --out: sst2.jsonl has a line per finished run; those are skipped;
 sst2.png the curves; r8-s0/ adapter and head of r=8 and seed 0, as PEFT saves them. Own data is a
 folder with train and validation as .jsonl or .tsv: sentence, and label 0 or 1.
 
@@ -321,8 +321,8 @@ def train(args, data, r, seed):
         start = time.perf_counter()
         model.train()
 
-        # 1. Learning rate: warm-up over 6% of the steps (Table 9), at most 100, then a line to 0
-        #    that begins at step 0: the peak is up to 6% lower. Skipped steps do not count.
+        # 1. Learning rate: warm-up over 6% of the steps (Table 9), at most 100, capped by a line
+        #    from the peak at step 0 to 0: up to 6% below the peak. Skipped steps do not count.
         done = step - 1 - skipped
         warmup = max(1, min(100, 0.06 * steps))
         lr = peak_lr * min((done + 1) / warmup, (steps - done) / steps)

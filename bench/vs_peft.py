@@ -101,7 +101,8 @@ def run_child(kind, args):
     command = [sys.executable, __file__, "--child", kind, "--model", args.model, "--data",
                args.data, "--steps", str(args.steps), "--batch", str(args.batch), "--targets",
                *args.targets]
-    done = subprocess.run(command, capture_output=True, text=True)
+    env = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}  # torch's default, which our imports change
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         sys.exit(f"vs_peft.py: {kind} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
