@@ -551,7 +551,7 @@ def catch_signals():
 # --- a run, from flags to files ---
 
 def main(args):
-    """Run the experiment, or the demo. Return the folder of the last checkpoint."""
+    """Run the experiment and return the last checkpoint's folder, or run the demo."""
     if args.demo:
         return demo(args.seed)
     config = LoRAConfig(args.r, args.alpha, args.dropout, args.targets, rslora=args.rslora)

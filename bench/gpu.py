@@ -29,6 +29,7 @@ SETTINGS = ["--dtype float16", "--dtype float16 --checkpoint-activations", "--dt
 
 def make_model(folder, texts):
     """Write a Llama of TinyLlama's shape, and a byte-level tokenizer of 2,000 pieces."""
+    from memory import SHAPES
     from tokenizers import ByteLevelBPETokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     inner = ByteLevelBPETokenizer()
@@ -38,8 +39,7 @@ def make_model(folder, texts):
     torch.manual_seed(0)
     with torch.device("cuda"):
         model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
-            num_attention_heads=32, num_key_value_heads=4, bos_token_id=0, eos_token_id=1))
+            **SHAPES["TinyLlama-1.1B"], bos_token_id=0, eos_token_id=1))
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
