@@ -117,7 +117,7 @@ class LoRALinear(nn.Module):
             return self.base(x)
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., k) -> (..., r)
         update = F.linear(z * self.scaling, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        h = self.base(x)  # last, so that recomputation may stop before it
+        h = self.base(x)  # last: recomputation may stop before it
         if not isinstance(h, torch.Tensor):
             raise ValueError(f"{type(self.base).__name__} returns no tensor: do not target it")
         return h + update

@@ -43,7 +43,7 @@ from tqdm import tqdm
 from lora import (LoRAConfig, count_parameters, inject_lora, is_transposed, load_adapter,
                   lora_layers, save_adapter)
 
-# Huge pages (Linux): up to half the memory in training.
+# Huge pages (Linux): without them up to twice the memory.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 try:
