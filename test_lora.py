@@ -37,7 +37,6 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           LlamaConfig, LlamaForCausalLM)
@@ -181,17 +180,16 @@ def close(a, b, atol=1e-5):
 
 def saved_for_backward(function, but=()):
     """Return the bytes that function() keeps for backward, each tensor once, but not of these."""
-    kept, others = {}, {tensor.untyped_storage().data_ptr() for tensor in but}
+    kept = {}
 
     def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in others:
-            kept[storage.data_ptr()] = storage
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         function()
-    return sum(storage.nbytes() for storage in kept.values())
+    others = {tensor.untyped_storage().data_ptr() for tensor in but}
+    return sum(size for place, size in kept.items() if place not in others)
 
 
 def refused(match, call, *args, error=ValueError):
@@ -231,10 +229,18 @@ def tiny(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def workdir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+
+
+@pytest.fixture
+def patch(monkeypatch):
+    """Return patch(owner, name=fake), which holds for one test."""
+    def patch(owner, **fakes):
+        for name, fake in fakes.items():
+            monkeypatch.setattr(owner, name, fake)
+    return patch
 
 
 def load(tiny):
@@ -246,7 +252,7 @@ def load(tiny):
 @cases("dtype", DTYPES)
 @cases("kind", [nn.Linear, Conv1D])
 def test_zero_start_leaves_the_output_bit_identical(kind, dtype):
-    """Step 0 must be the base, bit for bit (Sec. 4.1), with A and B in fp32 over any base."""
+    """Step 0 must be the base (Sec. 4.1), with A and B in fp32 over any base."""
     base, x = linear(kind, 24, 16).to(dtype), torch.randn(5, 24).to(dtype)
     layer = LoRALinear(base, r=4, alpha=8, dropout=0.5)  # which leaves W0 x alone
     y = layer(x)
@@ -261,7 +267,7 @@ def test_zero_start_leaves_the_output_bit_identical(kind, dtype):
 @cases("rslora, scaling", [(False, 3), (True, 6)])
 @cases("kind", [nn.Linear, Conv1D])
 def test_forward_is_a_dense_layer_with_the_update_added(kind, rslora, scaling):
-    """y must be (W0 + s B A) x + b (Eq. 3), with s = alpha / r, or alpha / sqrt(r) for rslora."""
+    """y must be (W0 + s B A) x + b (Eq. 3), s = alpha / r, or alpha / sqrt(r)."""
     layer = LoRALinear(linear(kind, 24, 16), r=4, alpha=12, rslora=rslora, dropout=0.5)
     shake(layer, 1.0)
     update = scaling * (layer.lora_B @ layer.lora_A).detach()
@@ -272,7 +278,7 @@ def test_forward_is_a_dense_layer_with_the_update_added(kind, rslora, scaling):
 
 
 def test_gradients_are_the_closed_form():
-    """For G = dL/dy: dB = s G^T x A^T, dA = s B^T G^T x, dx = G (W0 + s B A), none for W0."""
+    """For G = dL/dy: dB = s G^T x A^T, dA = s B^T G^T x, dx = G (W0 + s B A)."""
     layer, s = LoRALinear(linear(nn.Linear, 24, 16), r=4, alpha=8), 2
     shake(layer)
     x, G = torch.randn(5, 24, requires_grad=True), torch.randn(5, 16)
@@ -285,7 +291,7 @@ def test_gradients_are_the_closed_form():
 
 
 def test_base_never_changes():
-    """Training must move each A, B and named head, and no bit of the base (Sec. 4.2)."""
+    """Training must move each A, B and named head, and nothing else (Sec. 4.2)."""
     model = roberta().train()
     model(IDS).logits.sum().backward()  # gradients of pretraining
     inject_lora(model, LoRAConfig(r=4, **HEAD))
@@ -298,7 +304,7 @@ def test_base_never_changes():
 @cases("build, target", [(llama, "v_proj"), (gpt2, "c_attn")])
 @cases("dtype", [*DTYPES, "nf4"])
 def test_merge_rounds_once_and_unmerge_restores_every_bit(build, target, dtype):
-    """Merged W must be round(W0 + s B A), twice as once; unmerged, the base has its old bits."""
+    """Merged W must be round(W0 + s B A), also when merged twice."""
     model, _ = injected(lambda: in_dtype(build(), dtype), targets=target)
     layers = [layer for _, layer in lora_layers(model)]
     before, unmerged, rounded = bits(model), logits(model), []
@@ -307,11 +313,9 @@ def test_merge_rounds_once_and_unmerge_restores_every_bit(build, target, dtype):
         update = 2 * layer.lora_B @ layer.lora_A
         update = update.T if build is gpt2 else update
         rounded.append((layer.weight.float() + update).to(layer.weight.dtype))
-    biases = [layer.bias for layer in layers if layer.bias is not None]
     with torch.autocast("cpu", torch.bfloat16):  # the sum stays fp32
         assert merge_lora(model) is model and merge_lora(model) is model
     assert all(map(torch.equal, (layer.weight for layer in layers), rounded))
-    assert not any(layer.bias is bias for layer, bias in zip(layers, biases))  # owns its bias
     close(logits(model), unmerged, atol=1e-5 if dtype in (torch.float32, "nf4") else 0.1)
     assert unmerge_lora(model) is model
     assert same_bits(bits(model), before) and torch.equal(logits(model), unmerged)
@@ -340,7 +344,7 @@ DISTILBERT = dict(targets=("q_lin", "v_lin"), also_train=("pre_classifier", "cla
     ("distilbert", {}, DISTILBERT, 739_586),
     ("llama", GPT3, dict(r=1), 4_718_592), ("llama", GPT3, {}, 37_748_736)])
 def test_parameter_counts_of_the_published_models(kind, sizes, options, trainable):
-    """Counts must be those of the papers and model cards (no weights: the meta device)."""
+    """Counts must be those of the papers and model cards."""
     task = AutoModelForSequenceClassification if "bert" in kind else AutoModelForCausalLM
     with torch.device("meta"):
         model = make(kind, task, **sizes)
@@ -355,7 +359,7 @@ def test_parameter_counts_of_the_published_models(kind, sizes, options, trainabl
 @cases("build, options", [
     (llama, {}), (llama, dict(rslora=True)), (gpt2, dict(targets=("c_attn",))), (roberta, HEAD)])
 def test_training_curve_equals_peft_s(build, options, tmp_path):
-    """PEFT must load our file, agree, and have the losses of 20 AdamW steps within 1e-4."""
+    """PEFT must load our file and have the losses of 20 AdamW steps within 1e-4."""
     peft = pytest.importorskip("peft")
     model, _ = saved(tmp_path, build, **options)
     theirs = peft.PeftModel.from_pretrained(build(), tmp_path, is_trainable=True).eval()
@@ -366,8 +370,8 @@ def test_training_curve_equals_peft_s(build, options, tmp_path):
     assert train(model, 20) == pytest.approx(train(theirs, 20), abs=1e-4)
 
 
-def test_the_readme_s_lines_adapt_a_gpt_of_one_s_own(workdir, monkeypatch):
-    """The README's snippet must train, save, merge and strip without lora.py's appendix."""
+def test_the_readme_s_lines_adapt_a_gpt_of_one_s_own(monkeypatch):
+    """The README's snippet must work, also without lora.py's appendix."""
     source = Path(lora.__file__).read_text(encoding="utf8")
     source = source[:source.index("# --- appendix: a 4-bit base (NF4) ---\n")]
     assert "nf4" not in source.split('"""', 2)[2].lower()
@@ -402,12 +406,12 @@ def test_config_refuses_values_out_of_range(bad):
     ("blocks.0.q_proj blocks.0.eq_proj blocks.0.v_proj blocks.0.mlp",
      dict(targets="all-linear", also_train="blocks.1"))])
 def test_targets_match_whole_names(names, options):
-    """q_proj must not match eq_proj; all-linear is all but the output head and also_train."""
+    """q_proj must not match eq_proj; all-linear must leave the head and also_train."""
     assert inject_lora(SmallGPT(), LoRAConfig(**options)) == names.split()
 
 
 def test_a_name_without_match_lists_what_exists():
-    """A misspelt name must be an error with the names there are, the model untouched."""
+    """A misspelt name must be an error, with the model untouched."""
     model = SmallGPT()
     refused("'q_porj' matches no layer.*: eq_proj, lm_head, mlp, q_proj, v_proj",
             inject_lora, model, LoRAConfig(targets=("q_proj", "q_porj")))
@@ -417,32 +421,29 @@ def test_a_name_without_match_lists_what_exists():
 
 
 def test_a_tied_weight_is_refused():
-    """Training a head that is the embedding too would change both: refused in either role."""
+    """Training a head that is the embedding too would change both."""
     model = llama(tie_word_embeddings=True)
     for config in (LoRAConfig(targets=("q_proj", "lm_head")), LoRAConfig(also_train="lm_head")):
         refused("lm_head shares a weight", inject_lora, model, config)
 
 
 def test_what_only_looks_linear_is_left_alone():
-    """Nor may layers be adapted that are read but never called, as in torch's attention."""
+    """So must be layers that are read but never called, as in torch's attention."""
     conv = type("Conv1D", (nn.Conv1d,), {})(8, 8, 3)  # not that of transformers
-    own, linear = nn.Embedding(8, 4), nn.Linear(4, 4)
+    own, linear, packed = nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 4)
     own.in_features, own.out_features = 8, 4  # stands for a layer that keeps (in, out)
-    model = nn.Sequential(conv, own, nn.TransformerEncoderLayer(8, 2, 16), linear, linear)
-    assert inject_lora(model, LoRAConfig(targets="all-linear")) == ["3"]
+    packed.weight = nn.Parameter(torch.zeros(8, dtype=torch.uint8), False)  # by another library
+    model = nn.Sequential(conv, own, nn.TransformerEncoderLayer(8, 2, 16), linear, linear, packed)
+    head = model.append(nn.Linear(4, 4))[-1]
+    model.get_output_embeddings = lambda: head
+    assert inject_lora(model, LoRAConfig(targets="all-linear")) == ["3", "5"]
     assert model[3] is model[4] is not linear  # one layer in two places stays one
-
-
-def test_all_linear_leaves_out_a_head_of_any_name():
-    """get_output_embeddings() must tell."""
-    model = SmallGPT()
-    model.get_output_embeddings = lambda: model.blocks[0]["mlp"]
-    assert "blocks.0.mlp" not in inject_lora(model, LoRAConfig(targets="all-linear"))
+    refused("cannot merge into this Linear", merge_lora, model)
 
 
 @cases("kind", ["phimoe", "llama4_text"])
 def test_all_linear_leaves_out_routers(kind):
-    """Routers return tuples: all-linear must train without them, a named one must say so."""
+    """Routers return tuples: a named one must say so."""
     model = make(kind, **SMALL, num_local_experts=2, intermediate_size_mlp=48, head_dim=8)
     names = inject_lora(model, LoRAConfig(r=2, targets="all-linear"))
     assert len(names) >= 8 and not any("router" in name for name in names)
@@ -451,23 +452,8 @@ def test_all_linear_leaves_out_routers(kind):
     refused("Router returns no tensor.*target", model, IDS)
 
 
-@cases("kind", ["Linear8bitLt", "Linear4bit"])
-def test_layers_that_bitsandbytes_quantised_train(kind, tmp_path):
-    """all-linear must adapt them; merging must say that it cannot, and merge none."""
-    quantised = getattr(pytest.importorskip("bitsandbytes").nn, kind)
-    options = dict(has_fp16_weights=False) if kind == "Linear8bitLt" else {}
-    model = nn.Sequential(nn.Linear(32, 32), quantised(32, 32, **options)).to("cpu")
-    config = LoRAConfig(r=2, targets="all-linear")
-    assert inject_lora(model, config) == ["0", "1"]
-    model(torch.randn(16, 32)).square().mean().backward()
-    assert all(layer.lora_B.grad.any() for layer in model)
-    save_adapter(model, config, tmp_path)
-    refused(f"cannot merge into this {kind}", merge_lora, model)
-    assert not model[0].merged
-
-
 def test_wrappers_come_after_injection(tmp_path):
-    """Inside DDP, adapters would not be synchronised: refused; saving from inside must work."""
+    """DDP would not synchronise a later adapter; saving from inside must work."""
     model, config = saved(tmp_path)
     before, parallel = load_file(tmp_path / WEIGHTS), nn.DataParallel(model)
     refused("first, then wrap", inject_lora, nn.DataParallel(llama()), config)
@@ -479,7 +465,7 @@ def test_wrappers_come_after_injection(tmp_path):
 
 @cases("dtype", [torch.float32, "nf4"])
 def test_a_cast_keeps_the_adapter_in_float32_and_the_codes(dtype):
-    """A cast after injection must cast the base alone: each bit of A, B and NF4's codes stays."""
+    """A cast must reach the base alone, and no bit of A, B and NF4's codes."""
     model, _ = injected(lambda: in_dtype(llama(), dtype))
     before, after = bits(model), bits(model.half())
     for name in before:
@@ -493,7 +479,7 @@ def test_a_cast_keeps_the_adapter_in_float32_and_the_codes(dtype):
 
 @cases("strict", [True, False])
 def test_a_plain_checkpoint_loads_into_an_adapted_model(strict):
-    """Injected too early: plain names must reach the base, and leave A and B."""
+    """Plain names must reach the base, and leave A and B."""
     plain, (model, _) = SmallGPT(seed=1).state_dict(), injected(SmallGPT)
     before = adapter_state_dict(model)
     model.load_state_dict(plain, strict=strict)
@@ -506,7 +492,7 @@ def test_a_plain_checkpoint_loads_into_an_adapted_model(strict):
 # --- merged, switched off, copied, saved for backward ---
 
 def test_a_merged_model_is_not_saved_loaded_or_switched_off(tmp_path):
-    """Each would lose the adapter or apply it twice: RuntimeError with the cure."""
+    """Each would lose the adapter or apply it twice."""
     model, config = saved(tmp_path)
     merge_lora(model)
     for call, *args in ((save_adapter, model, config, tmp_path), (load_adapter, model, tmp_path),
@@ -527,7 +513,7 @@ def test_a_merge_that_fails_leaves_nothing_merged():
 
 
 def test_disable_is_the_base_also_after_an_exception():
-    """Inside, the output must be the base's; after it, also after an error, the adapter's."""
+    """Inside, the output must be the base's; afterwards the adapter's."""
     model, _ = injected(llama)
     adapted = logits(model)
     with pytest.raises(KeyError), disable_lora(model):
@@ -541,7 +527,7 @@ def test_disable_is_the_base_also_after_an_exception():
 
 @cases("dtype", [torch.float32, "nf4"])
 def test_compiled_copied_and_pickled_models_agree(dtype):
-    """Each must give the same output; unmerging or training a copy must not touch the model."""
+    """What is done to a copy must not touch the model."""
     model, _ = injected(lambda: in_dtype(SmallGPT().eval(), dtype), dropout=0.5)
     unmerged = logits(model)
     close(logits(torch.compile(model, backend="eager")), unmerged)
@@ -555,13 +541,10 @@ def test_compiled_copied_and_pickled_models_agree(dtype):
 
 @cases("wrap", [lambda layer: layer, NF4Linear])
 def test_an_adapted_layer_keeps_its_input_once(wrap):
-    """For backward it may keep x, its base's own weight and what is as narrow as the rank."""
-    layer, kept, calls = LoRALinear(wrap(nn.Linear(96, 80)), r=4, alpha=8), [], []
+    """For backward it may keep x, and what is as narrow as the rank."""
+    layer, calls = LoRALinear(wrap(nn.Linear(96, 80)), r=4, alpha=8), []
     x = torch.randn(50, 96, requires_grad=True)
-    with saved_tensors_hooks(kept.append, lambda _: None):
-        layer(x)
-    wide = {tensor.data_ptr() for tensor in kept if tensor.numel() >= 50 * 80}
-    assert wide <= {x.data_ptr(), *(p.data_ptr() for p in layer.base.parameters())}
+    assert saved_for_backward(lambda: layer(x), [x, layer.weight]) < 4 * 50 * 80
     layer.base.register_forward_hook(lambda *_: calls.append(1))
     checkpoint(layer, x, use_reentrant=False).sum().backward()
     assert len(calls) == 1  # recomputing stops before the base
@@ -574,7 +557,7 @@ def test_an_adapted_layer_keeps_its_input_once(wrap):
     (gpt2, dict(targets=("c_attn", "c_fc")), dict(targets="c_proj")),
     (SmallGPT, dict(r=numpy.int64(2), alpha=numpy.float32(4)), dict(targets="0.q_proj"))])
 def test_a_loaded_adapter_is_exact_and_replaces_any_other(build, first, second, tmp_path):
-    """Bits and config must come back in place of any other; a head goes back to its start."""
+    """Bits and config must come back; a replaced head goes back to its start."""
     folders = [tmp_path / "first", tmp_path / "second"]
     both = [saved(folder, build, **o) for folder, o in zip(folders, (first, second))]
     model = build()
@@ -584,10 +567,6 @@ def test_a_loaded_adapter_is_exact_and_replaces_any_other(build, first, second, 
         assert same_bits(bits(model), bits(wanted))
         assert torch.equal(logits(model), logits(wanted))
     assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
-    load_adapter(model, folders[0])
-    stripped = bits(strip_lora(model))
-    load_adapter(model, folder)
-    assert same_bits(bits(strip_lora(model)), stripped)  # the head stays as trained
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -629,7 +608,7 @@ def mutant(files, rng):
 
 @quiet
 def test_mutated_adapters_load_exactly_or_leave_the_model_alone(tmp_path):
-    """Of 1,000 each must load to the bit what it says, or be refused with the model as it was."""
+    """Of 1,000 each must load to the bit what it says, or be refused."""
     saved(tmp_path, SmallGPT)
     paths = tmp_path / WEIGHTS, tmp_path / CONFIG
     whole, rng, loaded = [path.read_bytes() for path in paths], random.Random(0), 0
@@ -654,7 +633,7 @@ def test_mutated_adapters_load_exactly_or_leave_the_model_alone(tmp_path):
 
 @cases("there", [*DTYPES, "nf4"])
 def test_another_base_warns_and_another_dtype_does_not(there, tmp_path):
-    """The sample of the base must tell another seed, and fit the same base in any dtype."""
+    """The sample must tell another seed, and fit the same base in any dtype."""
     saved(tmp_path, SmallGPT)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -664,7 +643,7 @@ def test_another_base_warns_and_another_dtype_does_not(there, tmp_path):
 
 
 def test_saving_refuses_what_would_not_load_again(tmp_path):
-    """Another config, NaN and a weight unfrozen by hand must raise, and leave the old file."""
+    """Each must raise, and leave the old file."""
     inject_lora(model := llama(), LoRAConfig())
     with pytest.warns(UserWarning, match="B is still zero in model.layers.0"):
         save_adapter(model, LoRAConfig(), tmp_path)
@@ -682,13 +661,13 @@ def test_saving_refuses_what_would_not_load_again(tmp_path):
     assert (tmp_path / WEIGHTS).read_bytes() == before
 
 
-def test_an_interrupted_save_leaves_no_mixed_adapter(tmp_path, monkeypatch):
-    """New weights beside an old config must not be left: without a config nothing loads."""
+def test_an_interrupted_save_leaves_no_mixed_adapter(tmp_path, patch):
+    """New weights must not lie beside an old config: without one nothing loads."""
     def interrupted(*_):
         raise KeyboardInterrupt
 
     model, config = saved(tmp_path)
-    monkeypatch.setattr(Path, "replace", interrupted)
+    patch(Path, replace=interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_adapter(model, config, tmp_path)
     refused(CONFIG, load_adapter, model, tmp_path)
@@ -704,7 +683,7 @@ def test_an_interrupted_save_leaves_no_mixed_adapter(tmp_path, monkeypatch):
     (llama, ["q_proj", "lm_head"], {}),
     (roberta, ["query"], dict(task_type="SEQ_CLS"))])
 def test_adapters_that_peft_made_load_and_agree(build, targets, options, tmp_path):
-    """Logits must be PEFT's within 1e-5, however its config names layers and modules."""
+    """Logits must be PEFT's, however its config names layers and modules."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, **options)
     theirs = peft.get_peft_model(build(), config).eval()
@@ -719,7 +698,7 @@ def test_adapters_that_peft_made_load_and_agree(build, targets, options, tmp_pat
 
 
 def test_every_option_of_peft_is_honoured_harmless_or_refused(tmp_path):
-    """What makes another kind of adapter must be refused by name; an unknown option must warn."""
+    """What changes the adapter must be refused by name; an unknown option must warn."""
     peft = pytest.importorskip("peft")
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     assert known <= lora.ACCEPTED | lora.REFUSED
@@ -736,7 +715,7 @@ def test_every_option_of_peft_is_honoured_harmless_or_refused(tmp_path):
 # --- a 4-bit base ---
 
 def test_nf4_codes_agree_with_bitsandbytes():
-    """Each value must be its block's nearest, in 4.25 bits, and the bytes bitsandbytes'."""
+    """Each value must be its block's nearest, in 4.25 bits, as in bitsandbytes."""
     layer = linear(nn.Linear, 320, 256)
     weight, packed = layer.weight.detach(), NF4Linear(layer)
     blocks, back = weight.view(-1, 64), packed.weight.view(-1, 64)
@@ -754,35 +733,22 @@ def test_nf4_codes_agree_with_bitsandbytes():
     close(packed.weight, functional.dequantize_4bit(codes, state), atol=3e-4)
 
 
-class Integers(TorchDispatchMode):
-    """Note the largest integer tensor that any operation makes, in bytes."""
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **kwargs or {})
-        if not output.is_floating_point():
-            self.largest = max(self.largest, output.nbytes)
-        return output
-
-
 @cases("dtype", DTYPES)
 @cases("kind", [nn.Linear, Conv1D])
 def test_nf4_computes_and_differentiates_like_the_dense_layer(kind, dtype):
-    """Output and dL/dx must be the dequantised layer's; no index takes above 2 bytes a weight."""
+    """Output and dL/dx must be the dequantised layer's."""
     layer = NF4Linear(linear(kind, 40, 24).to(dtype).eval())
     dense = layer.to_dense()
     assert type(dense) is kind and not layer.training and not dense.training
     x = torch.randn(3, 5, 40, dtype=dtype, requires_grad=True)
     assert torch.equal(layer(x), dense(x))
-    with Integers() as integers:
-        gradients = [torch.autograd.grad(net(x).sum(), x)[0] for net in (layer, dense)]
+    gradients = [torch.autograd.grad(net(x).sum(), x)[0] for net in (layer, dense)]
     close(*gradients, atol=1e-6 if dtype == torch.float32 else 0.1)
-    assert 0 < integers.largest <= 2 * 40 * 24
 
 
 @cases("build", [llama, gpt2])
 def test_lora_over_nf4_trains_and_goes_back(build):
-    """QLoRA: only A and B move; merged and stripped, or dequantised, the layers are plain."""
+    """Only A and B must move; stripped or dequantised, the layers are plain."""
     model, plain, config = build(), build(), LoRAConfig(r=4, targets="all-linear")
     names, base = quantize_nf4(model), logits(model)
     assert count_parameters(model)[1] == count_parameters(plain)[1]
@@ -798,7 +764,7 @@ def test_lora_over_nf4_trains_and_goes_back(build):
 
 
 def test_quantising_leaves_what_it_must():
-    """The head and skip stay dense; tied layers and other kinds stay so with a warning."""
+    """Head and skip must stay dense; tied layers and other kinds too, with a warning."""
     model = llama()
     assert len(quantize_nf4(model, ("q_proj",))) == 12
     assert quantize_nf4(model, ()) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
@@ -826,7 +792,7 @@ def test_quantising_leaves_what_it_must():
     ("it is -3.", "- -3"), ("Question: #### 5", "-"), ("48/2.5", "- 2.5"), ("(9)-5", "- 5"),
     pytest.param(f"#### -0.{'9' * 5000}", f"-0.{'9' * 5000}", id="no digit is rounded away")])
 def test_strict_answers_need_a_marker_and_flexible_ones_do_not(text, answers):
-    """A number behind a marker must win. Flexible, the last one counts where there is none."""
+    """A number behind a marker must win; else, flexible, the last one counts."""
     wanted = [None if word == "-" else Fraction(word) for word in answers.split() * 2]
     assert [extract_answer(text), extract_answer(text, flexible=True)] == wanted[:2]
 
@@ -839,7 +805,7 @@ def harness(text, flexible):
 
 
 def test_scores_equal_lm_evaluation_harness():
-    """On 56 completions that end in "#### n" both modes must score as the two published filters."""
+    """On 56 completions that end in "#### n" both modes must score as it does."""
     endings = ["18", "-5", "1,080", "0.5", "12,345,678.25", "7", "18.", "100"]
     for steps in ("", "He pays $1,250.50 for 3-4 of 12. ", "48/2 = 24 clips, 50%. x = -3; y = .5 ",
                   "First #### 7\nno, ", "#### none so far, -8 ", "10-5=5... 1/2 of 18 is 9.\n",
@@ -852,8 +818,8 @@ def test_scores_equal_lm_evaluation_harness():
 
 # --- eval_gsm8k.py: data, the Hub ---
 
-def test_rows_of_all_schemas_and_kinds_of_file(workdir):
-    """MetaMathQA, GSM8K and Alpaca rows must come out as question and answer, text as text."""
+def test_rows_of_all_schemas_and_kinds_of_file():
+    """MetaMathQA, GSM8K and Alpaca must come out as question and answer."""
     rows = [{"query": "2024-01-01", "response": "r"}, {"question": "q", "answer": "r\u2028s"},
             {"instruction": "do", "input": "it", "output": "so"}]
     wanted = [("2024-01-01", "r"), ("q", "r\u2028s"), ("do\nit", "so")]
@@ -867,8 +833,8 @@ def test_rows_of_all_schemas_and_kinds_of_file(workdir):
     assert read_rows("x[0].parquet", "train") == [("q", "r")]
 
 
-def test_empty_answers_are_dropped_and_only_calculator_marks_removed(workdir, capsys):
-    """Alpaca has 28 empty outputs. <<48/2=24>> must go, code between << and >> must stay."""
+def test_empty_answers_are_dropped_and_only_calculator_marks_removed(capsys):
+    """Alpaca has 28 empty outputs; code between << and >> must stay."""
     code = 'std::cout << "a"; std::cin >> b; y = 1 << 2 >> 3'
     answers = [" ", None, ".5*48=<<.5*48=24>>24", code]
     Path("x.json").write_text(json.dumps([{"question": "q", "answer": a} for a in answers]))
@@ -880,22 +846,22 @@ def test_empty_answers_are_dropped_and_only_calculator_marks_removed(workdir, ca
 @cases("name, text, message", [
     ("x.csv", "query,response\n", "no row"), ("x.json", "{broken\n", "JSONDecodeError"),
     ("x.parquet", "PAR1", "Arrow"), ("x.json", '[{"query": 1, "response": "b"}]', "row 1")])
-def test_bad_data_is_one_clear_error(name, text, message, workdir):
-    """An empty, broken or foreign data file must be one line that names it."""
+def test_bad_data_is_one_clear_error(name, text, message):
+    """An empty, broken or foreign file must be one line that names it."""
     Path(name).write_text(text)
     refused(f"--data {name}: .*{message}", read_rows, name, "train")
 
 
-def test_a_hub_data_set_s_subset_and_split(monkeypatch):
-    """GSM8K and GLUE need a subset; scores must come from the split that is asked for."""
+def test_a_hub_data_set_s_subset_and_split(patch):
+    """GSM8K and GLUE need a subset; scores must come from the split asked for."""
     import datasets
 
     def load_dataset(*what, split):
         row = dict(question=f"{what} {split}", answer="1", sentence=f"{what} {split}", label=1)
         return datasets.Dataset.from_list([row])
     for module in (eval_gsm8k, train_sst2):
-        monkeypatch.setattr(module, "hub_problem", lambda *_: None)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        patch(module, hub_problem=lambda *_: None)
+    patch(datasets, load_dataset=load_dataset)
     assert read_rows("openai/gsm8k", "test") == [("('openai/gsm8k', 'main') test", "1")]
     assert read_rows("a/b", "train") == [("('a/b', None) train", "1")]
     assert train_sst2.read_sentences("a/glue", "test") == [("('a/glue', 'sst2') test", 1)]
@@ -904,17 +870,17 @@ def test_a_hub_data_set_s_subset_and_split(monkeypatch):
 @cases("failure, words", [
     (OSError, ".* cannot be reached"), ("hangs", ".* cannot be reached"),
     (RepositoryNotFoundError, "no .*model .*on the Hub")])
-def test_a_hub_that_says_no_is_told_from_one_that_is_silent(failure, words, tiny, monkeypatch):
-    """Silent, also where a name look-up hangs: the cache, then one line. Folders must not ask."""
+def test_a_hub_that_says_no_is_told_from_one_that_is_silent(failure, words, tiny, patch):
+    """Also where a name look-up hangs; for folders it must not be asked."""
     def repo_info(*_, **__):
         asked.append(failure)
         if failure == "hangs":
             return time.sleep(20)
         raise failure.__new__(failure)
     asked, get = [], ApplyResult.get
-    monkeypatch.setattr(HfApi, "repo_info", repo_info)
+    patch(HfApi, repo_info=repo_info)
     assert load(tiny) and read_rows(str(tiny / "test.jsonl"), "test") and not asked
-    monkeypatch.setattr(ApplyResult, "get", lambda self, timeout: get(self, timeout / 40))
+    patch(ApplyResult, get=lambda self, timeout: get(self, timeout / 40))
     train_sst2.hub_problem.cache_clear()
     refused(f"--model a/b: {words}", load_model, "a/b", None, CPU)
     flags = train_sst2.parse_args(["--model", "a/b"])
@@ -924,41 +890,39 @@ def test_a_hub_that_says_no_is_told_from_one_that_is_silent(failure, words, tiny
 
 # --- eval_gsm8k.py: device, dtype, model, generation ---
 
-def test_a_process_of_torchrun_touches_its_own_gpu_alone(monkeypatch):
+def test_a_process_of_torchrun_touches_its_own_gpu_alone(monkeypatch, patch):
     """Touching "cuda" would take memory on GPU 0 in every process."""
-    monkeypatch.setattr(eval_gsm8k, "WORLD", 2)
+    patch(eval_gsm8k, WORLD=2)
     monkeypatch.setenv("LOCAL_RANK", "9")
     refused("--device cuda:9: ", eval_gsm8k.pick_device, "cuda")
 
 
-def test_half_precision_without_units_is_the_user_s_choice(monkeypatch):
-    """On such a CPU auto must be float32. Asked for by name, half precision warns and obeys."""
+def test_half_precision_without_units_is_the_user_s_choice(patch):
+    """There auto must be float32; another dtype by name must warn and obey."""
     def settled(name, *flags):
         args = train_sst2.parse_args(["--device", "cpu", "--dtype", name, *flags])
         train_sst2.settle(args)
         return getattr(torch, args.dtype)
 
-    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    patch(torch.cpu, get_capabilities=dict)
     for pick in (lambda name: eval_gsm8k.pick_dtype(name, CPU)[0], settled):
         assert pick("auto") == torch.float32
         with pytest.warns(UserWarning, match="--dtype bfloat16 is slow"):
             assert pick("bfloat16") == torch.bfloat16
     mps = SimpleNamespace(device=torch.device("mps"))
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: mps)
+    patch(torch, zeros=lambda *_, device: mps)
     refused("on MPS", settled, "auto", "--checkpoint-activations")
 
 
-def test_models_are_loaded_as_asked_or_refused(tiny, workdir):
-    """transformers takes the checkpoint's dtype unless told. What cannot serve is one line."""
+def test_models_are_loaded_as_asked_or_refused(tiny):
+    """transformers takes the checkpoint's dtype unless told."""
     model, tokenizer = load(tiny)
     for name, part in (("half", None), ("partial", {"lm_head.weight": model.lm_head.weight})):
         model.bfloat16().save_pretrained(name, state_dict=part)
         tokenizer.save_pretrained(name)
-    maps = Path("/proc/self/maps")  # Linux
     for dtype in DTYPES:
         model, _ = load_model("half", dtype, CPU, nf4=True)
         assert model.dtype == dtype
-        assert not maps.exists() or "half/model" not in maps.read_text()  # in memory beside it
     tokenizer.eos_token = None
     tokenizer.save_pretrained("half")
     for name, words in (("./none", "no such"), ("partial", "model.embed"), ("half", "EOS")):
@@ -967,7 +931,7 @@ def test_models_are_loaded_as_asked_or_refused(tiny, workdir):
 
 @cases("kind", ["llama", "mamba"])
 def test_a_batch_says_what_each_row_says_alone_and_rows_that_have_ended_leave_it(kind, tiny):
-    """Padding and the checkpoint's settings must change no token. A state (Mamba) stays whole."""
+    """Padding and the checkpoint's settings must change no token."""
     _, tokenizer = load(tiny)
     model = make(kind, **SMALL | dict(max_position_embeddings=99, eos_token_id=1))
     for parameter in model.parameters():
@@ -998,7 +962,7 @@ def test_a_batch_says_what_each_row_says_alone_and_rows_that_have_ended_leave_it
 
 
 def test_rows_beyond_the_model_s_positions_are_refused(tiny):
-    """Learned positions would end in an index error, rotary ones in silent nonsense."""
+    """Learned positions would end in an index error, rotary ones in nonsense."""
     model, tokenizer = load(tiny)
     model.config.max_position_embeddings = 40
     refused("40 positions.*--max-new-tokens", complete, model, tokenizer, ["a"], 1, 40)
@@ -1024,7 +988,7 @@ def records_of(name, out="eval_results"):
 
 
 def test_intervals_and_exact_test_give_published_values():
-    """Wilson's interval and McNemar's exact p must equal values worked out elsewhere."""
+    """Wilson's interval and McNemar's p must equal values worked out elsewhere."""
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998
     assert wilson_interval(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
     first, second = [True] + [False] * 9 + [True] * 90, [False] + [True] * 99
@@ -1032,17 +996,17 @@ def test_intervals_and_exact_test_give_published_values():
     assert mcnemar_p(second, first) == mcnemar_p(first, second) < mcnemar_p(first, first) == 1
 
 
-def test_shots_stand_in_the_prompt_and_are_not_scored(monkeypatch):
+def test_shots_stand_in_the_prompt_and_are_not_scored(patch):
     """Each prompt must show the first rows with their answers."""
-    monkeypatch.setattr(eval_gsm8k, "complete", lambda *args: [(text, True) for text in args[2]])
+    patch(eval_gsm8k, complete=lambda *args: [(text, True) for text in args[2]])
     [record] = eval_gsm8k.answer(None, None, [("a?", "#### 1"), ("b?", "2")], shots=1)
     assert record["completion"] == "Question: a?\nAnswer: #### 1\n\nQuestion: b?\nAnswer:"
 
 
-def test_strict_flexible_missing_and_cut_off_answers_are_counted_apart(monkeypatch):
+def test_strict_flexible_missing_and_cut_off_answers_are_counted_apart(patch):
     """Each count must be its own, worked out by hand."""
     said = [("#### 1", False), ("2", False), ("", True), ("9", False)]
-    monkeypatch.setattr(eval_gsm8k, "complete", lambda *_: said)
+    patch(eval_gsm8k, complete=lambda *_: said)
     rows = [("q", str(n)) for n in (1, 2, 3, 4)]
     result = eval_gsm8k.summarise(eval_gsm8k.answer(None, None, rows))
     wanted = dict(n=4, correct=1, accuracy=0.25, correct_flexible=2, accuracy_flexible=0.5,
@@ -1050,8 +1014,8 @@ def test_strict_flexible_missing_and_cut_off_answers_are_counted_apart(monkeypat
     assert wanted.items() <= result.items()
 
 
-def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, workdir, capsys):
-    """Scores and completions must be equal, but for the seconds. Numbers sort as numbers."""
+def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, capsys):
+    """Scores and completions must be equal; numbers sort as numbers."""
     for step in ("step_999000", "step_1000000"):
         saved(Path("checkpoints/run", step), lambda: load(tiny)[0], r=4)
     flags = ["--adapter", "checkpoints/run", "--batch-size", "3", "--out"]
@@ -1071,7 +1035,7 @@ def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, wo
 
 
 @cases("flags", [[], ["--nf4"]])
-def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny, workdir):
+def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny):
     """What transformers loads must answer as base and adapter do."""
     saved(Path("adapter"), lambda: load(tiny)[0], r=4, also_train="lm_head")
     evaluate(tiny, "--adapter", "adapter", "--save-merged", "merged", *flags)
@@ -1088,22 +1052,14 @@ def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny, workdi
     ("--adapter nowhere --out b", "is no adapter"), ("--data x.json", "a number"),
     ("--adapter a --save-merged eval_results", "a new folder"),
     ("--adapter a b --save-merged c", "exactly one")])
-def test_bad_runs_never_reach_generation(flags, message, tiny, workdir, monkeypatch):
-    """Another evaluation's scores must stay. The same evaluation may be done again."""
+def test_bad_runs_never_reach_generation(flags, message, tiny, patch):
+    """Another evaluation's scores must stay; the same one may be repeated."""
     for _ in range(2):
         evaluate(tiny, "--nb-samples", "3", "--shots", "1")
     assert len(records_of("base")) == 3
     Path("x.json").write_text('{"question": "q", "answer": "none"}')
-    monkeypatch.setattr(eval_gsm8k, "complete", lambda *_: pytest.fail("generated"))
+    patch(eval_gsm8k, complete=lambda *_: pytest.fail("generated"))
     refused(message, evaluate, tiny, *flags.split())
-
-
-def test_arithmetic_steps_are_judged_by_their_exact_value(monkeypatch):
-    """Precedence must hold, rounding is right as written, and parts of a step are none."""
-    monkeypatch.syspath_prepend(HERE / "bench")
-    from gsm8k_analysis import judge_steps
-    assert judge_steps("2 + 3 * 4 = 14, $1,000-$5=$995, 10/3 = 3.33, or 3.3") == [True] * 3
-    assert judge_steps("24 x 3 = 70, 10/3 = 3, 5/0 = 1, (2 + 3) * 4 = 9") == [False] * 3
 
 
 # --- eval_gsm8k.py: the edge ---
@@ -1117,13 +1073,13 @@ def test_bad_flags_are_one_line_and_exit_code_2(capsys):
 
 @cases("error, word", [(ValueError("two\nlines"), "two"), (ValueError(), "ValueError"),
                        (RuntimeError("can't allocate memory"), "--batch-size")])
-def test_errors_end_in_one_line(error, word, monkeypatch, capsys):
-    """Also an error without a message, which must not break its own handler."""
+def test_errors_end_in_one_line(error, word, patch, capsys):
+    """Also one without a message must not break its handler."""
     def fails(*_):
         raise error
-    monkeypatch.setattr(train_sst2, "main", fails)
-    monkeypatch.setattr(sys, "argv", ["train_sst2.py"])
-    monkeypatch.setattr(warnings, "formatwarning", None)
+    patch(train_sst2, main=fails)
+    patch(sys, argv=["train_sst2.py"])
+    patch(warnings, formatwarning=None)
     common = lambda: eval_gsm8k.run_script("train_sst2.py", fails, lambda: None)
     for run in (common, train_sst2.run_script):
         refused("^2$", run, error=SystemExit)
@@ -1203,20 +1159,20 @@ def test_training_masks_exactly_what_generation_is_given(merges, space):
 
 def test_batches_follow_from_seed_and_epoch_and_start_with_the_largest():
     """An epoch must hold each row once, and pad little."""
-    lengths = random.Random(0).choices(range(10, 500), k=1003)
-    first, *others = (epoch_batches(lengths, 8, *key) for key in [(0, 0), (0, 1), (1, 0)])
-    padded = [len(batch) * max(lengths[row] for row in batch) for batch in first]
-    assert first == epoch_batches(lengths, 8, 0, 0) and first not in others
-    assert sorted(sum(first, [])) == list(range(1003))
-    assert padded[0] == max(padded) and sum(padded) < 1.1 * sum(lengths)
+    rows = [([0] * random.Random(n).randint(10, 500), n) for n in range(1003)]
+    first, *others = (epoch_batches(rows, 8, *key) for key in [(0, 0), (0, 1), (1, 0)])
+    padded = [len(batch) * max(len(ids) for ids, _ in batch) for batch in first]
+    assert first == epoch_batches(rows, 8, 0, 0) and first not in others
+    assert sorted(sum(first, []), key=rows.index) == rows
+    assert padded[0] == max(padded) and sum(padded) < 1.1 * sum(len(ids) for ids, _ in rows)
 
 
 # --- train_math.py: loss, attention ---
 
 @cases("targets", ["q_proj", "lm_head"])
-def test_loss_and_gradients_equal_the_full_computation(targets, tiny, monkeypatch):
-    """Logits in chunks, at targets alone, must give what labels of -100 and a mask give."""
-    monkeypatch.setattr(train_math, "CHUNK", 300)
+def test_loss_and_gradients_equal_the_full_computation(targets, tiny, patch):
+    """Chunks at targets alone must give what labels of -100 and a mask give."""
+    patch(train_math, CHUNK=300)
     model, examples = adapted(tiny, targets=targets)
     ids, rows, columns = batch = collate(examples[:6], "cpu")
     ours = [backward_loss(model, batch, 0.5), *gradients(model).values()]
@@ -1229,8 +1185,8 @@ def test_loss_and_gradients_equal_the_full_computation(targets, tiny, monkeypatc
                                atol=1e-5, rtol=1e-4)
 
 
-def test_accumulation_equals_one_big_batch(tiny, workdir):
-    """8 x 1, 4 x 2 and 1 x 8 rows of unequal length must give one gradient, clipped for AdamW."""
+def test_accumulation_equals_one_big_batch(tiny):
+    """8 x 1, 4 x 2 and 1 x 8 rows of unequal length must give one gradient, clipped."""
     for size in (8, 4, 1):
         last = run(tiny, "--nb-samples 8 --epochs 1 --dropout 0 --clip 0.01",
                    f"--batch-size {size} --grad-accum {8 // size} --run-name {size}")
@@ -1247,7 +1203,7 @@ def test_accumulation_equals_one_big_batch(tiny, workdir):
     ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, True),
     ("gptj", {"rotary_dim": 8}, True)])
 def test_unusual_heads_are_refused_and_unusual_attention_is_kept(kind, options, kept):
-    """Logits capped, scaled, NaN, without hidden states: one line. Caps, sinks, own code: kept."""
+    """Logits must be the head's own; attention with caps or sinks must stay."""
     model = causal(kind, attn_implementation="eager", **options)
     if not kept:
         return refused("not supported here", train_math.check_head, model, ROW)
@@ -1260,7 +1216,7 @@ def test_unusual_heads_are_refused_and_unusual_attention_is_kept(kind, options, 
 @cases("dtype", DTYPES)
 @cases("kind, window", [("llama", None), ("mistral", 4)])
 def test_attention_is_transformers_own(kind, window, dtype, dropout):
-    """Logits and gradients must be eager attention's: grouped heads, window, dropout."""
+    """Logits and gradients must be eager attention's."""
     model = causal(kind, attn_implementation="eager", sliding_window=window,
                    attention_dropout=dropout, initializer_range=0.1).to(dtype)
     results = []
@@ -1278,7 +1234,7 @@ def test_attention_is_transformers_own(kind, window, dtype, dropout):
 
 @cases("mask", [None, torch.ones(1, 1, 5, 5, dtype=torch.bool).tril().triu(-2)])
 def test_attention_is_the_same_off_the_cpu(mask):
-    """Its two ways must agree, on a CPU that says it is another device; scaling must be obeyed."""
+    """Its two ways must agree, on a CPU that says it is another device."""
     class Elsewhere(torch.Tensor):
         device = SimpleNamespace(type="cuda")
     q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
@@ -1290,7 +1246,7 @@ def test_attention_is_the_same_off_the_cpu(mask):
 @quiet
 @cases("kind", ["mamba", "mamba2", "falcon_mamba", "nemotron_h"])
 def test_state_space_models_train_in_half_precision(kind):
-    """fp32 logits or hidden states must neither crash the check nor the loss."""
+    """fp32 logits or hidden states must break neither check nor loss."""
     model = causal(kind, dtype=torch.float16, state_size=4, ssm_state_size=8, n_groups=1,
                    num_heads=4, mamba_num_heads=4, mamba_head_dim=16, head_dim=16, chunk_size=8,
                    layers_block_type=["mamba", "attention"])
@@ -1303,7 +1259,7 @@ def test_state_space_models_train_in_half_precision(kind):
 # --- train_math.py: recomputation, the memory plan ---
 
 def test_recomputing_gives_the_same_gradients_and_keeps_block_inputs(tiny):
-    """Behind frozen embeddings, with dropout: the same bits, every A and B reached."""
+    """With dropout, behind frozen embeddings, every A and B must be reached."""
     grown, kept = [], []
     for recompute in (False, True):
         model, examples = adapted(tiny, dropout=0.1)
@@ -1319,46 +1275,41 @@ def test_recomputing_gives_the_same_gradients_and_keeps_block_inputs(tiny):
 
 @cases("device, share, flags, recompute", [
     ("cpu", 0.99, "", True), ("cpu", 1.01, "", False), ("cpu", 0, KEEP, False),
-    ("cpu", 9, RECOMPUTE, True), ("mps", 0, "", False), ("mps", 0, "--dropout 0", True)])
-def test_the_plan_chooses_and_flags_force_it(device, share, flags, recompute, tiny, monkeypatch):
-    """Recompute where 1.25 times the need exceeds what is free; with dropout on MPS, refuse."""
+    ("cpu", 9, RECOMPUTE, True), ("mps", 0, "", False)])
+def test_the_plan_chooses_and_flags_force_it(device, share, flags, recompute, tiny, patch):
+    """It must recompute where 1.25 times the need exceeds what is free."""
     model, done = adapted(tiny)[0], []
     need = (2 + 0.5) * 4 * 2**30  # 4 rows of 1 GiB in 2 blocks, and the gradients in one
-    for name, fake in (("free_memory", lambda _: share * 1.25 * need),
-                       ("kept_by_block", lambda *_: (0, 2**30)),
-                       ("checkpoint_blocks", done.append)):
-        monkeypatch.setattr(train_math, name, fake)
-    monkeypatch.setattr(LlamaForCausalLM, "device", torch.device(device))
+    patch(train_math, free_memory=lambda _: share * 1.25 * need,
+          kept_by_block=lambda *_: (0, 2**30), checkpoint_blocks=done.append)
+    patch(LlamaForCausalLM, device=torch.device(device))
     plan = train_math.plan_memory(model, parse_args(command(tiny, flags)), 40)
     assert done == recompute * [model] and plan > 10 - 4 * recompute  # one block of two
     if device == "mps":
         args = parse_args(command(tiny, RECOMPUTE))
-        refused("mps needs --dropout 0", train_math.plan_memory, model, args, 40)
+        refused("cannot be used on mps", train_math.plan_memory, model, args, 40)
 
 
-def test_vram_limits_the_allocator_and_the_plan(tiny, monkeypatch):
-    """With --vram 4 the allocator must get 3.5 GiB, and the plan what is left of them."""
+def test_vram_limits_the_allocator_and_the_plan(tiny, patch):
+    """With --vram 4 the allocator must get 3.5 GiB, the plan what is left of them."""
     GB, cuda, share = 2**30, torch.device("cuda"), [1.0]
-    for name, fake in (("mem_get_info", lambda _: (10 * GB, 16 * GB)),
-                       ("memory_reserved", lambda _: 2 * GB), ("memory_allocated", lambda _: GB),
-                       ("set_per_process_memory_fraction", lambda value, _: share.append(value)),
-                       ("get_per_process_memory_fraction", lambda _: share[-1])):
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(train_math, "pick_device", torch.device)
+    patch(torch.cuda, mem_get_info=lambda _: (10 * GB, 16 * GB),
+          memory_reserved=lambda _: 2 * GB, memory_allocated=lambda _: GB,
+          set_per_process_memory_fraction=lambda value, _: share.append(value),
+          get_per_process_memory_fraction=lambda _: share[-1])
+    patch(train_math, pick_device=torch.device)
     assert train_math.free_memory(cuda) == 11 * GB
     refused("--data", run, tiny, f"--device cuda --vram 4 --data {tiny}/base/config.json")
     assert share[-1] == 3.5 / 16 and train_math.free_memory(cuda) == 2.5 * GB
-    for limit, free in ((5, 3), (0, 8)):  # of a container, of which 2 are used
-        numbers = {"/proc/meminfo": 8, "/sys/fs/cgroup/memory.max": limit, "/proc/self/status": 2}
-        monkeypatch.setattr(train_math, "read_number", lambda path, *_: numbers[path])
-        assert train_math.free_memory(CPU) == free
+    numbers = {"/proc/meminfo": 8, "/sys/fs/cgroup/memory.max": 5, "/proc/self/status": 2}
+    patch(train_math, read_number=lambda path, *_: numbers[path])
+    assert train_math.free_memory(CPU) == 3  # in a container
 
 
 @cases("flags", [KEEP, RECOMPUTE, RECOMPUTE + " --nf4"])
-def test_the_memory_plan_is_what_a_step_holds(flags, monkeypatch):
-    """All tensors alive at once, as torch's profiler counts them: within 25% of the plan."""
-    monkeypatch.setattr(train_math, "CHUNK", 2**18)
-    monkeypatch.setattr(train_math, "read_number", lambda *_: 0)
+def test_the_memory_plan_is_what_a_step_holds(flags, patch):
+    """The profiler's peak must be within 25% below the plan."""
+    patch(train_math, CHUNK=2**18, read_number=lambda *_: 0)
     model = causal("llama", vocab_size=2048, hidden_size=256, intermediate_size=704, head_dim=64,
                    num_hidden_layers=6, max_position_embeddings=128).train()
     if "--nf4" in flags:
@@ -1379,7 +1330,7 @@ def test_the_memory_plan_is_what_a_step_holds(flags, monkeypatch):
 
 @cases("scaler", [LossScaler, Sst2LossScaler])
 def test_loss_scaler_agrees_with_torch_s_grad_scaler(scaler):
-    """Scale and gradients must agree over good steps and overflows; no gradient is no error."""
+    """Scale and gradients must agree over good steps and overflows."""
     ours, scales = scaler(True, scale=2.0**16, interval=3), set()
     theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
     mine, weight, unreached = [nn.Parameter(torch.ones(2)) for _ in range(3)]
@@ -1398,10 +1349,10 @@ def test_loss_scaler_agrees_with_torch_s_grad_scaler(scaler):
 
 @cases("processes", [1, 2])
 def test_layers_that_the_text_does_not_reach_are_named_once(
-        processes, tiny, workdir, monkeypatch, capsys):
-    """As with a vision tower: in fp16, or with two processes, the rest must train, it not decay."""
-    monkeypatch.setattr(train_math, "WORLD", processes)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+        processes, tiny, patch, capsys):
+    """As in a vision tower: the rest must train, these not decay."""
+    patch(train_math, WORLD=processes)
+    patch(torch.distributed, all_reduce=lambda tensor: None)
     model, examples = adapted(tiny)
     model.half().tower = LoRALinear(nn.Linear(4, 4), r=2, alpha=4)
     before = bits(model)
@@ -1413,14 +1364,14 @@ def test_layers_that_the_text_does_not_reach_are_named_once(
 
 
 def test_schedule_warms_up_then_falls_to_zero():
-    """At most a tenth of the steps rise to the peak, then half a cosine."""
+    """At most a tenth of the steps must rise, then half a cosine fall."""
     rates = [learning_rate_at(step, 100, 1000, 1.0) for step in (0, 4, 9, 10, 55, 99)]
     assert rates == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0], abs=1e-3)
 
 
 @quiet
-def test_a_skipped_step_changes_nothing_but_the_scale(tiny, workdir, monkeypatch):
-    """In fp16 an overflow must leave weights, moments and schedule, also seen by a resumed run."""
+def test_a_skipped_step_changes_nothing_but_the_scale(tiny, patch):
+    """Weights, moments and schedule must stay, also seen by a resumed run."""
     weights = []
 
     def overflow(model, *rest):
@@ -1428,7 +1379,7 @@ def test_a_skipped_step_changes_nothing_but_the_scale(tiny, workdir, monkeypatch
         weights.append(bits(model))
         return backward_loss(model, *rest) + (math.inf if len(weights) == 2 else 0)
 
-    monkeypatch.setattr(train_math, "backward_loss", overflow)
+    patch(train_math, backward_loss=overflow)
     flags = "--dtype float16 --max-steps 3 --grad-accum 1 --warmup-steps 0 --save-every 1"
     last = run(tiny, flags)
     first, skipped, third = metrics()
@@ -1445,16 +1396,16 @@ def test_a_skipped_step_changes_nothing_but_the_scale(tiny, workdir, monkeypatch
 @quiet
 @cases("dtype, loss, step", [
     ("float32", math.nan, 1), ("bfloat16", math.inf, 1), ("float16", math.nan, 20)])
-def test_a_run_that_diverges_says_what_may_help(dtype, loss, step, tiny, workdir, monkeypatch):
+def test_a_run_that_diverges_says_what_may_help(dtype, loss, step, tiny, patch):
     """NaN must stop fp32 and bf16 at once, fp16 after 20 skips."""
-    monkeypatch.setattr(train_math, "backward_loss", lambda *_: torch.tensor(loss))
+    patch(train_math, backward_loss=lambda *_: torch.tensor(loss))
     refused(f"^step {step}: loss {loss}.*--lr, or --dtype", run, tiny, "--dtype", dtype)
 
 
 # --- train_math.py: the run, its files, resuming ---
 
-def test_training_learns_and_writes_what_it_says(tiny, workdir, capsys):
-    """Facts must come first, the loss fall, and two trainer's states stay."""
+def test_training_learns_and_writes_what_it_says(tiny, capsys):
+    """Facts must come first, and the loss fall."""
     last = run(tiny, "--epochs 6 --max-length 38 --weight-decay 0.125 --save-every 9 --rslora",
                "--run-name ..")
     lines, out = metrics("_."), capsys.readouterr().out
@@ -1465,16 +1416,14 @@ def test_training_learns_and_writes_what_it_says(tiny, workdir, capsys):
     assert " ".join(lines[0]) == ("step loss lr grad_norm loss_scale tokens tokens_per_s "
                                   "peak_memory_gb skipped")
     assert sum(losses[-8:]) < sum(losses[:8]) - 0.4 and Path("runs/_./loss.png").exists()
-    states = [(folder / "trainer_state.pt").exists() for folder in checkpoints(last.parent)]
-    assert states == (len(states) - 2) * [False] + [True, True]
     group, = torch.load(last / "trainer_state.pt")["optimizer"]["param_groups"]
     assert group["weight_decay"] == 0.125 and lines[0]["peak_memory_gb"] > 0.05
     assert json.loads((last / CONFIG).read_text())["use_rslora"]
 
 
 @cases("file, more", [("trainer_state.pt", ""), (WEIGHTS, "--nf4 --targets all-linear")])
-def test_resume_continues_bitwise(file, more, tiny, workdir):
-    """Where the newest checkpoint is damaged, the one before must lead to the same bits."""
+def test_resume_continues_bitwise(file, more, tiny):
+    """From the checkpoint before a damaged one it must lead to the same bits."""
     flags = f"--nb-samples 7 --batch-size 1 --grad-accum 4 --dropout 0.1 --save-every 3 {more}"
     last = run(tiny, flags)
     whole, lines = weights(last), metrics()
@@ -1490,9 +1439,9 @@ def test_resume_continues_bitwise(file, more, tiny, workdir):
     assert [event.step for event in board.Scalars("loss")] == [line["step"] for line in lines]
 
 
-def test_the_seed_reaches_dropout(tiny, workdir, monkeypatch):
+def test_the_seed_reaches_dropout(tiny, patch):
     """With A and the order of rows held, seeds must differ, also by 2**31."""
-    monkeypatch.setattr(train_math, "epoch_batches", lambda *_: [[0]])
+    patch(train_math, epoch_batches=lambda rows, *_: [rows[:1]])
     losses = set()
     for seed in (0, 1, 2**31):
         model, examples = adapted(tiny, dropout=0.5)
@@ -1501,8 +1450,8 @@ def test_the_seed_reaches_dropout(tiny, workdir, monkeypatch):
     assert len(losses) == 3
 
 
-def test_resume_refuses_what_it_cannot_continue(tiny, workdir, monkeypatch):
-    """No run, a taken name, another flag, data, base or process: refused by name."""
+def test_resume_refuses_what_it_cannot_continue(tiny, patch):
+    """Another flag, base, data or process must be refused by name."""
     copy, flags = Path(shutil.copytree(tiny, "copy")), "--max-steps 1 --resume"
     refused("no whole checkpoint to continue from", run, copy, flags)
     run(copy, "--max-steps 1")
@@ -1513,11 +1462,11 @@ def test_resume_refuses_what_it_cannot_continue(tiny, workdir, monkeypatch):
     shutil.copy(copy / "test.jsonl", copy / "train.jsonl")
     refused("data of this run was ", run, copy, flags)
     for key in ("--seed", "step"):  # rank 0 has another seed, or checkpoint
-        monkeypatch.setattr(train_math, "gather", lambda value: [value | {key: 7}])
+        patch(train_math, gather=lambda value: [value | {key: 7}])
         refused(f"{key} of this run was 7, is 0", run, tiny, "--run-name other")
 
 
-def test_a_full_disk_leaves_no_partial_checkpoint(tiny, workdir):
+def test_a_full_disk_leaves_no_partial_checkpoint(tiny):
     """It must be an OSError, and --resume go on."""
     resource = pytest.importorskip("resource")
     last = run(tiny, "--save-every 1")
@@ -1533,8 +1482,8 @@ def test_a_full_disk_leaves_no_partial_checkpoint(tiny, workdir):
 
 
 @cases("signum", [signal.SIGTERM, signal.SIGINT])
-def test_interrupting_saves_and_says_how_to_go_on(signum, tiny, workdir, monkeypatch, capsys):
-    """The step must be finished and saved, and the exit code be the signal's."""
+def test_interrupting_saves_and_says_how_to_go_on(signum, tiny, patch, capsys):
+    """The step must be finished and saved, the exit code be the signal's."""
     def interrupt(step, *rest):
         if step == 1:
             signal.raise_signal(signum)
@@ -1542,7 +1491,7 @@ def test_interrupting_saves_and_says_how_to_go_on(signum, tiny, workdir, monkeyp
         return learning_rate_at(step, *rest)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(train_math, "learning_rate_at", interrupt)
+    patch(train_math, learning_rate_at=interrupt)
     refused(f"^{128 + signum}$", run, tiny, "--max-steps 4", error=SystemExit)
     assert "--resume goes on from checkpoints/run/step_000002" in capsys.readouterr().out
     assert newest_state(Path("checkpoints/run"))[1]["step"] == len(metrics()) == 2
@@ -1566,12 +1515,12 @@ def test_two_states_stay_whatever_lies_damaged_later(tmp_path):
     ("--clip inf", "--clip"),
     ("--device cuda:9", "--device cuda:9"), ("--data none.jsonl", "no such file"),
     ("--max-length 4", "4 leaves none of 64 rows"), ("--targets lm_head", "shares a weight")])
-def test_wrong_input_is_one_line(flags, message, tiny, workdir, capsys):
-    """What a flag or a file can cause must be named, before anything is written."""
+def test_wrong_input_is_one_line(flags, message, tiny, capsys):
+    """It must be named before anything is written."""
     with pytest.raises((ValueError, SystemExit)) as error:
         run(tiny, f"--model {tiny}/tied", flags)
     said = capsys.readouterr().err or f"{error.value}\n"
-    assert message in said and said.count("\n") == 1 and not list(workdir.iterdir())
+    assert message in said and said.count("\n") == 1 and not os.listdir()
 
 
 # --- train_sst2.py ---
@@ -1599,16 +1548,14 @@ def prepared(encoder, flags=""):
     return args, {split: train_sst2.read_data(args, split) for split in ("train", "validation")}
 
 
-def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, workdir, capsys):
-    """A run must be a line of sst2.jsonl, and a lost one made again; other flags are refused."""
+def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, capsys):
+    """A lost line must be made again, other flags be refused."""
     args = sst2(encoder, "--ranks 1 2 --seeds 0 1 --full-finetune")
     runs = train_sst2.main(args)
     assert [(run["r"], run["seed"], run["adapter_parameters"]) for run in runs] == [
         (1, 0, 512), (1, 1, 512), (2, 0, 1024), (2, 1, 1024), (None, 0, 0), (None, 1, 0)]
     assert [run["trainable"] for run in runs[::5]] == [512 + 64 * 2 + 2, runs[5]["total"]]
     assert len({run["loss"] for run in runs}) == 6
-    assert vars(args).keys() - runs[0].keys() - runs[5].keys() == set(
-        "adapter compare ranks seeds full_finetune checkpoint_activations device out demo".split())
     train_sst2.report([run | {"accuracy": n / 10} for n, run in enumerate(runs)], "curves.png")
     assert re.search(r"r=2 +1024 +1154 .* 0.25 +0.07071 +2\n", capsys.readouterr().out)
     path = Path("runs/sst2/sst2.jsonl")
@@ -1623,7 +1570,7 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, work
 
 
 def test_an_adapter_with_its_head_scores_the_same_elsewhere(encoder, monkeypatch):
-    """From its folder alone, on a fresh head, accuracy and loss must be equal."""
+    """From its folder alone accuracy and loss must be equal."""
     monkeypatch.chdir(encoder.parent)
     run = json.loads(Path("demo-sst2/sst2.jsonl").read_text().splitlines()[3])
     assert len(run["history"]) == 6  # of six steps; else four an epoch
@@ -1633,8 +1580,8 @@ def test_an_adapter_with_its_head_scores_the_same_elsewhere(encoder, monkeypatch
     assert run["ci95"] == pytest.approx(wilson_interval(round(40 * scores[0]), 40), abs=1e-4)
 
 
-def test_four_batches_of_eight_are_one_of_thirty_two(encoder, workdir):
-    """Without dropout 4 x 8, and 1 x 32, must end in the same weights, a short last window too."""
+def test_four_batches_of_eight_are_one_of_thirty_two(encoder):
+    """Both must end in the same weights, also after a short last window."""
     shutil.copytree(encoder / "base", "dry")
     text = (encoder / "base/config.json").read_text()
     Path("dry/config.json").write_text(text.replace("0.1", "0.0"))
@@ -1647,7 +1594,7 @@ def test_four_batches_of_eight_are_one_of_thirty_two(encoder, workdir):
 
 
 def test_recomputed_blocks_give_equal_gradients_and_save_less(encoder):
-    """With dropout on, gradients must be equal to the bit, and tensors saved for backward fewer."""
+    """With dropout, gradients must be equal to the bit."""
     gradients, sizes, losses = [], [], []
     for flags in ("", "--checkpoint-activations"):
         args, data = prepared(encoder, flags)
@@ -1660,8 +1607,8 @@ def test_recomputed_blocks_give_equal_gradients_and_save_less(encoder):
     assert len(gradients[0]) == 10 and same_bits(*gradients) and sizes[1] < sizes[0] / 4
 
 
-def test_skipped_steps_leave_weights_and_schedule_and_twenty_end_a_run(encoder, monkeypatch):
-    """At a scale that overflows nothing may move; the first step taken has the peak rate."""
+def test_skipped_steps_leave_weights_and_schedule_and_twenty_end_a_run(encoder, patch):
+    """The first step taken must have the peak rate."""
     args, data = prepared(encoder, "--dtype float16 --batch-size 8 --full-lr 0.05")
     steps, step = [], torch.optim.AdamW.step
 
@@ -1672,11 +1619,11 @@ def test_skipped_steps_leave_weights_and_schedule_and_twenty_end_a_run(encoder, 
 
     def run(scale):
         scaler = lambda enabled: Sst2LossScaler(enabled, scale)
-        monkeypatch.setattr(train_sst2, "LossScaler", scaler)
+        patch(train_sst2, LossScaler=scaler)
         line, model = train_sst2.train(args, data, None, 0)
         return line["skipped"], bits(model)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    patch(torch.optim.AdamW, step=recorded)
     skipped, weights = run(2.0**120)
     assert skipped == 12 and same_bits(bits(train_sst2.load_encoder(args, None, 0)[0]), weights)
     assert 0 < run(2.0**22)[0] < 12 and steps[0][0] == args.full_lr
@@ -1684,11 +1631,6 @@ def test_skipped_steps_leave_weights_and_schedule_and_twenty_end_a_run(encoder, 
     assert steps[0][1] < 0.5 and max(norm for _, norm in steps) < 1.001  # unscaled, clipped
     args.epochs = 2
     refused("at step 20: try a lower learning rate", run, 2.0**120)
-    bad = lambda model, *_: (
-        (math.nan if model.training else 1) * model.classifier.weight.sum(), 0)
-    monkeypatch.setattr(train_sst2, "classify", bad)
-    args.dtype = "float32"
-    refused("loss nan.* at step 1:", run, 1)
 
 
 def test_padding_changes_neither_loss_nor_accuracy(encoder):
@@ -1701,25 +1643,11 @@ def test_padding_changes_neither_loss_nor_accuracy(encoder):
         logits = torch.cat([model(torch.tensor([ids])).logits for ids, _ in examples])
     labels = torch.tensor([label for _, label in examples])
     wanted = (logits.argmax(-1) == labels).float().mean(), F.cross_entropy(logits, labels)
-    assert 0 < wanted[0] < 1
     close(torch.tensor(train_sst2.evaluate(model, examples, "float32")), torch.stack(wanted))
-    assert train_sst2.classify(model, examples, "bfloat16")[0].dtype == torch.float32
 
 
-def test_the_seed_reaches_head_adapter_data_and_dropout(encoder):
-    """Seeds must differ in all four, also beyond the 32 bits that torch's CPU generator uses."""
-    args, seen = prepared(encoder)[0], []
-    for seed in (0, 1, 2**32):
-        model, _ = train_sst2.load_encoder(args, 2, seed)
-        layer = next(layer for _, layer in lora_layers(model))
-        order = train_sst2.epoch_windows([[n * [n]] for n in range(9)], 2, 1, random.Random(seed))
-        seen.append([model.classifier.weight, layer.lora_A, F.dropout(torch.ones(64)), order])
-    for values in zip(*seen):
-        assert str(values[0]) not in map(str, values[1:])
-
-
-def test_training_rows_are_drawn_with_seed_0_and_cut(encoder, workdir):
-    """--nb-samples must take the same rows in every run; no row may outgrow the positions."""
+def test_training_rows_are_drawn_with_seed_0_and_cut(encoder):
+    """Every run must take the same rows; none may outgrow the positions."""
     _, data = prepared(encoder)
     _, few = prepared(encoder, "--nb-samples 8 --max-length 5")
     wanted = random.Random(0).sample(data["train"], 8)
@@ -1729,8 +1657,8 @@ def test_training_rows_are_drawn_with_seed_0_and_cut(encoder, workdir):
     assert len(rows[0][0]) == 30  # its tokenizer knows no maximum
 
 
-def test_what_a_checkpoint_lacks_is_trained_or_named(encoder, workdir):
-    """DistilBERT's head has two layers; one that --head leaves out must be refused."""
+def test_what_a_checkpoint_lacks_is_trained_or_named(encoder):
+    """DistilBERT's head has two layers; one left out must be refused."""
     config = transformers.DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4)
     transformers.DistilBertModel(config).save_pretrained("distil")
     args, _ = prepared(encoder)
@@ -1739,16 +1667,10 @@ def test_what_a_checkpoint_lacks_is_trained_or_named(encoder, workdir):
     assert count_parameters(model)[0] == 2 * 2 * 2 * (32 + 32) + 32 * 33 + 2 * 33
     args.head = ["classifier"]
     refused("distil has no pre_classifier.*--head", train_sst2.load_encoder, args, 2, 0)
-    bare = transformers.BertModel.from_pretrained(encoder / "base", add_pooling_layer=False)
-    bare.save_pretrained("bare")
-    args.model, args.head = "bare", ["classifier", "pooler"]
-    save_adapter(*train_sst2.load_encoder(args, 2, 0), "adapter")
-    args.model = args.head = None
-    assert train_sst2.load_adapted(args, "adapter")  # base and head are the adapter's
 
 
-def test_sentences_are_read_as_they_stand(workdir):
-    """Lone quotation marks, null and numbers must stay text, in a folder named d[1] too."""
+def test_sentences_are_read_as_they_stand():
+    """Lone quotation marks, null and numbers must stay text."""
     rows = [('"half open', 1), ("null", 0), ("2.0", 1)]
     jsonl = [json.dumps({"sentence": text, "label": label}) for text, label in rows]
     tsv = ["sentence\tlabel"] + [f"{text}\t{label}" for text, label in rows]
@@ -1761,8 +1683,8 @@ def test_sentences_are_read_as_they_stand(workdir):
 @cases("flags, message", [
     ("--data /", "train.jsonl"), ("--data text", "--data text: .*sentence"),
     ("--data labels", "label 0 or 1"), ("--adapter nowhere", "nowhere"), ("--device x", "e x: ")])
-def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder, workdir):
-    """Folders, columns, labels, adapters, devices: each must be one line that names it."""
+def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder):
+    """Folders, columns, labels, adapters, devices must be named."""
     for name, row in [("text", '{"text": "a"}'), ("labels", '{"sentence": "a", "label": -1}')]:
         Path(name).mkdir()
         Path(name, "train.jsonl").write_text(row)
@@ -1777,7 +1699,7 @@ def basis(rows, width, seed=0):
 
 
 def test_subspace_similarity_is_one_zero_or_chance():
-    """Eq. 4: one subspace in another is 1, orthogonal ones 0, random ones near max(i, j) / k."""
+    """One subspace in another must be 1, orthogonal 0, random near max(i, j) / k."""
     phi, rows = train_sst2.subspace_similarity, basis(12, 64)
     A = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0])) @ rows[:4]
     close(phi(A, A), torch.ones(4, 4))
@@ -1791,7 +1713,7 @@ def test_subspace_similarity_is_one_zero_or_chance():
 
 @cases("kind", [nn.Linear, Conv1D])
 def test_amplification_is_what_it_is_by_hand(kind):
-    """Table 7: for dW = c times W's own directions, top or not, the factor must be c."""
+    """For dW = c times some of W's own directions the factor must be c."""
     U, V, values = basis(6, 40).T, basis(6, 30, seed=1), torch.tensor([9.0, 7, 5, 3, 2, 1])
     layer = LoRALinear(linear(kind, 30, 40), r=2, alpha=1)  # scaling 0.5
     W = U @ torch.diag(values) @ V
@@ -1805,16 +1727,13 @@ def test_amplification_is_what_it_is_by_hand(kind):
         close(factor, torch.tensor(0.5))
 
 
-def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, workdir, capsys):
-    """Two ranks must give tables and a picture; adapters without a shared layer one line."""
+def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, capsys):
+    """The tables must hold what lora_A and delta() give."""
     one, other, args = encoder / "r1-s0", encoder / "r4-s1", prepared(encoder)[0]
     maps = train_sst2.main(sst2(encoder, f"--compare {one} {other}"))
     first, last = (f"bert.encoder.layer.{n}.attention.self.query" for n in (0, 1))
     a, b = (dict(lora_layers(train_sst2.load_adapted(args, x)))[last] for x in (one, other))
     out = capsys.readouterr().out.splitlines()
-    for name, phi in maps.items():
-        row = next(line for line in out if line.startswith(name)).split()[-3:]
-        assert row == [f"{x:.2f}" for x in (phi[0, 0], phi[0, -1], phi[-1, -1])]
     rows = [line.split() for line in out if line.startswith(last)]
     V1, V2 = (torch.linalg.qr(layer.lora_A.T).Q for layer in (a, b))
     assert rows[0][-1] == f"{(V1.T @ V2).square().sum():.2f}"
@@ -1830,7 +1749,7 @@ def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, workdi
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_the_cuda_path_mixes_no_devices_or_dtypes():
-    """Two steps on a CUDA device that is pretended: every mix of devices or dtypes would raise."""
+    """On a CUDA device that is pretended, every mix would raise."""
     code = """
 import sys
 sys.path.insert(0, "bench")
@@ -1849,7 +1768,7 @@ for dtype, nf4 in ((torch.float16, True), (torch.bfloat16, False)):
 # --- the README ---
 
 def test_every_command_in_the_readme_parses():
-    """Each `python x.py --flag` of the README must go through that script's parser."""
+    """Each `python x.py --flag` must go through that script's parser."""
     shell = "".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
     commands = re.findall(r"(train_math|eval_gsm8k|train_sst2)\.py([^#\n]*)", shell)
     assert len(commands) > 10
@@ -1871,7 +1790,7 @@ def test_the_table_from_paper_to_code_names_what_exists():
 SCRIPT = str(HERE / "train_math.py")
 
 
-def test_sigkill_at_random_moments(tiny, workdir):
+def test_sigkill_at_random_moments(tiny):
     """Killed at any moment, a run must end in the same bits. KILLS=20 is the stress run."""
     rng, kills = random.Random(0), int(os.environ.get("KILLS", 2))
     flags = f"--dropout 0.1 --epochs {3 + kills} --save-every 1"
@@ -1894,7 +1813,7 @@ def torchrun(script, flags):
     return subprocess.run([*call, "--", str(script), *flags], capture_output=True, text=True)
 
 
-def test_two_processes_train_like_one_also_after_one_died(tiny, workdir):
+def test_two_processes_train_like_one_also_after_one_died(tiny):
     """Rank 1 fails in step 5: its line must be there. Resumed, the weights are one process's.
 
     Windows of 3 micro-batches over 2 processes, the last of 1, dropout on.

@@ -104,19 +104,23 @@ def encode(rows, tokenizer, max_length):
     return examples
 
 
-def epoch_batches(lengths, batch_size, seed, epoch):
-    """Return the batches of an epoch as row numbers: a function of (seed, epoch), so resumable."""
+def length(example):
+    return len(example[0])
+
+
+def epoch_batches(examples, batch_size, seed, epoch):
+    """Return the batches of an epoch: a function of (seed, epoch), so that a run can resume."""
     rng = random.Random(f"{seed} {epoch}")
-    order = rng.sample(range(len(lengths)), len(lengths))
+    order = rng.sample(examples, len(examples))
     batches = []
     # Sorted by length within pools of 50 batches, to save padding.
     size = 50 * batch_size
     for start in range(0, len(order), size):
-        pool = sorted(order[start:start + size], key=lambda row: lengths[row])
+        pool = sorted(order[start:start + size], key=length)
         batches += [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
     rng.shuffle(batches)
     # The largest first: out-of-memory comes at once, not in the third hour.
-    largest = max(batches, key=lambda batch: len(batch) * max(lengths[row] for row in batch))
+    largest = max(batches, key=lambda batch: len(batch) * max(map(length, batch)))
     place = batches.index(largest)
     batches[0], batches[place] = largest, batches[0]
     return batches
@@ -247,14 +251,15 @@ def backward_loss(model, batch, weight=1.0):
 
 @torch.no_grad()
 def check_head(model, ids):
-    """Raise ValueError unless the loss above sees this model's logits; set the attention above.
+    """Raise ValueError unless the loss above sees this model's logits.
 
-    If that changes the logits, the model keeps its own. ids: the longest row, so that sliding
+    Then set the attention above, unless that changes them. ids: the longest row, so that sliding
     windows take effect.
     """
     ids = torch.tensor([ids], device=model.device)
     own = model(input_ids=ids, use_cache=False).logits[:, -16:].float()
-    head, fp32 = model.get_output_embeddings(), model.dtype == torch.float32
+    head = model.get_output_embeddings()
+    fp32 = model.dtype == torch.float32
 
     def agrees(tolerance):
         try:
@@ -276,7 +281,7 @@ def check_head(model, ids):
 # --- memory: recomputation, the plan ---
 
 def blocks(model):
-    """Return the transformer blocks: of the model's module lists the one with most weights."""
+    """Return the transformer blocks: the model's module list with most weights."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     return max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))
 
@@ -312,7 +317,8 @@ def kept_by_block(model, length):
 
 def plan_memory(model, args, longest):
     """Choose between keeping and recomputing activations; print and return the planned GiB."""
-    n, free = len(blocks(model)), free_memory(model.device)
+    n = len(blocks(model))
+    free = free_memory(model.device)
     # All blocks count as the first: too low where later ones are larger (experts).
     block_input, kept = (args.batch_size * size for size in kept_by_block(model, longest))
     plan = {"gradients and AdamW's moments": 12 * count_parameters(model)[0],  # three in fp32
@@ -321,12 +327,11 @@ def plan_memory(model, args, longest):
             "other gradients": max(20 * CHUNK, kept // 2)}
     need = sum(plan.values())
     recompute = args.checkpoint_activations
-    # torch does not restore the random state of MPS: backward would see another dropout mask.
-    other_masks = model.device.type == "mps" and args.dropout > 0
-    if recompute and other_masks:
-        raise ValueError("--checkpoint-activations on mps needs --dropout 0")
+    mps = model.device.type == "mps"  # torch would recompute with other dropout masks there
+    if recompute and mps:
+        raise ValueError("--checkpoint-activations cannot be used on mps")
     if recompute is None:
-        recompute = 1.25 * need > free and not other_masks
+        recompute = 1.25 * need > free and not mps
     if recompute:
         checkpoint_blocks(model)
         plan["activations"] = (n - 1) * block_input + kept
@@ -334,15 +339,17 @@ def plan_memory(model, args, longest):
     if model.device.type != "cuda":
         process = read_number("/proc/self/status", "VmRSS:", 1024)
         plan["Python and libraries"] = max(0, process - plan["weights"])
-    total, known = sum(plan.values()) / GiB, f"{free / GiB:.2f}" if free else "unknown"
-    print("memory plan, GiB:", *(f"{size / GiB:.3f} {what}," for what, size in plan.items()),
-          f"in all {total:.2f}\nactivations {'recomputed' if recompute else 'kept'}: keeping takes "
-          f"{need / GiB:.2f} beside the weights, free: {known}", flush=True)
+    total = sum(plan.values()) / GiB
+    print("memory plan, GiB:")
+    for what, size in plan.items():
+        print(f"{size / GiB:9.3f} {what}")
+    print(f"{total:9.3f} in all, with activations {'recomputed' if recompute else 'kept'}: keeping "
+          f"takes {need / GiB:.2f} beside the weights, of {free / GiB:.2f} free", flush=True)
     return total
 
 
 def free_memory(device):
-    """Return the bytes that can still be allocated, 0 if unknown."""
+    """Return the bytes that can still be allocated, or 0 if that is unknown."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)  # --vram
@@ -396,21 +403,20 @@ def newest_state(folder):
 
 # --- training ---
 
-def train(model, examples, args, config=None, state=None):
+def train(model, examples, args, config=None, state={"step": 0}):
     """Train what requires grad, from a state if given; with a config, save checkpoints."""
-    state = state or {"step": 0}
     names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad])
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     scaler = LossScaler(enabled=model.dtype == torch.float16)
-    lengths = [len(ids) for ids, _ in examples]
-    batches = [[examples[row] for row in rows] for epoch in range(args.epochs)
-               for rows in epoch_batches(lengths, args.batch_size, args.seed, epoch)]
+    batches = []
+    for epoch in range(args.epochs):
+        batches += epoch_batches(examples, args.batch_size, args.seed, epoch)
     steps = min(math.ceil(len(batches) / args.grad_accum), args.max_steps or math.inf)
     step = state["step"]
     if step:
         optimizer.load_state_dict(state["optimizer"])
         vars(scaler).update(state["scaler"])
-    saved, stop = None, False
+    stop = False
     log = open_log(Path("runs", args.run_name, "metrics.jsonl"), step)
     with (catch_signals() as caught,
           tqdm(total=steps, initial=step, unit="step", disable=RANK > 0 or None) as bar):
@@ -464,15 +470,15 @@ def train(model, examples, args, config=None, state=None):
             if step % max(1, steps // 10) == 0:
                 bar.write(f"step {step:5d}/{steps}  {bar.postfix}")
             if config and (step % args.save_every == 0 or step == steps or stop):
-                saved = Path("checkpoints", args.run_name, f"step_{step:06d}")
+                folder = Path("checkpoints", args.run_name, f"step_{step:06d}")
                 if RANK == 0:
-                    save_checkpoint(saved, model, config, {
+                    save_checkpoint(folder, model, config, {
                         **state, "step": step, "scaler": vars(scaler),
                         "optimizer": optimizer.state_dict()})
-    gather(saved)  # rank 0 may still be saving, and torchrun ends all when one exits
+    gather(None)  # rank 0 may still be saving, and torchrun ends all when one exits
     if stop and step < steps:
-        if saved:
-            print(f"stopped: the same command with --resume goes on from {saved}")
+        if config:
+            print(f"stopped: the same command with --resume goes on from {folder}")
         sys.exit(128 + (caught or [signal.SIGTERM])[0])  # 130 for Ctrl-C, 143 for SIGTERM
 
 
@@ -575,16 +581,7 @@ def main(args):
     check_ids(model, encoded)
     check_head(model, longest)
 
-    # All processes, and a resumed run, must agree with what rank 0 began.
-    identity = run_identity(model, examples, args)
-    run = {**identity, "step": state["step"]}
-    begun_as = gather(run | state.get("identity", {}))[0]  # the saved one, if there is one
-    for key, value in run.items():
-        if begun_as[key] != value:
-            raise ValueError(f"{key} of this run was {begun_as[key]}, is {value}: go back, or "
-                             "give another --run-name")
-    state["identity"] = identity
-
+    state["identity"] = check_identity(model, examples, args, state)
     torch.manual_seed(args.seed)
     names = inject_lora(model, config)
     if args.resume:
@@ -598,7 +595,8 @@ def main(args):
     model.train()
     planned = plan_memory(model, args, len(longest))
     train(model, examples, args, config, state)
-    last, metrics = checkpoints(folder)[-1], Path("runs", args.run_name, "metrics.jsonl")
+    last = checkpoints(folder)[-1]
+    metrics = Path("runs", args.run_name, "metrics.jsonl")
     print(f"peak memory {peak_memory(device) / GiB:.2f} GiB, planned {planned:.2f}. Written: "
           f"{last}/, {metrics}")
     if RANK == 0:
@@ -606,13 +604,22 @@ def main(args):
     return last
 
 
-def run_identity(model, examples, args):
-    """Return what must not change on resuming: flags, data, base weights (a little of each)."""
+def check_identity(model, examples, args, state):
+    """Return what must not change on resuming: flags, data, 64 weights of each base tensor.
+
+    Raises ValueError if it is not what rank 0 has, or had when the resumed run began.
+    """
     identity = {f"--{key.replace('_', '-')}": value for key, value in vars(args).items()
                 if key not in MAY_CHANGE_ON_RESUME}
     weights = [tensor.flatten()[:64].tolist() for tensor in [*model.parameters(), *model.buffers()]]
     for name, value in (("data", examples), ("base", weights)):
         identity[name] = hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+    run = {**identity, "step": state["step"]}
+    begun_as = gather(run | state.get("identity", {}))[0]
+    for key, value in run.items():
+        if begun_as[key] != value:
+            raise ValueError(f"{key} of this run was {begun_as[key]}, is {value}: go back, or "
+                             "give another --run-name")
     return identity
 
 
