@@ -85,18 +85,18 @@ def parse_args(argv=None):
 # --- prompt and answer ---
 
 def format_prompt(question):
-    """The prompt of training and evaluation. The answer follows after a space."""
+    """Return the prompt of training and evaluation. The answer follows after a space."""
     return f"Question: {question}\nAnswer:"
 
 
 def encode_prompt(tokenizer, text):
-    """Token ids with the tokenizer's BOS, and without an EOS at the end."""
+    """Return token ids with the tokenizer's BOS, and without an EOS at the end."""
     ids = tokenizer(text).input_ids
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
 
 def extract_answer(completion, flexible=False):
-    """The number that a completion answers, a Fraction, or None.
+    """Return the number that a completion answers, a Fraction, or None.
 
     Strict: the first number on the line after the last "The answer is", else the first "#### n".
     Flexible: the last "#### n" instead, else the last number.
@@ -120,7 +120,7 @@ sys.set_int_max_str_digits(0)  # a model may repeat one digit thousands of times
 
 
 def find_numbers(text):
-    """Every number in a text, exact."""
+    """Return every number in a text, exact."""
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)  # 1,234 is one number, 1,2 are two
     return [Fraction(sign + number) / int(denominator or 1)
             for sign, number, denominator in NUMBER.findall(text)]
@@ -132,7 +132,7 @@ SCHEMAS = (("query", "response"), ("question", "answer"), ("instruction", "outpu
 
 
 def read_rows(data, split, nb_samples=None):
-    """The first nb_samples [(question, answer)] of a file, or of a Hub data set's split."""
+    """Return the first nb_samples [(question, answer)] of a file, or of a split on the Hub."""
     rows, dropped = [], 0
     with loading("--data", data, "dataset") as local:
         if Path(data).exists():
@@ -165,7 +165,7 @@ def read_rows(data, split, nb_samples=None):
 
 
 def read_file(path):
-    """The rows of a data file, text as text: datasets would turn "2024-01-01" into a date."""
+    """Return a file's rows, text as text: datasets would turn "2024-01-01" into a date."""
     if path.suffix == ".parquet":
         from pyarrow import parquet
         return parquet.read_table(path).to_pylist()
@@ -205,14 +205,14 @@ def loading(flag, name, kind):
 
 
 def first_line(error):
-    """An error's kind and the first line of its message."""
+    """Return an error's kind and the first line of its message."""
     return f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
 
 
 # --- device, dtype, model ---
 
 def pick_device(name):
-    """The device of --device. Under torchrun, "cuda" is this process's own GPU."""
+    """Return the device. Under torchrun, "cuda" is this process's own GPU."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     if WORLD > 1 and name.startswith("cuda"):  # "cuda" alone would also take memory on GPU 0
@@ -235,7 +235,7 @@ def join_processes(device):
 
 
 def gather(value):
-    """The values of all processes, by rank."""
+    """Return the values of all processes, by rank."""
     values = [value] * WORLD
     if WORLD > 1:
         dist.all_gather_object(values, value)
@@ -243,7 +243,7 @@ def gather(value):
 
 
 def pick_dtype(name, device):
-    """(dtype, the reason for it)."""
+    """Return (dtype, the reason for it)."""
     slow = device.type == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16")
     if slow and name.endswith("16"):
         warnings.warn(f"--dtype {name} is slower than float32 on this CPU")
@@ -257,7 +257,7 @@ def pick_dtype(name, device):
 
 
 def peak_memory(device):
-    """Peak bytes of CUDA's allocator, elsewhere of the process; 0 on Windows."""
+    """Return the peak bytes of CUDA's allocator, or of the process; 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -268,7 +268,7 @@ def peak_memory(device):
 
 
 def load_model(name, dtype, device, nf4=False):
-    """(causal language model in eval mode, tokenizer)."""
+    """Return (causal language model in eval mode, tokenizer)."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with loading("--model", name, "model") as local:
@@ -300,7 +300,7 @@ def check_ids(model, encoded, more=0):
 # --- generation ---
 
 def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
-    """Greedy completions, in the order of the prompts: [(text, cut off)]."""
+    """Return greedy completions, in the order of the prompts: [(text, cut off)]."""
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     check_ids(model, encoded, max_new_tokens)
     own = model.generation_config
@@ -359,14 +359,14 @@ def complete_batch(model, tokenizer, prompts, eos, max_new_tokens):
 # --- scores ---
 
 def wilson_interval(correct, n, z=1.959964):
-    """95% interval of a proportion (Wilson 1927). Unlike p +- z sd it holds near 0 and 1."""
+    """Return a proportion's 95% interval (Wilson 1927), which holds near 0 and 1 too."""
     centre = (correct + z * z / 2) / (n + z * z)
     half = z * math.sqrt(correct * (n - correct) / n + z * z / 4) / (n + z * z)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def mcnemar_p(first, second):
-    """Exact two-sided p that two models are equally good (McNemar 1947).
+    """Return the exact two-sided p that two models are equally good (McNemar 1947).
 
     Of the problems that one alone solves, each falls either way with probability 1/2.
     """
@@ -378,7 +378,7 @@ def mcnemar_p(first, second):
 
 
 def answer(model, tokenizer, rows, shots=0, batch_size=16, max_new_tokens=256):
-    """One record per problem. The first `shots` rows are worked examples in every prompt."""
+    """Return a record per problem. The first `shots` rows are worked examples in every prompt."""
     examples = "".join(f"{format_prompt(q)} {a}\n\n" for q, a in rows[:shots])
     rows = rows[shots:]
     references = [extract_answer(solution, flexible=True) for _, solution in rows]
@@ -397,7 +397,7 @@ def answer(model, tokenizer, rows, shots=0, batch_size=16, max_new_tokens=256):
 
 
 def summarise(records, base=None):
-    """Counts, accuracies, 95% interval, and an exact p against the base's records."""
+    """Return counts, accuracies, 95% interval, and an exact p against the base's records."""
     n, correct = len(records), [record["correct"] for record in records]
     flexible = sum(record["correct_flexible"] for record in records)
     result = dict(
@@ -412,7 +412,7 @@ def summarise(records, base=None):
 
 
 def describe(name, result):
-    """A result in one line."""
+    """Return a result in one line."""
     low, high = result["ci95"]
     line = (f"{name}: {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {result['n']}  "
             f"flexible {result['accuracy_flexible']:.1%}  no answer {result['no_answer']}  "
@@ -425,13 +425,13 @@ def describe(name, result):
 # --- a run of evaluations ---
 
 def checkpoints(run):
-    """The checkpoints of a training run, sorted as numbers: 999,999 before 1,000,000."""
+    """Return a run's checkpoints, sorted as numbers: 999,999 before 1,000,000."""
     steps = [path for path in Path(run).glob("step_*") if path.name[5:].isdigit()]
     return sorted(steps, key=lambda path: int(path.name[5:]))
 
 
 def plan(args, settings):
-    """{score file: (name, settings)}: the base, each adapter or checkpoint, the merged model."""
+    """Return {score file: (name, settings)} of base, adapters or checkpoints, merged model."""
     evaluations = [("base", None)]
     for folder in args.adapter:
         for path in checkpoints(folder) or [Path(folder)]:

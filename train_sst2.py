@@ -12,7 +12,7 @@ folder with train and validation as .jsonl or .tsv: sentence, and label 0 or 1.
 
 Weights are fp32 under autocast. SST-2 validation has 872 rows: at 93% one run's 95% interval is
 +/- 1.7 points. All ranks and targets share one alpha and lr, and the update is scaled by alpha / r:
-neither rank (Sec. 7.2) nor targets (Sec. 7.1) vary alone.
+another rank (Sec. 7.2), or other targets at one budget (Sec. 7.1), is another scale too.
 """
 import argparse
 import csv
@@ -315,15 +315,14 @@ def train(args, data, r, seed):
         windows += epoch_windows(data["train"], args.batch_size, args.grad_accum, rng)
     steps = len(windows)
     every = math.ceil(steps / (4 * args.epochs))
-    history, losses, skipped, seconds = [], [], 0, 0.0
+    history, losses, done, seconds = [], [], 0, 0.0
 
     for step, window in enumerate(bar := tqdm(windows, unit="step", disable=None), 1):
         start = time.perf_counter()
         model.train()
 
-        # 1. Learning rate: warm-up over 6% of the steps (Table 9), at most 100, capped by a line
-        #    from the peak at step 0 to 0: up to 6% below the peak. Skipped steps do not count.
-        done = step - 1 - skipped
+        # 1. Learning rate: up over 6% of the steps (Table 9), at most 100, then down the line from
+        #    the peak at step 0 to 0 at the end. Skipped steps do not count.
         warmup = max(1, min(100, 0.06 * steps))
         lr = peak_lr * min((done + 1) / warmup, (steps - done) / steps)
         optimizer.param_groups[0]["lr"] = lr
@@ -347,9 +346,9 @@ def train(args, data, r, seed):
         if finite:
             optimizer.step()
             losses.append(loss)
+            done += 1
         optimizer.zero_grad(set_to_none=True)
         scaler.update(finite)
-        skipped += not finite
         if scaler.skips == (20 if scaler.enabled else 1):
             raise ValueError(f"loss {loss:g}, gradient norm {norm:g} at step {step}: "
                              "try a lower learning rate")
@@ -360,7 +359,7 @@ def train(args, data, r, seed):
         if step % every == 0 or step == steps:
             accuracy, val_loss = evaluate(model, data["validation"], args.dtype)
             history.append({"epoch": step * args.epochs / steps, "accuracy": accuracy,
-                            "train_loss": statistics.fmean(losses or [math.nan]), "loss": val_loss})
+                            "train_loss": statistics.fmean(losses or [loss]), "loss": val_loss})
             bar.write("  ".join(f"{key} {value:.3f}" for key, value in history[-1].items()))
             losses = []
 
@@ -373,7 +372,7 @@ def train(args, data, r, seed):
     run = {flag: getattr(args, flag) for flag in flags.split()}
     run |= {"r": r, "seed": seed, "adapter_parameters": adapter, "trainable": trainable,
             "total": total, **history[-1], "n": n, "ci95": wilson_interval(accuracy, n),
-            "skipped": skipped, "seconds": seconds, "peak_memory_gb": peak, "history": history}
+            "skipped": steps - done, "seconds": seconds, "peak_memory_gb": peak, "history": history}
     return run, model
 
 
@@ -419,7 +418,7 @@ def report(runs, picture):
 # --- score a saved adapter ---
 
 def load_adapted(args, folder):
-    """Return a base with its adapter, whose config names base and head."""
+    """Return a base with its adapter, and set --model and --head, if not given, to its own."""
     with loading("the adapter", folder):
         config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf8"))
         args.model = args.model or config["base_model_name_or_path"] or BASE
@@ -499,7 +498,7 @@ def compare(args):
     for kind, names in kinds.items():
         A1, A2 = map(torch.randn_like, pairs[names[0]])
         maps[f"random {kind}; chance max(i, j) / {A1.shape[1]}"] = subspace_similarity(A1, A2)
-    r1, r2 = len(A1), len(A2)
+    r1, r2 = next(iter(maps.values())).shape
     corners = {name: phi[[0, 0, -1], [0, -1, -1]] for name, phi in maps.items()}
     print_table("Similarity phi(i, j) (Eq. 4), i of {}, j of {}".format(*args.compare),
                 ["1, 1", f"1, {r2}", f"{r1}, {r2}"], corners)
