@@ -1441,13 +1441,14 @@ def test_resume_continues_bitwise(file, more, tiny):
 
 def test_the_seed_reaches_dropout(tiny, patch):
     """With A and the order of rows held, seeds must differ, also by 2**31."""
-    patch(train_math, epoch_batches=lambda rows, *_: [rows[:1]])
-    losses = set()
+    keys, losses = [], set()
+    patch(train_math, epoch_batches=lambda rows, *key: keys.append(key) or [rows[:1]])
     for seed in (0, 1, 2**31):
         model, examples = adapted(tiny, dropout=0.5)
         train_math.train(model, examples, parse_args(command(tiny, f"--seed {seed}")))
         losses.add(metrics()[0]["loss"])
     assert len(losses) == 3
+    assert keys[:3] == [(4, 0, 0), (4, 0, 1), (4, 0, 2)]  # batch size, seed, epoch
 
 
 def test_resume_refuses_what_it_cannot_continue(tiny, patch):
@@ -1457,7 +1458,9 @@ def test_resume_refuses_what_it_cannot_continue(tiny, patch):
     run(copy, "--max-steps 1")
     refused("has checkpoints: add --resume", run, copy)
     refused("--lr .*was 0.01, is 0.02", run, copy, flags, "--lr 0.02")
-    shutil.copytree(tiny / "tied", copy / "base", dirs_exist_ok=True)
+    model = load(copy)[0]
+    model.model.norm.weight.data += 1
+    model.save_pretrained(copy / "base")
     refused("base of this run was ", run, copy, flags)
     shutil.copy(copy / "test.jsonl", copy / "train.jsonl")
     refused("data of this run was ", run, copy, flags)
@@ -1631,6 +1634,8 @@ def test_skipped_steps_leave_weights_and_schedule_and_twenty_end_a_run(encoder, 
     assert steps[0][1] < 0.5 and max(norm for _, norm in steps) < 1.001  # unscaled, clipped
     args.epochs = 2
     refused("at step 20: try a lower learning rate", run, 2.0**120)
+    args.dtype, args.full_lr = "float32", 1e30
+    refused("at step 2: try", run, 1)
 
 
 def test_padding_changes_neither_loss_nor_accuracy(encoder):
@@ -1644,6 +1649,16 @@ def test_padding_changes_neither_loss_nor_accuracy(encoder):
     labels = torch.tensor([label for _, label in examples])
     wanted = (logits.argmax(-1) == labels).float().mean(), F.cross_entropy(logits, labels)
     close(torch.tensor(train_sst2.evaluate(model, examples, "float32")), torch.stack(wanted))
+
+
+def test_the_seed_reaches_head_adapter_and_dropout(encoder):
+    """Seeds must differ also beyond the 32 bits that torch's CPU generator uses."""
+    args, seen = prepared(encoder)[0], []
+    for seed in (0, 2**32):
+        model, _ = train_sst2.load_encoder(args, 2, seed)
+        _, layer = next(lora_layers(model))
+        seen.append([model.classifier.weight, layer.lora_A, F.dropout(torch.ones(64))])
+    assert not any(map(torch.equal, *seen))
 
 
 def test_training_rows_are_drawn_with_seed_0_and_cut(encoder):
@@ -1729,20 +1744,20 @@ def test_amplification_is_what_it_is_by_hand(kind):
 
 def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, capsys):
     """The tables must hold what lora_A and delta() give."""
-    one, other, args = encoder / "r1-s0", encoder / "r4-s1", prepared(encoder)[0]
+    one, other, args = encoder / "r4-s0", encoder / "r4-s1", prepared(encoder)[0]
     maps = train_sst2.main(sst2(encoder, f"--compare {one} {other}"))
     first, last = (f"bert.encoder.layer.{n}.attention.self.query" for n in (0, 1))
     a, b = (dict(lora_layers(train_sst2.load_adapted(args, x)))[last] for x in (one, other))
     out = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in out if line.startswith(last)]
     V1, V2 = (torch.linalg.qr(layer.lora_A.T).Q for layer in (a, b))
-    assert rows[0][-1] == f"{(V1.T @ V2).square().sum():.2f}"
+    assert rows[0][-1] == f"{(V1.T @ V2).square().sum() / 4:.2f}"
     assert rows[2][1:3] == [f"{b.weight.norm():.2f}", f"{b.delta().norm():.2f}"]
     close(maps["mean of 2 attention.self.query"], (maps[first] + maps[last]) / 2)
     saved("c", lambda: AutoModelForSequenceClassification.from_pretrained(encoder / "base"),
           targets=["dense"], also_train=["classifier"])
     refused("share no layer", train_sst2.main, sst2(encoder, f"--compare {one} c"))
-    assert Path("runs/sst2/compare-r1-s0-r4-s1.png").exists()
+    assert Path("runs/sst2/compare-r4-s0-r4-s1.png").exists()
 
 
 # --- the CUDA path, on fake tensors ---
