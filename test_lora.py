@@ -996,19 +996,13 @@ def test_intervals_and_exact_test_give_published_values():
     assert mcnemar_p(second, first) == mcnemar_p(first, second) < mcnemar_p(first, first) == 1
 
 
-def test_shots_stand_in_the_prompt_and_are_not_scored(patch):
-    """Each prompt must show the first rows with their answers."""
-    patch(eval_gsm8k, complete=lambda *args: [(text, True) for text in args[2]])
-    [record] = eval_gsm8k.answer(None, None, [("a?", "#### 1"), ("b?", "2")], shots=1)
-    assert record["completion"] == "Question: a?\nAnswer: #### 1\n\nQuestion: b?\nAnswer:"
-
-
-def test_strict_flexible_missing_and_cut_off_answers_are_counted_apart(patch):
-    """Each count must be its own, worked out by hand."""
-    said = [("#### 1", False), ("2", False), ("", True), ("9", False)]
-    patch(eval_gsm8k, complete=lambda *_: said)
-    rows = [("q", str(n)) for n in (1, 2, 3, 4)]
-    result = eval_gsm8k.summarise(eval_gsm8k.answer(None, None, rows))
+def test_shots_stand_in_the_prompt_and_answers_are_counted_by_kind(patch):
+    """Shots must not be scored; each count must be its own, worked out by hand."""
+    said, asked = [("#### 1", False), ("2", False), ("", True), ("9", False)], []
+    patch(eval_gsm8k, complete=lambda _, __, prompts, *rest: asked.extend(prompts) or said)
+    rows = [("a?", "#### 7"), *(("q", str(n)) for n in (1, 2, 3, 4))]
+    result = eval_gsm8k.summarise(eval_gsm8k.answer(None, None, rows, shots=1))
+    assert asked == 4 * ["Question: a?\nAnswer: #### 7\n\nQuestion: q\nAnswer:"]
     wanted = dict(n=4, correct=1, accuracy=0.25, correct_flexible=2, accuracy_flexible=0.5,
                   no_answer=3, truncated=1)
     assert wanted.items() <= result.items()
