@@ -167,6 +167,8 @@ class LoRALinear(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         self.base._apply(fn)
+        for base in self.unmerged_base or ():  # it takes the dtype, and stays on the CPU
+            base._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype))
         return super()._apply(keep_dtype, recurse=False)
 
     def _save_to_state_dict(self, *args):
@@ -179,8 +181,8 @@ class LoRALinear(nn.Module):
         for name in self.base.state_dict():
             if prefix + name in state_dict:
                 state_dict[f"{prefix}base.{name}"] = state_dict.pop(prefix + name)
-                state_dict[prefix + "lora_A"] = self.lora_A.detach()
-                state_dict[prefix + "lora_B"] = self.lora_B.detach()
+                state_dict.setdefault(prefix + "lora_A", self.lora_A.detach())
+                state_dict.setdefault(prefix + "lora_B", self.lora_B.detach())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -208,7 +210,7 @@ def dense_copy(base):
 
 
 def copied(layer, device):
-    """Return a copy of a layer on a device, sharing no tensor with it."""
+    """Return a copy of a layer on a device; deepcopy alone would copy a view's whole storage."""
     memo = {id(p): nn.Parameter(p.to(device, copy=True), False) for p in layer.parameters()}
     memo |= {id(buffer): buffer.to(device, copy=True) for buffer in layer.buffers()}
     return copy.deepcopy(layer, memo)  # deepcopy takes from the memo what is there
@@ -434,7 +436,7 @@ def save_adapter(model, config, folder):
             raise ValueError(f"{key} holds NaN or infinity")
     zero = [name for name, layer in layers.items() if not layer.lora_B.any()]
     if zero:
-        warnings.warn(f"B is still zero in {zero[0]}: was the optimizer made before the adapter?")
+        warnings.warn(f"B is still zero in {zero[0]}: an old optimizer, or a layer never called?")
 
     options = {
         "peft_type": "LORA", "inference_mode": True, "bias": "none",
@@ -608,7 +610,7 @@ class NF4Linear(nn.Module):
         flat = weight.flatten().float()
         blocks = F.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
         absmax = blocks.abs().amax(1)
-        values = torch.tensor(NF4, device=weight.device)
+        values = torch.tensor(NF4, device=weight.device, dtype=torch.float32)
         middles = (values[1:] + values[:-1]) / 2
         scaled = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         codes = torch.bucketize(scaled, middles, out_int32=True).byte().view(-1, 2)
@@ -675,6 +677,7 @@ def quantize_nf4(model, skip=("lm_head",)):
     if dict(lora_layers(model)):
         raise ValueError("the model carries an adapter: quantise first, then inject")
     head = getattr(model, "get_output_embeddings", lambda: None)()
+    skip = (skip,) if isinstance(skip, str) else skip
     names = []
     for name in list(linear_layers(model)):
         layer = model.get_submodule(name)  # by name: each dense weight is freed before the next

@@ -33,13 +33,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
-from safetensors.torch import load_file, save_file
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          LlamaConfig, LlamaForCausalLM)
+from huggingface_hub import HfApi, errors
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 import eval_gsm8k
@@ -54,11 +49,11 @@ from lora import (
     strip_lora, unmerge_lora)
 from train_math import (LossScaler, backward_loss, checkpoints, collate, demo_base, demo_problem,
                         encode, epoch_batches, learning_rate_at, newest_state, parse_args)
-from train_sst2 import LossScaler as Sst2LossScaler
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
-cases, quiet = pytest.mark.parametrize, pytest.mark.filterwarnings("ignore")
+cases = pytest.mark.parametrize
+pytestmark = pytest.mark.filterwarnings("ignore")
 README = (HERE / "README.md").read_text(encoding="utf8")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IDS = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -68,13 +63,18 @@ SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, max_position_e
 HEAD = dict(targets=("query", "value"), also_train=("classifier",))
 
 
-def make(kind, task=AutoModelForCausalLM, **options):
+def make(kind, **options):
     torch.manual_seed(0)
+    task = AutoModelForSequenceClassification if "bert" in kind else AutoModelForCausalLM
     return task.from_config(AutoConfig.for_model(kind, **options)).eval()
 
 
+def causal(kind, **options):
+    return make(kind, **SMALL | {"head_dim": 8} | options)
+
+
 def llama(**options):
-    return make("llama", **SMALL | options)
+    return causal("llama", **options)
 
 
 def gpt2():
@@ -82,7 +82,7 @@ def gpt2():
 
 
 def roberta():
-    return make("roberta", AutoModelForSequenceClassification, **SMALL)
+    return make("roberta", **SMALL)
 
 
 class SmallGPT(nn.Module):
@@ -119,12 +119,12 @@ def in_dtype(model, dtype):
     return model.to(dtype)
 
 
-def shake(model, scale=0.1):
+def shake(model):
     """Change everything that trains, as if it had been trained."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
 def injected(build, **options):
@@ -186,7 +186,7 @@ def saved_for_backward(function, but=()):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         function()
     others = {tensor.untyped_storage().data_ptr() for tensor in but}
     return sum(size for place, size in kept.items() if place not in others)
@@ -198,20 +198,24 @@ def refused(match, call, *args, error=ValueError):
     assert "\n" not in str(caught.value)
 
 
-def edit_config(folder, **changes):
-    path = folder / CONFIG
+def weights(folder):
+    return safetensors.torch.load(Path(folder, WEIGHTS).read_bytes())
+
+
+def edit_config(**changes):
+    path = Path(CONFIG)
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def edit_tensors(folder, change):
-    tensors = load_file(folder / WEIGHTS)
+def edit_tensors(change):
+    tensors = weights(".")
     change(tensors)
-    save_file(tensors, folder / WEIGHTS)
+    safetensors.torch.save_file(tensors, WEIGHTS)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A folder: an untrained base and one with tied embeddings, train.jsonl and test.jsonl."""
+    """A folder: an untrained base, train.jsonl and test.jsonl."""
     folder, rng = tmp_path_factory.mktemp("tiny"), random.Random(0)
     problems = [demo_problem(rng, two_steps=i % 2 == 0) for i in range(80)]
     for name, part in (("train", problems[:64]), ("test", problems[64:])):
@@ -219,13 +223,10 @@ def tiny(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("".join(lines))
     texts = [f"{format_prompt(p['question'])} {p['answer']}" for p in problems]
     model, tokenizer = demo_base(texts)
-    config = model.config.to_dict() | dict(hidden_size=32, intermediate_size=48,
-                                           num_hidden_layers=2, head_dim=8)
-    for name, tied in (("base", False), ("tied", True)):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**config | {"tie_word_embeddings": tied}))
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    torch.manual_seed(0)
+    model.config.update(dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8))
+    type(model)(model.config).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
     return folder
 
 
@@ -244,7 +245,7 @@ def patch(monkeypatch):
 
 
 def load(tiny):
-    return load_model(str(tiny / "base"), torch.float32, CPU)
+    return load_model(f"{tiny}/base", torch.float32, CPU)
 
 
 # --- the paper ---
@@ -255,43 +256,29 @@ def test_zero_start_leaves_the_output_bit_identical(kind, dtype):
     """Step 0 must be the base (Sec. 4.1), with A and B in fp32 over any base."""
     base, x = linear(kind, 24, 16).to(dtype), torch.randn(5, 24).to(dtype)
     layer = LoRALinear(base, r=4, alpha=8, dropout=0.5)  # which leaves W0 x alone
-    y = layer(x)
-    assert torch.equal(y, base(x))
-    y.float().sum().backward()
+    assert torch.equal(layer(x), base(x))
     A, B = layer.lora_A, layer.lora_B
     assert A.shape == (4, 24) and B.shape == (16, 4)
-    assert A.dtype == B.dtype == B.grad.dtype == torch.float32
+    assert A.dtype == B.dtype == torch.float32
     assert 0.9 < A.abs().max() * math.sqrt(24) <= 1
 
 
 @cases("rslora, scaling", [(False, 3), (True, 6)])
 @cases("kind", [nn.Linear, Conv1D])
 def test_forward_is_a_dense_layer_with_the_update_added(kind, rslora, scaling):
-    """y must be (W0 + s B A) x + b (Eq. 3), s = alpha / r, or alpha / sqrt(r)."""
+    """y must be (W0 + s B A) x + b (Eq. 3), s = alpha / r, or alpha / sqrt(r); dx, dA, dB too."""
     layer = LoRALinear(linear(kind, 24, 16), r=4, alpha=12, rslora=rslora, dropout=0.5)
-    shake(layer, 1.0)
-    update = scaling * (layer.lora_B @ layer.lora_A).detach()
+    shake(layer)
     weight = layer.base.weight if kind is nn.Linear else layer.base.weight.T
-    x = torch.randn(3, 5, 24)
-    close(layer.eval()(x), F.linear(x, weight + update, layer.base.bias), atol=1e-4)
+    x, A, B = torch.randn(3, 5, 24, requires_grad=True), layer.lora_A, layer.lora_B
+    dense = F.linear(x, weight + scaling * B @ A, layer.base.bias)
+    results = [(y, *torch.autograd.grad(y.sum(), (x, A, B))) for y in (layer.eval()(x), dense)]
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
     assert not torch.equal(layer.train()(x), layer(x))  # two draws of dropout
 
 
-def test_gradients_are_the_closed_form():
-    """For G = dL/dy: dB = s G^T x A^T, dA = s B^T G^T x, dx = G (W0 + s B A)."""
-    layer, s = LoRALinear(linear(nn.Linear, 24, 16), r=4, alpha=8), 2
-    shake(layer)
-    x, G = torch.randn(5, 24, requires_grad=True), torch.randn(5, 16)
-    (layer(x) * G).sum().backward()
-    A, B = layer.lora_A.detach(), layer.lora_B.detach()
-    close(layer.lora_B.grad, s * G.T @ x.detach() @ A.T, atol=1e-4)
-    close(layer.lora_A.grad, s * B.T @ G.T @ x.detach(), atol=1e-4)
-    close(x.grad, G @ (layer.base.weight + s * B @ A), atol=1e-4)
-    assert layer.base.weight.grad is None and layer.base.bias.grad is None
-
-
 def test_base_never_changes():
-    """Training must move each A, B and named head, and nothing else (Sec. 4.2)."""
+    """Training must move each A, B and named head, and nothing else (Sec. 4.1)."""
     model = roberta().train()
     model(IDS).logits.sum().backward()  # gradients of pretraining
     inject_lora(model, LoRAConfig(r=4, **HEAD))
@@ -332,22 +319,20 @@ def test_full_rank_reaches_any_delta():
 TINY = dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
             num_attention_heads=32, num_key_value_heads=4)
 GPT3 = dict(hidden_size=12288, num_hidden_layers=96, num_attention_heads=96)
-TABLE_2 = dict(targets=("query", "value"), also_train=("classifier.out_proj",))
 DISTILBERT = dict(targets=("q_lin", "v_lin"), also_train=("pre_classifier", "classifier"))
 
 
 @cases("kind, sizes, options, trainable", [
     ("llama", TINY, {}, 1_126_400), ("llama", TINY, dict(r=64, targets="all-linear"), 50_462_720),
     ("llama", {}, {}, 4_194_304),  # Llama-2-7B
-    *(("roberta", {}, TABLE_2 | dict(r=r), adapter + 1_538)
+    *(("roberta", {}, HEAD | dict(also_train="classifier.out_proj", r=r), adapter + 1_538)
       for r, adapter in ((1, 36_864), (2, 73_728), (4, 147_456), (8, 294_912))),
     ("distilbert", {}, DISTILBERT, 739_586),
     ("llama", GPT3, dict(r=1), 4_718_592), ("llama", GPT3, {}, 37_748_736)])
 def test_parameter_counts_of_the_published_models(kind, sizes, options, trainable):
     """Counts must be those of the papers and model cards."""
-    task = AutoModelForSequenceClassification if "bert" in kind else AutoModelForCausalLM
     with torch.device("meta"):
-        model = make(kind, task, **sizes)
+        model = make(kind, **sizes)
     inject_lora(model, LoRAConfig(**options))
     found, total = count_parameters(model)
     assert found == trainable
@@ -355,16 +340,15 @@ def test_parameter_counts_of_the_published_models(kind, sizes, options, trainabl
     assert kind != "distilbert" or total == 67_102_466
 
 
-@quiet
 @cases("build, options", [
     (llama, {}), (llama, dict(rslora=True)), (gpt2, dict(targets=("c_attn",))), (roberta, HEAD)])
-def test_training_curve_equals_peft_s(build, options, tmp_path):
+def test_training_curve_equals_peft_s(build, options):
     """PEFT must load our file and have the losses of 20 AdamW steps within 1e-4."""
     peft = pytest.importorskip("peft")
-    model, _ = saved(tmp_path, build, **options)
-    theirs = peft.PeftModel.from_pretrained(build(), tmp_path, is_trainable=True).eval()
+    model, _ = saved(".", build, **options)
+    theirs = peft.PeftModel.from_pretrained(build(), ".", is_trainable=True).eval()
     close(logits(theirs), logits(model))
-    options = json.loads((tmp_path / CONFIG).read_text())
+    options = json.loads(Path(CONFIG).read_text())
     assert options["fan_in_fan_out"] == (build is gpt2)
     assert options["task_type"] == (None if build is roberta else "CAUSAL_LM")
     assert train(model, 20) == pytest.approx(train(theirs, 20), abs=1e-4)
@@ -402,7 +386,6 @@ def test_config_refuses_values_out_of_range(bad):
 
 @cases("names, options", [
     ("blocks.0.q_proj blocks.1.q_proj", dict(targets=["q_proj"])),
-    ("blocks.0.q_proj", dict(targets="0.q_proj")),
     ("blocks.0.q_proj blocks.0.eq_proj blocks.0.v_proj blocks.0.mlp",
      dict(targets="all-linear", also_train="blocks.1"))])
 def test_targets_match_whole_names(names, options):
@@ -428,7 +411,7 @@ def test_a_tied_weight_is_refused():
 
 
 def test_what_only_looks_linear_is_left_alone():
-    """So must be layers that are read but never called, as in torch's attention."""
+    """So must be layers that are read but never called; packed ones are adapted."""
     conv = type("Conv1D", (nn.Conv1d,), {})(8, 8, 3)  # not that of transformers
     own, linear, packed = nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 4)
     own.in_features, own.out_features = 8, 4  # stands for a layer that keeps (in, out)
@@ -443,8 +426,8 @@ def test_what_only_looks_linear_is_left_alone():
 
 @cases("kind", ["phimoe", "llama4_text"])
 def test_all_linear_leaves_out_routers(kind):
-    """Routers return tuples: a named one must say so."""
-    model = make(kind, **SMALL, num_local_experts=2, intermediate_size_mlp=48, head_dim=8)
+    """A router returns a tuple: naming it as a target must be an error that says so."""
+    model = causal(kind, num_local_experts=2, intermediate_size_mlp=48)
     names = inject_lora(model, LoRAConfig(r=2, targets="all-linear"))
     assert len(names) >= 8 and not any("router" in name for name in names)
     train(model, 1)
@@ -452,15 +435,15 @@ def test_all_linear_leaves_out_routers(kind):
     refused("Router returns no tensor.*target", model, IDS)
 
 
-def test_wrappers_come_after_injection(tmp_path):
+def test_wrappers_come_after_injection():
     """DDP would not synchronise a later adapter; saving from inside must work."""
-    model, config = saved(tmp_path)
-    before, parallel = load_file(tmp_path / WEIGHTS), nn.DataParallel(model)
+    model, config = saved(".")
+    before, parallel = weights("."), nn.DataParallel(model)
     refused("first, then wrap", inject_lora, nn.DataParallel(llama()), config)
-    refused("first, then wrap", load_adapter, parallel, tmp_path)
-    save_adapter(torch.compile(parallel), config, tmp_path)
-    assert same_bits(load_file(tmp_path / WEIGHTS), before)
-    load_adapter(torch.compile(model), tmp_path)
+    refused("first, then wrap", load_adapter, parallel, ".")
+    save_adapter(torch.compile(parallel), config, ".")
+    assert same_bits(weights("."), before)
+    load_adapter(torch.compile(model), ".")
 
 
 @cases("dtype", [torch.float32, "nf4"])
@@ -470,19 +453,21 @@ def test_a_cast_keeps_the_adapter_in_float32_and_the_codes(dtype):
     before, after = bits(model), bits(model.half())
     for name in before:
         if name.endswith((".lora_A", ".lora_B", ".codes", ".absmax")):
-            assert before[name].dtype == after[name].dtype
             assert torch.equal(before[name], after[name])
     assert logits(model).dtype == logits(merge_lora(model)).dtype == torch.float16
-    unmerge_lora(model.to("meta", torch.bfloat16))  # another device: all must follow
+    unmerge_lora(model.to("meta", torch.bfloat16))  # the base that waits must follow
     assert all(parameter.is_meta for parameter in model.parameters())
+    assert {layer.weight.dtype for _, layer in lora_layers(model)} == {torch.bfloat16}
 
 
-@cases("strict", [True, False])
-def test_a_plain_checkpoint_loads_into_an_adapted_model(strict):
+def test_a_plain_checkpoint_loads_into_an_adapted_model():
     """Plain names must reach the base, and leave A and B."""
     plain, (model, _) = SmallGPT(seed=1).state_dict(), injected(SmallGPT)
+    A = torch.ones(4, 16)
+    model.load_state_dict(plain | {"blocks.0.q_proj.lora_A": A})  # loralib's
+    assert torch.equal(model.blocks[0]["q_proj"].lora_A, A)
     before = adapter_state_dict(model)
-    model.load_state_dict(plain, strict=strict)
+    model.load_state_dict(plain)
     assert same_bits(adapter_state_dict(model), before)
     shake(model)
     assert changed(adapter_state_dict(model), before) == before.keys()  # before holds copies
@@ -491,11 +476,11 @@ def test_a_plain_checkpoint_loads_into_an_adapted_model(strict):
 
 # --- merged, switched off, copied, saved for backward ---
 
-def test_a_merged_model_is_not_saved_loaded_or_switched_off(tmp_path):
+def test_a_merged_model_is_not_saved_loaded_or_switched_off():
     """Each would lose the adapter or apply it twice."""
-    model, config = saved(tmp_path)
+    model, config = saved(".")
     merge_lora(model)
-    for call, *args in ((save_adapter, model, config, tmp_path), (load_adapter, model, tmp_path),
+    for call, *args in ((save_adapter, model, config, "."), (load_adapter, model, "."),
                         (model.state_dict,), (model.load_state_dict, {}),
                         (disable_lora(model).__enter__,)):
         refused("unmerge_lora", call, *args, error=RuntimeError)
@@ -527,7 +512,7 @@ def test_disable_is_the_base_also_after_an_exception():
 
 @cases("dtype", [torch.float32, "nf4"])
 def test_compiled_copied_and_pickled_models_agree(dtype):
-    """What is done to a copy must not touch the model."""
+    """Outputs must be equal; what is done to a copy must not touch the model."""
     model, _ = injected(lambda: in_dtype(SmallGPT().eval(), dtype), dropout=0.5)
     unmerged = logits(model)
     close(logits(torch.compile(model, backend="eager")), unmerged)
@@ -546,7 +531,7 @@ def test_an_adapted_layer_keeps_its_input_once(wrap):
     x = torch.randn(50, 96, requires_grad=True)
     assert saved_for_backward(lambda: layer(x), [x, layer.weight]) < 4 * 50 * 80
     layer.base.register_forward_hook(lambda *_: calls.append(1))
-    checkpoint(layer, x, use_reentrant=False).sum().backward()
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False).sum().backward()
     assert len(calls) == 1  # recomputing stops before the base
 
 
@@ -556,9 +541,9 @@ def test_an_adapted_layer_keeps_its_input_once(wrap):
     (llama, {}, dict(targets="all-linear", rslora=True)), (roberta, HEAD, dict(targets="dense")),
     (gpt2, dict(targets=("c_attn", "c_fc")), dict(targets="c_proj")),
     (SmallGPT, dict(r=numpy.int64(2), alpha=numpy.float32(4)), dict(targets="0.q_proj"))])
-def test_a_loaded_adapter_is_exact_and_replaces_any_other(build, first, second, tmp_path):
+def test_a_loaded_adapter_is_exact_and_replaces_any_other(build, first, second):
     """Bits and config must come back; a replaced head goes back to its start."""
-    folders = [tmp_path / "first", tmp_path / "second"]
+    folders = ["first", "second"]
     both = [saved(folder, build, **o) for folder, o in zip(folders, (first, second))]
     model = build()
     for folder, (wanted, config) in zip(folders * 2, both * 2):
@@ -571,20 +556,19 @@ def test_a_loaded_adapter_is_exact_and_replaces_any_other(build, first, second, 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BROKEN = {
-    CONFIG: lambda f: (f / CONFIG).unlink(),
-    "LORA": lambda f: edit_config(f, peft_type="IA3"),
-    r"\(4, 32\).*expected \(8, 32\)": lambda f: edit_config(f, r=8),
-    "k_proj.*missing": lambda f: edit_config(f, target_modules=["q_proj", "k_proj", "v_proj"]),
-    "NaN": lambda f: edit_tensors(f, lambda t: t[KEY].fill_(math.inf)),
-    "int64": lambda f: edit_tensors(f, lambda t: t.update({KEY: t[KEY].long()}))}
+    "LORA": lambda: edit_config(peft_type="IA3"),
+    r"\(4, 32\).*expected \(8, 32\)": lambda: edit_config(r=8),
+    "k_proj.*missing": lambda: edit_config(target_modules=["q_proj", "k_proj", "v_proj"]),
+    "NaN": lambda: edit_tensors(lambda t: t[KEY].fill_(math.inf)),
+    "int64": lambda: edit_tensors(lambda t: t.update({KEY: t[KEY].long()}))}
 
 
 @cases("message", BROKEN)
-def test_a_broken_adapter_is_refused(message, tmp_path):
+def test_a_broken_adapter_is_refused(message):
     """Each way to be broken must be one line that says so."""
-    saved(tmp_path)
-    BROKEN[message](tmp_path)
-    refused(f"no adapter for this model.*{message}", load_adapter, llama(), tmp_path)
+    saved(".")
+    BROKEN[message]()
+    refused(f"no adapter for this model.*{message}", load_adapter, llama(), ".")
 
 
 VALUES = [None, True, -1, 10**400, math.nan, "", "q_proj", [], [["q_proj"]], {}]
@@ -606,11 +590,10 @@ def mutant(files, rng):
     return weights, config
 
 
-@quiet
-def test_mutated_adapters_load_exactly_or_leave_the_model_alone(tmp_path):
+def test_mutated_adapters_load_exactly_or_leave_the_model_alone():
     """Of 1,000 each must load to the bit what it says, or be refused."""
-    saved(tmp_path, SmallGPT)
-    paths = tmp_path / WEIGHTS, tmp_path / CONFIG
+    saved(".", SmallGPT)
+    paths = Path(WEIGHTS), Path(CONFIG)
     whole, rng, loaded = [path.read_bytes() for path in paths], random.Random(0), 0
     start, _ = injected(SmallGPT, targets="mlp")
     for i in range(1000):
@@ -618,12 +601,12 @@ def test_mutated_adapters_load_exactly_or_leave_the_model_alone(tmp_path):
             path.write_bytes(content)
         model = copy.deepcopy(start)
         try:
-            read = load_adapter(model, tmp_path)
-        except ValueError as error:
-            assert same_bits(bits(model), bits(start)) and "\n" not in str(error), i
+            read = load_adapter(model, ".")
+        except ValueError:
+            assert same_bits(bits(model), bits(start)), i
             continue
         loaded += 1
-        options, tensors = json.loads(paths[1].read_bytes()), load_file(paths[0])
+        options, tensors = json.loads(paths[1].read_bytes()), weights(".")
         assert (read.r, read.alpha) == (options["r"], options["lora_alpha"])
         for key, tensor in adapter_state_dict(model).items():
             assert torch.equal(tensor, tensors.pop(f"base_model.model.{key}.weight")), i
@@ -631,85 +614,82 @@ def test_mutated_adapters_load_exactly_or_leave_the_model_alone(tmp_path):
     assert 100 < loaded < 500
 
 
+@pytest.mark.filterwarnings("error")
 @cases("there", [*DTYPES, "nf4"])
-def test_another_base_warns_and_another_dtype_does_not(there, tmp_path):
+def test_another_base_warns_and_another_dtype_does_not(there):
     """The sample must tell another seed, and fit the same base in any dtype."""
-    saved(tmp_path, SmallGPT)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_adapter(in_dtype(SmallGPT(), there), tmp_path)
-    with pytest.warns(UserWarning, match="another base"):
-        load_adapter(in_dtype(SmallGPT(seed=1), there), tmp_path)
+    saved(".", SmallGPT)
+    load_adapter(in_dtype(SmallGPT(), there), ".")
+    with pytest.warns(match="another base"):
+        load_adapter(in_dtype(SmallGPT(seed=1), there), ".")
 
 
-def test_saving_refuses_what_would_not_load_again(tmp_path):
+def test_saving_refuses_what_would_not_load_again():
     """Each must raise, and leave the old file."""
     inject_lora(model := llama(), LoRAConfig())
-    with pytest.warns(UserWarning, match="B is still zero in model.layers.0"):
-        save_adapter(model, LoRAConfig(), tmp_path)
-    model, config = saved(tmp_path)
-    before = (tmp_path / WEIGHTS).read_bytes()
+    with pytest.warns(match="B is still zero in model.layers.0"):
+        save_adapter(model, LoRAConfig(), ".")
+    model, config = saved(".")
+    before = Path(WEIGHTS).read_bytes()
     for changes in (dict(alpha=16), dict(r=8, alpha=16), dict(targets="q_proj")):
         other = dataclasses.replace(config, **changes)
-        refused("was injected", save_adapter, model, other, tmp_path)
+        refused("was injected", save_adapter, model, other, ".")
     wider = dataclasses.replace(config, targets=("q_proj", "v_proj", "o_proj"))
-    refused("'o_proj' matches no", save_adapter, model, wider, tmp_path)
+    refused("'o_proj' matches no", save_adapter, model, wider, ".")
     model.model.layers[1].self_attn.q_proj.lora_A.data[0, 0] = math.nan
-    refused("layers.1.self_attn.q_proj.lora_A.* NaN", save_adapter, model, config, tmp_path)
+    refused("layers.1.self_attn.q_proj.lora_A.* NaN", save_adapter, model, config, ".")
     model.model.norm.requires_grad_(True)
-    refused("model.norm.weight trains.*also_train", save_adapter, model, config, tmp_path)
-    assert (tmp_path / WEIGHTS).read_bytes() == before
+    refused("model.norm.weight trains.*also_train", save_adapter, model, config, ".")
+    assert Path(WEIGHTS).read_bytes() == before
 
 
-def test_an_interrupted_save_leaves_no_mixed_adapter(tmp_path, patch):
+def test_an_interrupted_save_leaves_no_mixed_adapter(patch):
     """New weights must not lie beside an old config: without one nothing loads."""
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    model, config = saved(tmp_path)
+    model, config = saved(".")
     patch(Path, replace=interrupted)
     with pytest.raises(KeyboardInterrupt):
-        save_adapter(model, config, tmp_path)
-    refused(CONFIG, load_adapter, model, tmp_path)
+        save_adapter(model, config, ".")
+    refused(CONFIG, load_adapter, model, ".")
 
 
-@quiet
 @cases("build, targets, options", [
     (llama, r".*layers\.1\..*\.(q|v)_proj", dict(use_rslora=True)),
-    (llama, "all-linear", {}),
     (llama, ["q_proj", "nosuch"], dict(layers_to_transform=0)),
     (llama, ["q_proj"], dict(exclude_modules=["model.layers.0.self_attn.q_proj"])),
     (llama, ["q_proj"], dict(modules_to_save=["embed_tokens", "lm_head"])),
     (llama, ["q_proj", "lm_head"], {}),
     (roberta, ["query"], dict(task_type="SEQ_CLS"))])
-def test_adapters_that_peft_made_load_and_agree(build, targets, options, tmp_path):
+def test_adapters_that_peft_made_load_and_agree(build, targets, options):
     """Logits must be PEFT's, however its config names layers and modules."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, **options)
     theirs = peft.get_peft_model(build(), config).eval()
     shake(theirs)
-    theirs.save_pretrained(tmp_path)
-    load_adapter(model := build(), tmp_path)
+    theirs.save_pretrained(".")
+    load_adapter(model := build(), ".")
     close(logits(model), logits(theirs))
     if "lm_head" in targets:
         base = "base_model.model.lm_head.base_layer.weight"
-        edit_tensors(tmp_path, lambda t: t[base].add_(1))
-        refused("another base weight for lm_head", load_adapter, model, tmp_path)
+        edit_tensors(lambda t: t[base].add_(1))
+        refused("another base weight for lm_head", load_adapter, model, ".")
 
 
-def test_every_option_of_peft_is_honoured_harmless_or_refused(tmp_path):
+def test_every_option_of_peft_is_honoured_harmless_or_refused():
     """What changes the adapter must be refused by name; an unknown option must warn."""
     peft = pytest.importorskip("peft")
     known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
     assert known <= lora.ACCEPTED | lora.REFUSED
-    model, _ = saved(tmp_path)
+    model, _ = saved(".")
     for option in (*lora.REFUSED, "init_lora_weights"):
-        edit_config(tmp_path, **{option: "pissa"})
-        refused(f"{option} = 'pissa'.*not supported", load_adapter, model, tmp_path)
-        edit_config(tmp_path, **{option: None})
-    edit_config(tmp_path, nosuch=1)
-    with pytest.warns(UserWarning, match="nosuch = 1.*unknown"):
-        load_adapter(model, tmp_path)
+        edit_config(**{option: "pissa"})
+        refused(f"{option} = 'pissa'.*not supported", load_adapter, model, ".")
+        edit_config(**{option: None})
+    edit_config(nosuch=1)
+    with pytest.warns(match="nosuch = 1.*unknown"):
+        load_adapter(model, ".")
 
 
 # --- a 4-bit base ---
@@ -753,20 +733,18 @@ def test_lora_over_nf4_trains_and_goes_back(build):
     names, base = quantize_nf4(model), logits(model)
     assert count_parameters(model)[1] == count_parameters(plain)[1]
     assert inject_lora(model, config) == names
-    before, losses = bits(model), train(model, 20)
-    assert losses[-1] < losses[0] - 0.5
+    before = bits(model)
+    train(model, 3)
     assert changed(bits(model), before) == adapter_state_dict(model).keys()
-    merged = strip_lora(merge_lora(copy.deepcopy(model)))
-    close(logits(merged), logits(model))
     dequantize_nf4(strip_lora(model))
     assert torch.equal(logits(model), base)
-    assert merged.state_dict().keys() == model.state_dict().keys() == plain.state_dict().keys()
+    assert model.state_dict().keys() == plain.state_dict().keys()
 
 
 def test_quantising_leaves_what_it_must():
     """Head and skip must stay dense; tied layers and other kinds too, with a warning."""
     model = llama()
-    assert len(quantize_nf4(model, ("q_proj",))) == 12
+    assert len(quantize_nf4(model, "q_proj")) == 12
     assert quantize_nf4(model, ()) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
     inject_lora(model, LoRAConfig())
     refused("quantise first", quantize_nf4, model)
@@ -776,7 +754,7 @@ def test_quantising_leaves_what_it_must():
     nn.init.constant_(damaged.weight, math.nan)
     layers = nn.Sequential(own, damaged, *(nn.Linear(8, 8) for _ in range(3)))
     layers[2].weight = layers[3].weight
-    with pytest.warns(UserWarning, match="stays dense") as caught:
+    with pytest.warns(match="stays dense") as caught:
         assert quantize_nf4(layers) == ["4"]
     assert [str(warning.message)[0] for warning in caught] == ["0", "1", "2", "3"]
 
@@ -788,7 +766,7 @@ def test_quantising_leaves_what_it_must():
     ("#### .5", "1/2"), ("#### 1/0", "1"), (r"the answer is \boxed{6/8}", "3/4"),
     ("The answer is 3. The answer is:\n4,2", "4"), ("#### none\n#### 5,0123", "5 5"),
     ("#### 7\nThe answer is: 8\n\nQuestion: next\nAnswer: The answer is 9", "8"),
-    ("#### 10\n#### 11", "10 11"), ("10-5=5, 20-30", "- 30"), ("20 - 30", "- 30"),
+    ("10-5=5, 20-30", "- 30"), ("20 - 30", "- 30"),
     ("it is -3.", "- -3"), ("Question: #### 5", "-"), ("48/2.5", "- 2.5"), ("(9)-5", "- 5"),
     pytest.param(f"#### -0.{'9' * 5000}", f"-0.{'9' * 5000}", id="no digit is rounded away")])
 def test_strict_answers_need_a_marker_and_flexible_ones_do_not(text, answers):
@@ -859,8 +837,7 @@ def test_a_hub_data_set_s_subset_and_split(patch):
     def load_dataset(*what, split):
         row = dict(question=f"{what} {split}", answer="1", sentence=f"{what} {split}", label=1)
         return datasets.Dataset.from_list([row])
-    for module in (eval_gsm8k, train_sst2):
-        patch(module, hub_problem=lambda *_: None)
+    patch(HfApi, repo_info=lambda *_, **__: None)
     patch(datasets, load_dataset=load_dataset)
     assert read_rows("openai/gsm8k", "test") == [("('openai/gsm8k', 'main') test", "1")]
     assert read_rows("a/b", "train") == [("('a/b', None) train", "1")]
@@ -869,7 +846,7 @@ def test_a_hub_data_set_s_subset_and_split(patch):
 
 @cases("failure, words", [
     (OSError, ".* cannot be reached"), ("hangs", ".* cannot be reached"),
-    (RepositoryNotFoundError, "no .*model .*on the Hub")])
+    (errors.RepositoryNotFoundError, "no .*model .*on the Hub")])
 def test_a_hub_that_says_no_is_told_from_one_that_is_silent(failure, words, tiny, patch):
     """Also where a name look-up hangs; for folders it must not be asked."""
     def repo_info(*_, **__):
@@ -879,7 +856,7 @@ def test_a_hub_that_says_no_is_told_from_one_that_is_silent(failure, words, tiny
         raise failure.__new__(failure)
     asked, get = [], ApplyResult.get
     patch(HfApi, repo_info=repo_info)
-    assert load(tiny) and read_rows(str(tiny / "test.jsonl"), "test") and not asked
+    assert load(tiny) and read_rows(f"{tiny}/test.jsonl", "test") and not asked
     patch(ApplyResult, get=lambda self, timeout: get(self, timeout / 40))
     train_sst2.hub_problem.cache_clear()
     refused(f"--model a/b: {words}", load_model, "a/b", None, CPU)
@@ -907,7 +884,7 @@ def test_half_precision_without_units_is_the_user_s_choice(patch):
     patch(torch.cpu, get_capabilities=dict)
     for pick in (lambda name: eval_gsm8k.pick_dtype(name, CPU)[0], settled):
         assert pick("auto") == torch.float32
-        with pytest.warns(UserWarning, match="--dtype bfloat16 is slow"):
+        with pytest.warns(match="--dtype bfloat16 is slow"):
             assert pick("bfloat16") == torch.bfloat16
     mps = SimpleNamespace(device=torch.device("mps"))
     patch(torch, zeros=lambda *_, device: mps)
@@ -933,10 +910,10 @@ def test_models_are_loaded_as_asked_or_refused(tiny):
 def test_a_batch_says_what_each_row_says_alone_and_rows_that_have_ended_leave_it(kind, tiny):
     """Padding and the checkpoint's settings must change no token."""
     _, tokenizer = load(tiny)
-    model = make(kind, **SMALL | dict(max_position_embeddings=99, eos_token_id=1))
+    model = causal(kind, max_position_embeddings=99, eos_token_id=1)
     for parameter in model.parameters():
         parameter.data *= 20 ** (parameter.dim() == 2)  # or it would repeat one word
-    prompts = [format_prompt(q) for q, _ in read_rows(str(tiny / "test.jsonl"), "test", 8)]
+    prompts = [format_prompt(q) for q, _ in read_rows(f"{tiny}/test.jsonl", "test", 8)]
     inputs = [torch.tensor([encode_prompt(tokenizer, prompt)]) for prompt in prompts]
     alone = [model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
                             max_new_tokens=40)[0, ids.shape[1]:].tolist() for ids in inputs]
@@ -946,8 +923,8 @@ def test_a_batch_says_what_each_row_says_alone_and_rows_that_have_ended_leave_it
     def say(ids, **_):
         return " ".join("Question:" if i == asks else str(i) for i in ids if i != eos[0])
     tokenizer.decode = say
-    own = dict(eos_token_id=eos, do_sample=True, temperature=3.0, no_repeat_ngram_size=1,
-               min_new_tokens=40, num_beams=3, pad_token_id=10**6)  # a pad without an embedding
+    own = dict(eos_token_id=eos, do_sample=True, no_repeat_ngram_size=1,
+               min_new_tokens=40, pad_token_id=10**6)  # a pad without an embedding
     vars(model.generation_config).update(own)
     wanted = []
     for said in alone:
@@ -1011,7 +988,7 @@ def test_shots_stand_in_the_prompt_and_answers_are_counted_by_kind(patch):
 def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, capsys):
     """Scores and completions must be equal; numbers sort as numbers."""
     for step in ("step_999000", "step_1000000"):
-        saved(Path("checkpoints/run", step), lambda: load(tiny)[0], r=4)
+        saved(f"checkpoints/run/{step}", lambda: load(tiny)[0])
     flags = ["--adapter", "checkpoints/run", "--batch-size", "3", "--out"]
     evaluate(tiny, *flags, "one")
     names = ["base", "run-step_999000", "run-step_1000000"]
@@ -1023,7 +1000,6 @@ def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, ca
         assert one == two | {"seconds": one["seconds"]}
         assert ("p_value" in one) == (one["adapter"] is not None) == (name != "base")
         assert records_of(name, "one") == records_of(name, "two")
-        assert one["n"] == len(records_of(name, "one")) == 16
     assert {"model", "data", "accuracy", "ci95", "correct_flexible", "truncated"} < set(one)
     assert len(os.listdir("one")) == 7  # two files each, and a chart
 
@@ -1031,7 +1007,7 @@ def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, ca
 @cases("flags", [[], ["--nf4"]])
 def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny):
     """What transformers loads must answer as base and adapter do."""
-    saved(Path("adapter"), lambda: load(tiny)[0], r=4, also_train="lm_head")
+    saved("adapter", lambda: load(tiny)[0], also_train="lm_head")
     evaluate(tiny, "--adapter", "adapter", "--save-merged", "merged", *flags)
     evaluate(tiny, "--model", "merged", "--out", "again")
     answers = records_of("adapter")
@@ -1060,7 +1036,8 @@ def test_bad_runs_never_reach_generation(flags, message, tiny, patch):
 
 def test_bad_flags_are_one_line_and_exit_code_2(capsys):
     """argparse must name the flag, without a usage block."""
-    for script, flag, value in ((eval_gsm8k, "--shots", "-1"), (train_sst2, "--lr", "inf")):
+    for script, flag, value in ((eval_gsm8k, "--shots", "-1"), (train_math, "--lr", "nan"),
+                                (train_math, "--clip", "inf"), (train_sst2, "--lr", "inf")):
         refused("^2$", script.parse_args, [flag, value], error=SystemExit)
         assert re.fullmatch(f".* {flag}: .*\n", capsys.readouterr().err)
 
@@ -1071,8 +1048,7 @@ def test_errors_end_in_one_line(error, word, patch, capsys):
     """Also one without a message must not break its handler."""
     def fails(*_):
         raise error
-    patch(train_sst2, main=fails)
-    patch(sys, argv=["train_sst2.py"])
+    patch(train_sst2, parse_args=fails)
     patch(warnings, formatwarning=None)
     common = lambda: eval_gsm8k.run_script("train_sst2.py", fails, lambda: None)
     for run in (common, train_sst2.run_script):
@@ -1086,21 +1062,16 @@ ROW = list(range(10, 26))  # 16 token ids
 KEEP, RECOMPUTE = "--no-checkpoint-activations", "--checkpoint-activations"
 
 
-def causal(kind, **options):
-    return make(kind, **SMALL | {"head_dim": 8} | options)
-
-
 def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
 def adapted(tiny, **options):
     """Return a model with an adapter that is not zero, in training mode, and its rows."""
     model, tokenizer = load(tiny)
     torch.manual_seed(0)
-    inject_lora(model, LoRAConfig(r=4, **options))
-    shake(model)
-    return model.train(), encode(read_rows(str(tiny / "train.jsonl"), "train"), tokenizer, 512)
+    injected(lambda: model, **options)
+    return model.train(), encode(read_rows(f"{tiny}/train.jsonl", "train"), tokenizer, 512)
 
 
 def command(tiny, *flags):
@@ -1118,10 +1089,6 @@ def metrics(name="run"):
     return [json.loads(line) for line in open(f"runs/{name}/metrics.jsonl")]
 
 
-def weights(folder):
-    return safetensors.torch.load((folder / WEIGHTS).read_bytes())
-
-
 def moments(folder):
     """Return AdamW's state of each weight."""
     return torch.load(folder / "trainer_state.pt")["optimizer"]["state"].values()
@@ -1131,10 +1098,7 @@ def moments(folder):
 
 @cases("merges, space", [([], "▁"), ([(":", "▁")], "▁▁")])
 def test_training_masks_exactly_what_generation_is_given(merges, space):
-    """A row must be the prompt's ids, the answer's and EOS, without a second space before it.
-
-    Only where a token would span both, prompt and answer are tokenised apart.
-    """
+    """A row must be the prompt's ids, the answer's and EOS, without a second space before it."""
     words = ["<s>", "</s>", *sorted(set("Question:▁1+1?\nAnswer:▁2")), ":▁"]
     inner = tokenizers.Tokenizer(tokenizers.models.BPE({w: i for i, w in enumerate(words)}, merges))
     inner.normalizer = tokenizers.normalizers.Sequence([
@@ -1206,13 +1170,12 @@ def test_unusual_heads_are_refused_and_unusual_attention_is_kept(kind, options, 
     assert model.config._attn_implementation == "eager" and torch.equal(logits(model), before)
 
 
-@cases("dropout", [0.0, 0.3])
 @cases("dtype", DTYPES)
 @cases("kind, window", [("llama", None), ("mistral", 4)])
-def test_attention_is_transformers_own(kind, window, dtype, dropout):
+def test_attention_is_transformers_own(kind, window, dtype):
     """Logits and gradients must be eager attention's."""
     model = causal(kind, attn_implementation="eager", sliding_window=window,
-                   attention_dropout=dropout, initializer_range=0.1).to(dtype)
+                   attention_dropout=0.3, initializer_range=0.1).to(dtype)
     results = []
     for attention in ("eager", "lora_training"):
         assert model.config._attn_implementation == attention
@@ -1231,13 +1194,12 @@ def test_attention_is_the_same_off_the_cpu(mask):
     """Its two ways must agree, on a CPU that says it is another device."""
     class Elsewhere(torch.Tensor):
         device = SimpleNamespace(type="cuda")
-    q, k, v = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    q, (k, v) = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 2, 5, 8)
     here, there = (train_math.attention(None, x, k, v, mask, 0.9)[0]
                    for x in (q, q.as_subclass(Elsewhere)))
     close(here, there.as_subclass(torch.Tensor))
 
 
-@quiet
 @cases("kind", ["mamba", "mamba2", "falcon_mamba", "nemotron_h"])
 def test_state_space_models_train_in_half_precision(kind):
     """fp32 logits or hidden states must break neither check nor loss."""
@@ -1276,7 +1238,7 @@ def test_the_plan_chooses_and_flags_force_it(device, share, flags, recompute, ti
     need = (2 + 0.5) * 4 * 2**30  # 4 rows of 1 GiB in 2 blocks, and the gradients in one
     patch(train_math, free_memory=lambda _: share * 1.25 * need,
           kept_by_block=lambda *_: (0, 2**30), checkpoint_blocks=done.append)
-    patch(LlamaForCausalLM, device=torch.device(device))
+    patch(type(model), device=torch.device(device))
     plan = train_math.plan_memory(model, parse_args(command(tiny, flags)), 40)
     assert done == recompute * [model] and plan > 10 - 4 * recompute  # one block of two
     if device == "mps":
@@ -1322,7 +1284,7 @@ def test_the_memory_plan_is_what_a_step_holds(flags, patch):
 
 # --- train_math.py: loss scaling, schedule, numbers that go wrong ---
 
-@cases("scaler", [LossScaler, Sst2LossScaler])
+@cases("scaler", [LossScaler, train_sst2.LossScaler])
 def test_loss_scaler_agrees_with_torch_s_grad_scaler(scaler):
     """Scale and gradients must agree over good steps and overflows."""
     ours, scales = scaler(True, scale=2.0**16, interval=3), set()
@@ -1363,7 +1325,6 @@ def test_schedule_warms_up_then_falls_to_zero():
     assert rates == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0], abs=1e-3)
 
 
-@quiet
 def test_a_skipped_step_changes_nothing_but_the_scale(tiny, patch):
     """Weights, moments and schedule must stay, also seen by a resumed run."""
     weights = []
@@ -1387,7 +1348,6 @@ def test_a_skipped_step_changes_nothing_but_the_scale(tiny, patch):
     assert all(metrics()[2][key] == third[key] for key in ("lr", "loss_scale", "loss"))
 
 
-@quiet
 @cases("dtype, loss, step", [
     ("float32", math.nan, 1), ("bfloat16", math.inf, 1), ("float16", math.nan, 20)])
 def test_a_run_that_diverges_says_what_may_help(dtype, loss, step, tiny, patch):
@@ -1422,7 +1382,7 @@ def test_resume_continues_bitwise(file, more, tiny):
     last = run(tiny, flags)
     whole, lines = weights(last), metrics()
     os.truncate(last / file, 100)
-    with pytest.warns(UserWarning, match="step_000006 is damaged"):
+    with pytest.warns(match="step_000006 is damaged"):
         assert run(tiny, flags, "--resume", RECOMPUTE) == last
     assert same_bits(weights(last), whole)
     for one, two in zip(lines, metrics(), strict=True):
@@ -1434,7 +1394,7 @@ def test_resume_continues_bitwise(file, more, tiny):
 
 
 def test_the_seed_reaches_dropout(tiny, patch):
-    """With A and the order of rows held, seeds must differ, also by 2**31."""
+    """With A and the rows held, seeds must differ, also by 2**31; epochs differ in order."""
     keys, losses = [], set()
     patch(train_math, epoch_batches=lambda rows, *key: keys.append(key) or [rows[:1]])
     for seed in (0, 1, 2**31):
@@ -1495,29 +1455,25 @@ def test_interrupting_saves_and_says_how_to_go_on(signum, tiny, patch, capsys):
     assert all(signal.getsignal(number) == handler for number, handler in before.items())
 
 
-def test_two_states_stay_whatever_lies_damaged_later(tmp_path):
+def test_two_states_stay_whatever_lies_damaged_later():
     """Only then can a resumed run be resumed once more."""
-    (tmp_path / "step_000009").mkdir()
+    Path("step_000009").mkdir()
     model, config = injected(llama)
     for step in (1, 2, 3):
-        train_math.save_checkpoint(tmp_path / f"step_00000{step}", model, config, {})
-    states = [(folder / "trainer_state.pt").exists() for folder in checkpoints(tmp_path)]
+        train_math.save_checkpoint(Path(f"step_00000{step}"), model, config, {})
+    states = [(folder / "trainer_state.pt").exists() for folder in checkpoints(".")]
     assert states == [False, True, True, False]
 
 
 # --- train_math.py: command lines ---
 
 @cases("flags, message", [
-    ("--lr nan", "--lr"), ("--targets q_porj", "'q_porj' matches no"), ("--vram 4", "got: cpu"),
-    ("--clip inf", "--clip"),
-    ("--device cuda:9", "--device cuda:9"), ("--data none.jsonl", "no such file"),
-    ("--max-length 4", "4 leaves none of 64 rows"), ("--targets lm_head", "shares a weight")])
-def test_wrong_input_is_one_line(flags, message, tiny, capsys):
+    ("--vram 4", "got: cpu"), ("--max-length 4", "4 leaves none of 64 rows"),
+    ("--targets q_porj", "'q_porj' matches no")])
+def test_wrong_input_is_one_line(flags, message, tiny):
     """It must be named before anything is written."""
-    with pytest.raises((ValueError, SystemExit)) as error:
-        run(tiny, f"--model {tiny}/tied", flags)
-    said = capsys.readouterr().err or f"{error.value}\n"
-    assert message in said and said.count("\n") == 1 and not os.listdir()
+    refused(message, run, tiny, flags)
+    assert not os.listdir()
 
 
 # --- train_sst2.py ---
@@ -1556,7 +1512,7 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, caps
     train_sst2.report([run | {"accuracy": n / 10} for n, run in enumerate(runs)], "curves.png")
     assert re.search(r"r=2 +1024 +1154 .* 0.25 +0.07071 +2\n", capsys.readouterr().out)
     path = Path("runs/sst2/sst2.jsonl")
-    assert path.with_suffix(".png").exists() and Path("runs/sst2/r2-s1", WEIGHTS).exists()
+    assert path.with_suffix(".png").exists()
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     again = train_sst2.main(args)
     assert again[:-1] == runs[:-1] and again[-1]["loss"] == runs[-1]["loss"]
@@ -1566,9 +1522,9 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, caps
     refused("--out runs/sst2: ", train_sst2.main, args)
 
 
-def test_an_adapter_with_its_head_scores_the_same_elsewhere(encoder, monkeypatch):
+def test_an_adapter_with_its_head_scores_the_same_elsewhere(encoder):
     """From its folder alone accuracy and loss must be equal."""
-    monkeypatch.chdir(encoder.parent)
+    os.chdir(encoder.parent)
     run = json.loads(Path("demo-sst2/sst2.jsonl").read_text().splitlines()[3])
     assert len(run["history"]) == 6  # of six steps; else four an epoch
     flags = "--adapter demo-sst2/r4-s1 --data demo-sst2 --device cpu --dtype float32"
@@ -1592,7 +1548,7 @@ def test_four_batches_of_eight_are_one_of_thirty_two(encoder):
 
 def test_recomputed_blocks_give_equal_gradients_and_save_less(encoder):
     """With dropout, gradients must be equal to the bit."""
-    gradients, sizes, losses = [], [], []
+    grown, sizes, losses = [], [], []
     for flags in ("", "--checkpoint-activations"):
         args, data = prepared(encoder, flags)
         model, _ = train_sst2.load_encoder(args, 4, 0)
@@ -1600,14 +1556,14 @@ def test_recomputed_blocks_give_equal_gradients_and_save_less(encoder):
         step = lambda: losses.append(train_sst2.classify(model, data["train"][:16], "float32")[0])
         sizes.append(saved_for_backward(step, model.parameters()))
         losses[-1].backward()
-        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
-    assert len(gradients[0]) == 10 and same_bits(*gradients) and sizes[1] < sizes[0] / 4
+        grown.append(gradients(model))
+    assert len(grown[0]) == 10 and same_bits(*grown) and sizes[1] < sizes[0] / 4
 
 
 def test_skipped_steps_leave_weights_and_schedule_and_twenty_end_a_run(encoder, patch):
     """The first step taken must have the peak rate."""
     args, data = prepared(encoder, "--dtype float16 --batch-size 8 --full-lr 0.05")
-    steps, step = [], torch.optim.AdamW.step
+    steps, step, scaler = [], torch.optim.AdamW.step, train_sst2.LossScaler
 
     def recorded(optimizer):
         group = optimizer.param_groups[0]
@@ -1615,8 +1571,7 @@ def test_skipped_steps_leave_weights_and_schedule_and_twenty_end_a_run(encoder, 
         step(optimizer)
 
     def run(scale):
-        scaler = lambda enabled: Sst2LossScaler(enabled, scale)
-        patch(train_sst2, LossScaler=scaler)
+        patch(train_sst2, LossScaler=lambda enabled: scaler(enabled, scale))
         line, model = train_sst2.train(args, data, None, 0)
         return line["skipped"], bits(model)
 
@@ -1748,8 +1703,7 @@ def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, capsys
     assert rows[0][-1] == f"{(V1.T @ V2).square().sum() / 4:.2f}"
     assert rows[2][1:3] == [f"{b.weight.norm():.2f}", f"{b.delta().norm():.2f}"]
     close(maps["mean of 2 attention.self.query"], (maps[first] + maps[last]) / 2)
-    saved("c", lambda: AutoModelForSequenceClassification.from_pretrained(encoder / "base"),
-          targets=["dense"], also_train=["classifier"])
+    saved("c", lambda: train_sst2.load_encoder(args, None, 0)[0], **HEAD | {"targets": "dense"})
     refused("share no layer", train_sst2.main, sst2(encoder, f"--compare {one} c"))
     assert Path("runs/sst2/compare-r4-s0-r4-s1.png").exists()
 
@@ -1846,7 +1800,6 @@ T.run_script("train_math.py", T.main, T.parse_args)
     assert "train_math.py (rank 1): out of memory (OutOfMemoryError: rank 1's card" in done.stderr
     done = torchrun(SCRIPT, command(tiny, flags, "--resume"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("layers adapted") == 1  # rank 0 alone speaks
     close(weights(Path("checkpoints/run", alone.name)), weights(alone), 1e-6)
     for one, two in zip(metrics("alone"), metrics(), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
