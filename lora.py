@@ -167,7 +167,7 @@ class LoRALinear(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         self.base._apply(fn)
-        for base in self.unmerged_base or ():  # it takes the dtype, and stays on the CPU
+        for base in self.unmerged_base or ():  # the dtype reaches it; it stays on the CPU
             base._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype))
         return super()._apply(keep_dtype, recurse=False)
 
@@ -269,7 +269,8 @@ def require_lora(model):
 def merge_lora(model):
     """Add every update to its base weight; return the model. Merging twice is merging once.
 
-    Raises ValueError, with no layer merged, for a base that has no dense weight.
+    Raises, with no layer merged, ValueError for a base that has no dense weight, and RuntimeError
+    inside disable_lora.
     """
     layers = require_lora(model).values()
     try:
@@ -592,7 +593,7 @@ BLOCK = 64  # weights that share an absmax
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer in 4.25 bits a weight: the nearest of NF4 times its block's absmax.
+    """A frozen linear layer in 4.25 bits a weight: the nearest code of NF4, times an absmax.
 
     codes   (bytes,) uint8: two codes a byte, of the flattened weight
     absmax  (blocks,) bfloat16, held as int16: .half() must not touch it. The paper packs it too,

@@ -1382,7 +1382,7 @@ def test_resume_continues_bitwise(file, more, tiny):
     last = run(tiny, flags)
     whole, lines = weights(last), metrics()
     os.truncate(last / file, 100)
-    with pytest.warns(match="step_000006 is damaged"):
+    with pytest.warns(match="step_000006 is passed over"):
         assert run(tiny, flags, "--resume", RECOMPUTE) == last
     assert same_bits(weights(last), whole)
     for one, two in zip(lines, metrics(), strict=True):

@@ -373,19 +373,19 @@ MAY_CHANGE_ON_RESUME = {"device", "vram", "save_every", "resume", "checkpoint_ac
 
 
 def save_checkpoint(folder, model, config, state):
-    """Write adapter and trainer_state.pt beside their place and rename: never a partial checkpoint.
+    """Write adapter and trainer_state.pt to FOLDER.part, then rename: never a partial checkpoint.
 
-    Every adapter stays; the state, twice as large, for the newest two.
+    Every adapter is kept, but the state, twice as large, for the newest two alone.
     """
     part = folder.with_name(folder.name + ".part")
     save_adapter(model, config, part)
     content = io.BytesIO()  # to a file, torch.save would hide that a disk is full
     torch.save(state, content)
     (part / "trainer_state.pt").write_bytes(content.getvalue())
-    shutil.rmtree(folder, ignore_errors=True)  # damaged
+    shutil.rmtree(folder, ignore_errors=True)  # this one, and later ones, are there if damaged
     part.rename(folder)
-    steps = checkpoints(folder.parent)  # any later one is damaged
-    for old in steps[:steps.index(folder)][:-1]:
+    steps = checkpoints(folder.parent)
+    for old in steps[:steps.index(folder)][:-1]:  # not the one before
         (old / "trainer_state.pt").unlink(missing_ok=True)
 
 
@@ -396,8 +396,8 @@ def newest_state(folder):
             load_file(path / "adapter_model.safetensors")
             json.loads((path / "adapter_config.json").read_bytes())
             return path, torch.load(path / "trainer_state.pt", "cpu", weights_only=True)
-        except Exception as error:  # cut off, junk
-            warnings.warn(f"{path} is damaged and passed over ({first_line(error)})")
+        except Exception as error:  # damaged, or an older one without its state
+            warnings.warn(f"{path} is passed over ({first_line(error)})")
     raise ValueError(f"--resume: {folder} has no whole checkpoint to continue from")
 
 
