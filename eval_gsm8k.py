@@ -67,7 +67,7 @@ def parse_args(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, count = parser.add_argument, number(int, 1)
     add("--model", default=BASE_MODEL, help="Hub id or folder of the base model")
-    add("--adapter", nargs="+", default=[], metavar="DIR", help="adapters, or runs of checkpoints")
+    add("--adapter", nargs="+", action="extend", default=[], metavar="DIR", help="adapters or runs")
     add("--data", default="openai/gsm8k", help="Hub id, or .jsonl/.json/.parquet/.csv")
     add("--nb-samples", type=count, help="the first N problems (default: all)")
     add("--batch-size", type=count, default=16, help="problems at once")
@@ -145,8 +145,9 @@ def read_rows(data, split, nb_samples=None):
         for place, row in enumerate(table, 1):
             columns = next((pair for pair in SCHEMAS if set(pair) <= set(row)), (None, None))
             question, answer = map(row.get, columns)
-            if not isinstance(question, str) or not isinstance(answer, str | None):
-                raise ValueError(f"row {place} has no texts as in one of {SCHEMAS}")
+            texts = isinstance(question, str) and isinstance(answer, str | None)
+            if not texts or None in row:  # None: more fields than columns, in a .csv file
+                raise ValueError(f"row {place} does not fit one of {SCHEMAS}")
             if not (answer or "").strip():
                 dropped += 1
                 continue
@@ -173,9 +174,9 @@ def read_file(path):
         if path.suffix == ".csv":
             return list(csv.DictReader(file))
         text = file.read()
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
+    if not text.lstrip().startswith("["):  # .jsonl, as one list: an error then tells the row
+        text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
+    return json.loads(text)
 
 
 # --- the Hub ---
@@ -426,7 +427,7 @@ def describe(name, result):
 
 def checkpoints(run):
     """Return a run's checkpoints, sorted as numbers: 999,999 before 1,000,000."""
-    steps = [path for path in Path(run).glob("step_*") if path.name[5:].isdigit()]
+    steps = [path for path in Path(run).glob("step_*") if path.name[5:].isdecimal()]
     return sorted(steps, key=lambda path: int(path.name[5:]))
 
 
@@ -446,7 +447,10 @@ def plan(args, settings):
     for name, folder in evaluations:
         path = Path(args.out, f"{name}-{Path(args.data).stem}.json")
         result = settings | {"adapter": folder}
-        old = json.loads(path.read_text()) if path.exists() else result
+        old = result
+        if path.exists():
+            with loading("--out", path, "file"):
+                old = dict(json.loads(path.read_text()))
         if path in runs or not result.items() <= old.items():
             raise ValueError(f"{path} is another evaluation's: rename a folder, or change --out")
         runs[path] = name, result

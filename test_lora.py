@@ -822,7 +822,8 @@ def test_empty_answers_are_dropped_and_only_calculator_marks_removed(capsys):
 
 
 @cases("name, text, message", [
-    ("x.csv", "query,response\n", "no row"), ("x.json", "{broken\n", "JSONDecodeError"),
+    ("x.csv", "query,response\n", "no row"), ("x.csv", "query,response\n1,2,3\n", "row 1"),
+    ("x.json", "{}\n\n{broken\n", "line 2"),
     ("x.parquet", "PAR1", "Arrow"), ("x.json", '[{"query": 1, "response": "b"}]', "row 1")])
 def test_bad_data_is_one_clear_error(name, text, message):
     """An empty, broken or foreign file must be one line that names it."""
@@ -1018,7 +1019,7 @@ def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny):
 
 
 @cases("flags, message", [
-    ("--nb-samples 4", "base-test.json is another"), ("--adapter a a --out b", "a-test"),
+    ("--nb-samples 4", "base-test.json is another"), ("--adapter a --adapter a --out b", "a-test"),
     ("--adapter nowhere --out b", "is no adapter"), ("--data x.json", "a number"),
     ("--adapter a --save-merged eval_results", "a new folder"),
     ("--adapter a b --save-merged c", "exactly one")])
@@ -1705,6 +1706,8 @@ def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, capsys
     close(maps["mean of 2 attention.self.query"], (maps[first] + maps[last]) / 2)
     saved("c", lambda: train_sst2.load_encoder(args, None, 0)[0], **HEAD | {"targets": "dense"})
     refused("share no layer", train_sst2.main, sst2(encoder, f"--compare {one} c"))
+    saved("d", lambda: train_sst2.load_encoder(args, None, 0)[0], targets="query")
+    refused("has no classifier", train_sst2.main, sst2(encoder, "--adapter d"))
     assert Path("runs/sst2/compare-r4-s0-r4-s1.png").exists()
 
 

@@ -138,10 +138,10 @@ def read_sentences(data, split):
     with loading("--data", data, "dataset") as offline:
         if tsv.exists():
             # GLUE's own files quote nothing: a row may begin with a lone quotation mark.
-            file = tsv.open(encoding="utf8")
+            file = tsv.open(encoding="utf-8-sig")
             table = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         elif Path(data).exists():
-            table = map(json.loads, jsonl.open(encoding="utf8"))
+            table = map(json.loads, filter(str.strip, jsonl.open(encoding="utf-8-sig")))
         else:
             import datasets
             datasets.config.HF_HUB_OFFLINE = offline
@@ -422,7 +422,7 @@ def load_adapted(args, folder):
     with loading("the adapter", folder):
         config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf8"))
         args.model = args.model or config["base_model_name_or_path"] or BASE
-        args.head = args.head or config["modules_to_save"]
+        args.head = args.head or config["modules_to_save"] or ["(none saved)"]
     model, _ = load_encoder(args, None, 0)
     load_adapter(model, folder)
     return model
@@ -565,6 +565,8 @@ def main(args):
     transformers.logging.disable_progress_bar()
     if args.demo:
         return demo(args.seeds[0])
+    if "WORLD_SIZE" in os.environ:
+        raise ValueError("torchrun is not supported")
     settle(args)
     if args.adapter:
         return score_adapter(args)
