@@ -114,7 +114,7 @@ def hub_problem(name, kind):
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         return f"no such folder, and no such {kind} on the Hub"
     except Exception:
-        return "the Hub cannot be reached; give a folder, or --demo"
+        return "no such folder, and the Hub cannot be reached; try --demo"
 
 
 @contextmanager
@@ -170,9 +170,10 @@ def load_encoder(args, r, seed):
     """Return (pretrained encoder under a fresh head, its LoRAConfig). r=None means none."""
     # For head, A and dropout masks. torch's CPU generator uses 32 bits of a seed.
     torch.manual_seed(random.Random(seed).getrandbits(32))
+    shape = pretrained(transformers.AutoConfig, args.model, num_labels=2)  # fails at once offline
     model, info = pretrained(transformers.AutoModelForSequenceClassification, args.model,
-                             num_labels=2, dtype=torch.float32, output_loading_info=True)
-    distilbert = model.config.model_type == "distilbert"
+                             config=shape, dtype=torch.float32, output_loading_info=True)
+    distilbert = shape.model_type == "distilbert"
     targets = args.targets or (["q_lin", "v_lin"] if distilbert else ["query", "value"])
     head = args.head or [name for name, module in model.named_children()
                          if module is not model.base_model and list(module.parameters())]
