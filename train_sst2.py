@@ -566,8 +566,8 @@ def main(args):
     transformers.logging.disable_progress_bar()
     if args.demo:
         return demo(args.seeds[0])
-    if "WORLD_SIZE" in os.environ:
-        raise ValueError("torchrun is not supported")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("one process only: start it without torchrun")
     settle(args)
     if args.adapter:
         return score_adapter(args)
