@@ -98,7 +98,7 @@ def encode_prompt(tokenizer, text):
 def extract_answer(completion, flexible=False):
     """Return the number that a completion answers, a Fraction, or None.
 
-    Strict: the first number on the line after the last "The answer is", else the first "#### n".
+    Strict: the first number after the last "The answer is", on its line, else the first "#### n".
     Flexible: the last "#### n" instead, else the last number.
     """
     text = completion.split("Question:")[0]  # what follows is a question of its own

@@ -109,7 +109,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # uniform within 1 / sqrt(k)
         self.dropout = nn.Dropout(dropout)
         self.enabled = True
-        self.unmerged_base = None  # while merged: (base,), in a tuple so as not to be registered
+        self.unmerged_base = ()  # while merged: (base,), in a tuple so as not to be registered
         self.train(base.training)
 
     def forward(self, x):
@@ -129,7 +129,7 @@ class LoRALinear(nn.Module):
 
     @property
     def merged(self):
-        return self.unmerged_base is not None
+        return bool(self.unmerged_base)
 
     @torch.no_grad()
     def merge(self):
@@ -151,7 +151,7 @@ class LoRALinear(nn.Module):
         """Put the base back. (W0 + scaling B A) - scaling B A would not give every bit of W0."""
         if self.merged:
             self.base = copied(self.unmerged_base[0], self.base.weight.device)
-            self.unmerged_base = None
+            self.unmerged_base = ()
 
     def refuse_while_merged(self, action):
         if self.merged:
@@ -167,7 +167,7 @@ class LoRALinear(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         self.base._apply(fn)
-        for base in self.unmerged_base or ():  # the dtype reaches it; it stays on the CPU
+        for base in self.unmerged_base:  # the dtype reaches it; it stays on the CPU
             base._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype))
         return super()._apply(keep_dtype, recurse=False)
 

@@ -71,7 +71,7 @@ def parse_args(argv=None):
     add("--nf4", action="store_true", help="hold the base's linear layers in 4 bits (QLoRA)")
     add("--checkpoint-activations", action=BooleanOptionalAction, help="default: as the plan says")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--vram", type=number(float, 0.6), help="act as a card of N GiB, 0.5 for CUDA")
+    add("--vram", type=number(float, 0.6), help="act as a card of N GiB; CUDA takes 0.5")
     add("--run-name", help="default: lora-r{r}-{data}")
     add("--save-every", type=count, default=500, help="steps between checkpoints")
     add("--resume", action="store_true", help="continue from the newest whole checkpoint")

@@ -175,8 +175,10 @@ def load_encoder(args, r, seed):
                              config=shape, dtype=torch.float32, output_loading_info=True)
     distilbert = shape.model_type == "distilbert"
     targets = args.targets or (["q_lin", "v_lin"] if distilbert else ["query", "value"])
-    head = args.head or [name for name, module in model.named_children()
-                         if module is not model.base_model and list(module.parameters())]
+    head = args.head
+    if head is None:
+        head = [name for name, module in model.named_children()
+                if module is not model.base_model and list(module.parameters())]
     for key in info["missing_keys"]:
         if not any(f".{module}." in f".{key}" for module in head):
             raise ValueError(f"--model {args.model} has no {key}: name its module in --head")
@@ -423,7 +425,7 @@ def load_adapted(args, folder):
     with loading("the adapter", folder):
         config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf8"))
         args.model = args.model or config["base_model_name_or_path"] or BASE
-        args.head = args.head or config["modules_to_save"] or ["(none saved)"]
+        args.head = args.head or config["modules_to_save"] or []
     model, _ = load_encoder(args, None, 0)
     load_adapter(model, folder)
     return model
