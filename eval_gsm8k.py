@@ -98,7 +98,8 @@ def encode_prompt(tokenizer, text):
 def extract_answer(completion, flexible=False):
     """Return the number that a completion answers, a Fraction, or None.
 
-    Strict: the first number after the last "The answer is", on its line, else the first "#### n".
+    Strict: the first number in the line of text after the last "The answer is", else the first
+    "#### n".
     Flexible: the last "#### n" instead, else the last number.
     """
     text = completion.split("Question:")[0]  # what follows is a question of its own
@@ -147,7 +148,7 @@ def read_rows(data, split, nb_samples=None):
             question, answer = map(row.get, columns)
             texts = isinstance(question, str) and isinstance(answer, str | None)
             if not texts or None in row:  # None: more fields than columns, in a .csv file
-                raise ValueError(f"row {place} does not fit one of {SCHEMAS}")
+                raise ValueError(f"row {place} has {[*row]}, expected texts as in {SCHEMAS}")
             if not (answer or "").strip():
                 dropped += 1
                 continue
@@ -288,7 +289,7 @@ def load_model(name, dtype, device, nf4=False):
 
 
 def check_ids(model, encoded, more=0):
-    """Refuse ids without an embedding, and rows that outgrow the positions by `more` tokens."""
+    """Refuse ids without an embedding, and rows that, with `more` tokens, outgrow the positions."""
     longest, largest = max(map(len, encoded)) + more, max(map(max, encoded))
     positions = getattr(model.config, "max_position_embeddings", None) or longest
     embeddings = len(model.get_input_embeddings().weight)

@@ -322,7 +322,7 @@ PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
 def select(model, config):
     """Return {name: layer} of what to wrap, and {name: module} of what to train in full."""
     if any(isinstance(module, PARALLEL) for module in model.modules()):
-        raise ValueError("DataParallel would not synchronise the adapter: inject first, then wrap")
+        raise ValueError("DDP would not synchronise a later adapter: inject first, then wrap")
     heads = match(dict(model.named_modules()), config.also_train)
     for name, head in heads.items():
         if list(head.buffers()):  # running statistics, or 4-bit weights
@@ -371,7 +371,7 @@ def linear_layers(model):
 
 
 def is_linear(module):
-    """True if the module maps (..., k) to (..., d) by a (d, k) weight."""
+    """True for nn.Linear and its like, Conv1D and packed layers."""
     if hasattr(module, "to_dense"):
         return True  # packed: reading .weight would dequantise it
     weight = getattr(module, "weight", None)
@@ -395,7 +395,7 @@ def refuse_tied(model, modules):
 
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 
-# PEFT 0.21's options: honoured or harmless; refused if set.
+# PEFT 0.21's options: honoured or harmless, and refused if set.
 ACCEPTED = set("""
     peft_type r lora_alpha lora_dropout use_rslora init_lora_weights target_modules modules_to_save
     exclude_modules layers_to_transform layers_pattern fan_in_fan_out base_model_name_or_path
@@ -473,7 +473,7 @@ def file_parameters(model, also_train):
 
 
 def base_sample(model):
-    """Return 64 weights of the last adapted layer, a spot check; [] if not floats."""
+    """Return 64 weights of the last adapted layer, a spot check; [] if there are no floats."""
     weight = list(require_lora(model).values())[-1].weight
     return weight.flatten()[:64].tolist() if weight.dtype in FLOATS and not weight.is_meta else []
 
@@ -532,7 +532,7 @@ def read_adapter(model, folder):
     targets = options.get("target_modules")
     narrowed = options.get("exclude_modules") or options.get("layers_to_transform") is not None
     if narrowed or not isinstance(targets, list):
-        # A regular expression is not run: the keys tell the layers.
+        # Neither is evaluated, nor a regular expression run: the keys tell the layers.
         targets = [name for name in modules if f"{PREFIX}{name}.lora_A.weight" in tensors]
 
     def present(endings):  # PEFT lists names that the model may lack: score beside classifier

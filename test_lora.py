@@ -1,6 +1,6 @@
 """Every claim, as a test: python -m pytest -q. Tiny seeded models, nothing downloaded.
 
-In the order of the files that are tested; what starts processes comes last.
+In the order of the files; the kill and two training processes come last.
 """
 import copy
 import dataclasses

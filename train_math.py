@@ -316,7 +316,7 @@ def kept_by_block(model, length):
 
 
 def plan_memory(model, args, longest):
-    """Choose between keeping and recomputing activations; print and return the planned GiB."""
+    """Make the blocks recompute if flags or plan say so; print and return the planned GiB."""
     n = len(blocks(model))
     free = free_memory(model.device)
     # All blocks count as the first: too low where later ones are larger (experts).
@@ -382,7 +382,7 @@ def save_checkpoint(folder, model, config, state):
     content = io.BytesIO()  # to a file, torch.save would hide that a disk is full
     torch.save(state, content)
     (part / "trainer_state.pt").write_bytes(content.getvalue())
-    shutil.rmtree(folder, ignore_errors=True)  # this one, and later ones, are there if damaged
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one, after --resume
     part.rename(folder)
     steps = checkpoints(folder.parent)
     for old in steps[:steps.index(folder)][:-1]:  # not the one before
@@ -403,8 +403,9 @@ def newest_state(folder):
 
 # --- training ---
 
-def train(model, examples, args, config=None, state={"step": 0}):
+def train(model, examples, args, config=None, state=None):
     """Train what requires grad, from a state if given; with a config, save checkpoints."""
+    state = state or {"step": 0}
     names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad])
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     scaler = LossScaler(enabled=model.dtype == torch.float16)
@@ -540,7 +541,7 @@ def plot_loss(path):
 
 @contextmanager
 def catch_signals():
-    """Yield a list that notes Ctrl-C and SIGTERM: the step is finished. A second one ends it."""
+    """Yield a list that notes Ctrl-C and SIGTERM, for train() to stop. A second one ends it."""
     def note(signum, _):
         caught.append(signum)
         signal.signal(signum, before[signum])

@@ -12,7 +12,8 @@ folder with train and validation as .jsonl or .tsv: sentence, and label 0 or 1.
 
 Weights are fp32 under autocast. SST-2 validation has 872 rows: at 93% one run's 95% interval is
 +/- 1.7 points. All ranks and targets share one alpha and lr, and the update is scaled by alpha / r:
-another rank (Sec. 7.2), or other targets at one budget (Sec. 7.1), is another scale too.
+another rank (Sec. 7.2), or other targets at one budget (Sec. 7.1), is another scale too. To be
+read alone, this file imports lora.py only and has its own small helpers.
 """
 import argparse
 import csv
@@ -161,7 +162,7 @@ def read_data(args, split):
     if split == "train" and args.nb_samples:
         rows = random.Random(0).sample(rows, min(args.nb_samples, len(rows)))
     sentences, labels = zip(*rows)
-    longest = min(args.max_length, positions - 2)  # RoBERTa's first two positions take no token
+    longest = min(args.max_length, positions - 2)  # RoBERTa's first two take no token
     ids = tokenizer(list(sentences), truncation=True, max_length=longest).input_ids
     return list(zip(ids, labels))
 
@@ -563,7 +564,7 @@ def demo(seed):
 # --- main ---
 
 def main(args):
-    """Make every run that the folder lacks, then table and picture."""
+    """Run the demo, score, compare, or make the runs that the folder lacks and report all."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if args.demo:
