@@ -35,7 +35,7 @@ from huggingface_hub import HfApi, errors
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from lora import (dequantize_nf4, load_adapter, merge_lora, quantize_nf4, reset_heads,
+from lora import (dequantize_nf4, load_adapter, merge_lora, quantize_nf4,
                   strip_lora)
 
 # Huge pages for tensors (Linux), or training takes up to twice the memory.
@@ -473,7 +473,6 @@ def main(args):
     for _, result in runs.values():  # a broken adapter ends the run now, not after an hour
         if result["adapter"]:
             load_adapter(model, result["adapter"])
-    reset_heads(model)
     strip_lora(model)
 
     print(f"{args.model} on {device} in {dtype} ({reason}): {settings['n']} problems, "

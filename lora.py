@@ -9,25 +9,28 @@
     r          r              number    no, the rank: far below min(d, k)
     alpha / r  scaling        number    no
 
-Use, in any PyTorch model that calls its linear layers:
+Use, with any PyTorch model:
 
-    config = LoRAConfig(r=8, alpha=16, targets=("q_proj", "v_proj"))
-    inject_lora(model, config)                   # freeze the model, wrap these layers
+    inject_lora(model, LoRAConfig(r=8, alpha=16, targets=("q_proj", "v_proj")))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
-    ...                                          # your training loop
-    save_adapter(model, config, "my-adapter")    # a few MB, in PEFT's format
+    ...                                 # your training loop
+    save_adapter(model, "my-adapter")   # a few MB, in PEFT's format
 
-    load_adapter(model, "my-adapter")            # later, onto the same base
-    merge_lora(model)                            # W0 + scaling B A: no latency is added
-    strip_lora(model)                            # plain layers again
+    load_adapter(model, "my-adapter")   # later, onto the same base
+    merge_lora(model)                   # plain layers with W0 + scaling B A: no extra latency
+    strip_lora(model)                   # forget the adapter, keep the merged weights
 
-On a first reading, stop after merging. The appendix (a 4-bit base) can be deleted.
+No flag says what an adapter is doing. It is on while its wrappers stand in the model; while it is
+merged or off, plain layers stand there instead, and the wrappers wait.
+
+On a first reading, stop at "which layers can be adapted". The appendix (a 4-bit base) can go.
 
 Differences from the paper
-- A starts like the weight of nn.Linear, and its input has dropout, as in the authors' code. The
-  paper has a Gaussian A, and no dropout.
-- Merging is a call. The authors' code merges inside eval(), so that a checkpoint saved then holds
-  W0 + B A under W0's name. Here state_dict() raises while merged.
+- A is initialised as nn.Linear initialises its weight, and its input has dropout, both as in the
+  authors' code. The paper has a Gaussian A and no dropout.
+- The paper subtracts B A to get W0 back, which rounding makes inexact. W0 is put aside here.
+- Merging is a call. The authors' code merges inside eval(), so that a checkpoint holds W0 or
+  W0 + B A depending on the mode in which it was saved.
 """
 import copy
 import json
@@ -44,8 +47,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 # --- configuration ---
 
@@ -56,8 +57,9 @@ class LoRAConfig:
     r           rank of the update (Sec. 4.1)
     alpha       the update is scaled by alpha / r
     dropout     probability, on the adapter's input
-    targets     dotted name endings of layers, or "all-linear": all but output head and routers
-    also_train  dotted name endings of modules to train in full and save along: a fresh classifier
+    targets     endings of module names, in whole parts: "q_proj", "self_attn.q_proj". Or
+                "all-linear": all linear layers but the output head and a mixture's routers
+    also_train  endings of names of modules to train in full and save along: a new classifier
     rslora      scale by alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732)
     """
     r: int = 8
@@ -70,18 +72,16 @@ class LoRAConfig:
     def __post_init__(self):
         for field in ("targets", "also_train"):
             names = getattr(self, field) or ()
-            names = (names,) if isinstance(names, str) else tuple(names)
-            object.__setattr__(self, field, names)
-
-        def check(field, valid, expected):
+            object.__setattr__(self, field, (names,) if isinstance(names, str) else tuple(names))
+        in_range = {
+            "r": isinstance(self.r, Integral) and self.r >= 1,
+            "alpha": isinstance(self.alpha, Real) and 0 < self.alpha < 1e30,
+            "dropout": isinstance(self.dropout, Real) and 0 <= self.dropout < 1,
+            "targets": self.targets != (),
+            "rslora": isinstance(self.rslora, bool)}
+        for field, valid in in_range.items():
             if not valid:
-                raise ValueError(f"{field} is {getattr(self, field)!r}, expected {expected}")
-
-        check("r", isinstance(self.r, Integral) and self.r >= 1, "a whole number, 1 or more")
-        check("alpha", isinstance(self.alpha, Real) and 0 < self.alpha < 1e30, "a number above 0")
-        check("dropout", isinstance(self.dropout, Real) and 0 <= self.dropout < 1, "0 to below 1")
-        check("targets", self.targets, "names of linear layers")
-        check("rslora", isinstance(self.rslora, bool), "True or False")
+                raise ValueError(f"{field} = {getattr(self, field)!r} is out of range")
 
     @property
     def scaling(self):
@@ -94,71 +94,52 @@ class LoRAConfig:
 class LoRALinear(nn.Module):
     """h = W0 x + scaling * B A x (Eq. 3): a low-rank update beside a frozen linear layer.
 
-    Maps (..., k) to (..., d). While B is zero, so is dL/dA: the first gradient moves B alone.
-    A and B are fp32 whatever the base's dtype: in bf16, 0.02 + 3e-5 rounds back to 0.02.
-    """
+    Maps (..., k) to (..., d). A and B are fp32 whatever the base's dtype, because small updates
+    round away in 16 bits: in bf16, 0.02 + 3e-5 is 0.02 again.
 
-    def __init__(self, base, r, alpha, dropout=0.0, rslora=False):
+    A variant is a subclass: it overrides forward() and merged_weight(), adds its tensors to
+    adapter_parameters(), and lists in `options` what it adds to adapter_config.json.
+    """
+    options = {}
+
+    def __init__(self, base, config):
         super().__init__()
-        self.scaling = LoRAConfig(r=r, alpha=alpha, dropout=dropout, rslora=rslora).scaling
+        self.config = config
         self.base = base.requires_grad_(False)
         self.out_features, self.in_features = d, k = features(base)
-        device = next(chain(base.parameters(), base.buffers())).device
-        self.lora_A = nn.Parameter(torch.empty(r, k, device=device, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(d, r, device=device, dtype=torch.float32))
+        device = device_of(base)
+        self.lora_A = nn.Parameter(torch.empty(config.r, k, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(d, config.r, device=device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # uniform within 1 / sqrt(k)
-        self.dropout = nn.Dropout(dropout)
-        self.enabled = True
-        self.unmerged_base = ()  # while merged: (base,), in a tuple so as not to be registered
+        self.dropout = nn.Dropout(config.dropout)
         self.train(base.training)
 
     def forward(self, x):
-        if self.merged or not self.enabled:
-            return self.base(x)
-        z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (..., k) -> (..., r)
-        update = F.linear(z * self.scaling, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        h = self.base(x)  # last: recomputation may stop before it
-        if not isinstance(h, torch.Tensor):
-            raise ValueError(f"{type(self.base).__name__} returns no tensor: do not target it")
-        return h + update
+        z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))        # (..., k) -> (..., r)
+        update = F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
+        # W0 x comes last: backward does not need it, so a checkpointed block that ends in this
+        # layer need not compute it again.
+        return self.base(x) + update
 
     def delta(self):
         """Return the update scaling * B A, (d, k) in fp32."""
         with torch.autocast(self.lora_A.device.type, enabled=False):
-            return self.scaling * (self.lora_B.detach() @ self.lora_A.detach())
+            return self.scaling * (self.lora_B @ self.lora_A)
 
-    @property
-    def merged(self):
-        return bool(self.unmerged_base)
+    def merged_weight(self, W0):
+        """Return the weight of a plain layer that does the same, (d, k) in fp32 as W0."""
+        return W0 + self.delta()
 
-    @torch.no_grad()
-    def merge(self):
-        """Put a dense layer with W0 + scaling * B A in the base's place: no latency (Sec. 4.1).
+    def adapter_parameters(self):
+        """Return {name in the adapter file: parameter}."""
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
-        Summed in fp32, rounded once. The base waits on the CPU for unmerge().
-        """
-        if self.merged:
-            return
-        if not self.enabled:
-            raise RuntimeError("cannot merge inside disable_lora")
-        dense = dense_copy(self.base)
-        delta = self.delta().T if is_transposed(dense) else self.delta()
-        dense.weight.copy_(dense.weight + delta)
-        self.unmerged_base = (copied(self.base, "cpu"),)
-        self.base = dense
-
-    def unmerge(self):
-        """Put the base back. (W0 + scaling B A) - scaling B A would not give every bit of W0."""
-        if self.merged:
-            self.base = copied(self.unmerged_base[0], self.base.weight.device)
-            self.unmerged_base = ()
-
-    def refuse_while_merged(self, action):
-        if self.merged:
-            raise RuntimeError(f"cannot {action} while merged: call unmerge_lora(model) first")
-
-    weight = property(lambda self: self.base.weight)
+    scaling = property(lambda self: self.config.scaling)
+    weight = property(lambda self: self.base.weight)  # for model code that reads layer.weight
     bias = property(lambda self: self.base.bias)
+
+    def extra_repr(self):
+        return f"r={self.config.r}, scaling={self.scaling:g}"
 
     def _apply(self, fn, recurse=True):
         """Follow model.to(device), but keep A and B in fp32 under model.half()."""
@@ -167,23 +148,7 @@ class LoRALinear(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         self.base._apply(fn)
-        for base in self.unmerged_base:  # the dtype reaches it; it stays on the CPU
-            base._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).dtype))
         return super()._apply(keep_dtype, recurse=False)
-
-    def _save_to_state_dict(self, *args):
-        self.refuse_while_merged("take a state_dict")  # loaded, it would add the update twice
-        super()._save_to_state_dict(*args)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Accept a plain checkpoint too: its weight is the base's, and A and B stay."""
-        self.refuse_while_merged("load a state_dict")
-        for name in self.base.state_dict():
-            if prefix + name in state_dict:
-                state_dict[f"{prefix}base.{name}"] = state_dict.pop(prefix + name)
-                state_dict.setdefault(prefix + "lora_A", self.lora_A.detach())
-                state_dict.setdefault(prefix + "lora_B", self.lora_B.detach())
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def features(layer):
@@ -195,62 +160,92 @@ def features(layer):
 
 def is_transposed(layer):
     """True for GPT-2's Conv1D in transformers, packed or not: its weight is (k, d)."""
-    return type(layer).__name__ == "Conv1D" or getattr(layer, "transposed", False)
+    conv1d = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+    return conv1d or getattr(layer, "transposed", False)
 
 
-def dense_copy(base):
-    """Return a plain layer with the base's values, in tensors of its own."""
-    if hasattr(base, "to_dense"):
-        return base.to_dense()
-    weight = base._parameters.get("weight")
-    if weight is None or weight.dtype not in FLOATS or weight.is_meta:
-        # computed (weight_norm), packed by another library, or on the meta device
-        raise ValueError(f"cannot merge into this {type(base).__name__}, which has no dense weight")
-    return copied(base, weight.device)
-
-
-def copied(layer, device):
-    """Return a copy of a layer on a device; deepcopy alone would copy a view's whole storage."""
-    memo = {id(p): nn.Parameter(p.to(device, copy=True), False) for p in layer.parameters()}
-    memo |= {id(buffer): buffer.to(device, copy=True) for buffer in layer.buffers()}
-    return copy.deepcopy(layer, memo)  # deepcopy takes from the memo what is there
+def device_of(module):
+    return next(chain(module.parameters(), module.buffers())).device
 
 
 # --- injection ---
 
-def inject_lora(model, config):
+def inject_lora(model, config, layer=LoRALinear):
     """Freeze the model, wrap the targets, train also_train (Sec. 4.2); return the wrapped names.
 
-    Create the optimizer afterwards. Raises ValueError, with the model untouched.
+    `layer` is the wrappers' class. Create the optimizer afterwards. Raises ValueError for what
+    cannot be adapted, and RuntimeError while merged or off, with the model untouched.
     """
+    refuse_waiting(model, "inject")
     if dict(lora_layers(model)):
         raise ValueError("the model carries an adapter: call strip_lora(model) first")
     layers, heads = select(model, config)
-    wrappers = {base: LoRALinear(base, config.r, config.alpha, config.dropout, config.rslora)
-                for base in layers.values()}
-    model.requires_grad_(False)
-    model.zero_grad()  # gradients of pretraining would move the base at the next step
-    replace_modules(model, wrappers)
-    for head in heads.values():
-        head.requires_grad_(True)
-        head.before_training = copy.deepcopy(head.state_dict())
+    for name in named(model):
+        if name.endswith(config.also_train) and not ends_in(name, config.also_train):
+            raise ValueError(f"also_train: PEFT compares mere letters and would take {name} for "
+                             f"one of {config.also_train}: name both")
+    for name, head in heads.items():
+        if any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters()):
+            warnings.warn(f"{name} trains in 16 bits, where small updates round away")
+    put_on(model, {base: layer(base, config) for base in layers.values()}, heads)
     return list(layers)
 
 
+def put_on(model, wrappers, heads):
+    """Freeze the model, place {base: wrapper}, and give the heads weights of their own to train."""
+    model.requires_grad_(False)
+    model.zero_grad()  # gradients of pretraining would move the base at the next step
+    replace_modules(model, wrappers)
+    for module in set(chain.from_iterable(head.modules() for head in heads.values())):
+        copies = {name: nn.Parameter(p.detach().clone())
+                  for name, p in module.named_parameters(recurse=False)}
+        module.base_weights = (copies,)
+        swap_weights(module)
+
+
 def replace_modules(model, replacements):
-    """Replace each module under every name it has."""
+    """Put replacements[module] in each module's place, under every name that it has."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             parent._modules[name] = replacements.get(child, child)
 
 
+def swap_weights(module):
+    """Exchange a module's weights, the trained ones or the base's, with those that wait."""
+    here, there = module._parameters, module.base_weights[0]
+    for name, weight in there.items():
+        weight.data = weight.data.to(here[name])  # follow what was moved or cast
+        here[name], there[name] = weight, here[name]
+
+
+def aside(model, attribute):
+    """Return {module: the tuple in this attribute, whose content PyTorch does not see}.
+
+    waiting       (wrapper, W0) in a merged layer, (wrapper, None) in one whose wrapper is off
+    base_weights  ({name: parameter},) in a module of also_train
+    """
+    return {m: vars(m)[attribute] for m in model.modules() if attribute in vars(m)}
+
+
+def refuse_waiting(model, action):
+    if aside(model, "waiting"):
+        raise RuntimeError(f"cannot {action} while merged or inside disable_lora: "
+                           "call unmerge_lora(model), or leave the block")
+
+
+def named(model):
+    """Return {name: module}, without the parts that torch.compile adds to the names."""
+    return {".".join(part for part in name.split(".") if part != "_orig_mod"): module
+            for name, module in model.named_modules()}
+
+
 def lora_layers(model):
-    """Yield (name, LoRALinear) for every wrapped layer."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear))
+    """Yield (name, LoRALinear) for every wrapper that stands in the model."""
+    return ((name, m) for name, m in named(model).items() if name and isinstance(m, LoRALinear))
 
 
 def count_parameters(model):
-    """Return (trainable, total) weights; a packed layer counts as d x k."""
+    """Return (trainable, total) numbers of weights; a packed layer counts as d x k."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     packed = sum(math.prod(features(m)) for m in model.modules() if hasattr(m, "to_dense"))
     return trainable, packed + sum(p.numel() for p in model.parameters())
@@ -258,88 +253,170 @@ def count_parameters(model):
 
 # --- merge, switch off, take off ---
 
-def require_lora(model):
-    """Return {name: LoRALinear}; raise ValueError if there is none."""
-    layers = dict(lora_layers(model))
+@torch.no_grad()
+def merge_lora(model):
+    """Put plain layers with W0 + scaling * B A in the wrappers' places (Sec. 4.1: no latency).
+
+    Return the model. Summed in fp32, rounded once; merging twice is merging once. Raises, with
+    no layer merged, ValueError for a base that is no plain product.
+    """
+    if is_merged(model):
+        return model
+    refuse_waiting(model, "merge")
+    layers, merged = dict(lora_layers(model)).values(), {}
     if not layers:
         raise ValueError("the model carries no adapter: call inject_lora or load_adapter first")
-    return layers
-
-
-def merge_lora(model):
-    """Add every update to its base weight; return the model. Merging twice is merging once.
-
-    Raises, with no layer merged, ValueError for a base that has no dense weight, and RuntimeError
-    inside disable_lora.
-    """
-    layers = require_lora(model).values()
+    for layer in layers:
+        check_product(layer.base)
     try:
         for layer in layers:
-            layer.merge()
-    except Exception:
-        unmerge_lora(model)
-        raise
+            merged[layer] = merged_base(layer)
+    finally:
+        replace_modules(model, merged)
+        if len(merged) < len(layers):  # out of memory, or Ctrl-C
+            put_back(model)
     return model
 
 
+def merged_base(layer):
+    """Return the base with the merged weight, or a dense layer in place of a packed base."""
+    packed = hasattr(layer.base, "to_dense")
+    dense = layer.base.to_dense() if packed else layer.base
+    W = dense.weight.T if is_transposed(dense) else dense.weight
+    W = layer.merged_weight(W.float())
+    W = W.T.contiguous() if is_transposed(dense) else W
+    # What waits does so on the CPU: a GPU holds one layer twice, never the whole model.
+    W0 = layer.to("cpu").base if packed else dense.weight.to("cpu")
+    dense.weight = nn.Parameter(W.to(dense.weight.dtype), requires_grad=False)
+    dense.waiting = (layer, W0)
+    return dense.train(layer.training)
+
+
+def is_merged(model):
+    return any(W0 is not None for _, W0 in aside(model, "waiting").values())
+
+
 def unmerge_lora(model):
-    """Put every base weight back, bit for bit; return the model."""
-    for layer in require_lora(model).values():
-        layer.unmerge()
+    """Put the wrappers and every bit of W0 back, moved and cast as the model; return the model."""
+    return put_back(model) if is_merged(model) else model
+
+
+def put_back(model):
+    """Put every wrapper that waits back into its place."""
+    places = aside(model, "waiting")
+    for here, (layer, W0) in places.items():
+        layer.to(device_of(here)).train(here.training)
+        if isinstance(W0, torch.Tensor):
+            here.weight = nn.Parameter(W0.to(here.weight), requires_grad=False)
+        elif W0 is not None:
+            layer.base.to(here.weight.dtype)  # packed: the dense layer may have been cast
+        del here.waiting
+    replace_modules(model, {here: layer for here, (layer, _) in places.items()})
     return model
 
 
 def strip_lora(model):
-    """Replace every wrapper by its base, merged or not; return the model.
+    """Take the adapter off for good; return the model, with the base's plain layers and heads.
 
-    Modules of also_train stay as trained.
+    After merge_lora, these are the merged layers and the trained heads.
     """
+    merged = is_merged(model)
+    if not merged:
+        refuse_waiting(model, "strip")
     replace_modules(model, {layer: layer.base for _, layer in lora_layers(model)})
-    for module in model.modules():
-        module.__dict__.pop("before_training", None)
+    for module in aside(model, "waiting"):
+        del module.waiting
+    for module in aside(model, "base_weights"):
+        if not merged:
+            swap_weights(module)
+        del module.base_weights
     return model
 
 
 @contextmanager
 def disable_lora(model):
-    """Switch the adapter off inside a with block. Modules of also_train stay as trained."""
-    layers = [layer for layer in require_lora(model).values() if layer.enabled]
+    """Give the base back inside a with block, heads too. Blocks cannot be nested."""
+    refuse_waiting(model, "switch off")
+    layers, heads = dict(lora_layers(model)).values(), aside(model, "base_weights")
+    for layer in layers:
+        layer.base.waiting = (layer, None)
+        layer.base.train(layer.training)
+    replace_modules(model, {layer: layer.base for layer in layers})
+    for module in heads:
+        swap_weights(module)
     try:
-        for layer in layers:
-            layer.refuse_while_merged("switch off")
-            layer.enabled = False
         yield model
     finally:
-        for layer in layers:
-            layer.enabled = True
+        put_back(model)
+        for module in heads:
+            swap_weights(module)
 
 
 # --- which layers can be adapted ---
 
-PARALLEL = nn.DataParallel, nn.parallel.DistributedDataParallel
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+def check_product(base):
+    """Raise ValueError unless the base's output is x W^T + b, tried on one random row."""
+    dense = base.to_dense() if hasattr(base, "to_dense") else base
+    W, kind = dense._parameters.get("weight"), type(base).__name__
+    if W is None or W.dtype not in FLOATS or W.is_meta:
+        # computed (weight_norm), packed by another library, or on the meta device
+        raise ValueError(f"cannot merge into this {kind}, which has no dense weight")
+    x = torch.randn(1, 1, features(base)[1], generator=torch.Generator().manual_seed(0)).to(W)
+    y = base(x)
+    W = W.float().T if is_transposed(dense) else W.float()
+    product = F.linear(x.float(), W, None if dense.bias is None else dense.bias.float())
+    same = isinstance(y, torch.Tensor) and y.shape == product.shape
+    if not same or not (y.float() - product).norm() <= 0.01 * product.norm():
+        raise ValueError(f"cannot merge into this {kind}: its output is not x W^T + b")
 
 
 def select(model, config):
     """Return {name: layer} of what to wrap, and {name: module} of what to train in full."""
-    if any(isinstance(module, PARALLEL) for module in model.modules()):
+    modules = named(model)
+    if any(isinstance(module, PARALLEL) for module in modules.values()):
         raise ValueError("DDP would not synchronise a later adapter: inject first, then wrap")
-    heads = match(dict(model.named_modules()), config.also_train)
-    for name, head in heads.items():
-        if list(head.buffers()):  # running statistics, or 4-bit weights
-            raise ValueError(f"also_train: {name} has buffers, which are not saved")
-    in_heads = set(chain.from_iterable(head.modules() for head in heads.values()))
-    layers = {name: layer for name, layer in linear_layers(model).items() if layer not in in_heads}
+    tied, heads = tied_modules(model), match(modules, config.also_train)
+    layers = linear_layers(model)
     if config.targets == ("all-linear",):
         output = getattr(model, "get_output_embeddings", lambda: None)()
+        left_out = tied | routers(model) | {output}
         layers = {name: layer for name, layer in layers.items()
-                  if layer is not output and not ends_in(name, ["lm_head"])
-                  and "Router" not in type(layer).__name__}  # PhiMoE's, Llama 4's: return tuples
+                  if layer not in left_out and not ends_in(name, ["lm_head"])}
     else:
         layers = match(layers, config.targets)
+    in_heads = set(chain.from_iterable(head.modules() for head in heads.values()))
+    layers = {name: layer for name, layer in layers.items() if layer not in in_heads}
     if not layers:
         raise ValueError("there is no linear layer to adapt")
-    refuse_tied(model, layers | heads)
+
+    partly_meta = any(not p.is_meta for p in model.parameters())
+    for name, module in {**layers, **heads}.items():
+        if not tied.isdisjoint(module.modules()):
+            raise ValueError(f"{name} shares a weight with another module (tied embeddings?), "
+                             "which would change too: leave it out")
+        if partly_meta and any(p.is_meta for p in module.parameters()):
+            raise ValueError(f"{name} is offloaded: load the model without device_map")
+        if name in heads and list(module.buffers()):  # running statistics, or 4-bit weights
+            raise ValueError(f"also_train: {name} has buffers, which are not saved")
     return layers, heads
+
+
+def linear_layers(model):
+    """Return {name: layer}: nn.Linear, transformers' Conv1D, and packed layers (`to_dense`)."""
+    layers, modules = {}, named(model)
+    for name, module in modules.items():
+        parent = modules[name.rpartition(".")[0]]
+        # These read their children's weights and do not call them: an adapter has no effect.
+        bypassed = (isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+                    or "Mamba" in type(parent).__name__ and ends_in(name, ["dt_proj"]))
+        linear = isinstance(module, nn.Linear) or hasattr(module, "to_dense")
+        if name and not bypassed and (linear or is_transposed(module)):
+            layers[name] = module
+    return layers
 
 
 def match(modules, endings):
@@ -352,105 +429,82 @@ def match(modules, endings):
 
 
 def ends_in(name, endings):
-    """Compare whole dotted parts: q_proj does not end eq_proj."""
+    """Compare whole parts of a name: q_proj does not end eq_proj."""
     return name != "" and f".{name}".endswith(tuple(f".{ending}" for ending in endings))
 
 
-# These read their children's weights without calling them: an adapter there is bypassed.
-BYPASSING = nn.MultiheadAttention, nn.TransformerEncoderLayer
+def tied_modules(model):
+    """Return the modules that share a parameter with another one."""
+    uses = Counter(chain.from_iterable(m._parameters.values() for m in model.modules()))
+    return {m for m in model.modules() if any(uses[p] > 1 for p in m.parameters(recurse=False))}
 
 
-def linear_layers(model):
-    """Return {name: layer} of what can be adapted."""
-    layers = {}
-    for name, module in model.named_modules():
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if name and is_linear(module) and not isinstance(parent, BYPASSING):
-            layers[name] = module
-    return layers
-
-
-def is_linear(module):
-    """True for nn.Linear and its like, Conv1D and packed layers."""
-    if hasattr(module, "to_dense"):
-        return True  # packed: reading .weight would dequantise it
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        return False
-    if is_transposed(module):
-        return weight.dim() == 2
-    packed = not weight.is_floating_point()  # by another library, in another shape
-    return hasattr(module, "in_features") and (packed or weight.shape == features(module))
-
-
-def refuse_tied(model, modules):
-    """Raise ValueError if one of these shares a weight with another module."""
-    uses = Counter(chain.from_iterable(module._parameters.values() for module in model.modules()))
-    for name, module in modules.items():
-        if any(uses[parameter] > 1 for parameter in module.parameters()):
-            raise ValueError(f"{name} shares a weight (tied embeddings?): both would change")
+def routers(model):
+    """Return the modules that choose a mixture's experts, and all inside them."""
+    found = [m for name, m in named(model).items() if "router" in type(m).__name__.lower()
+             or "router" in name.rpartition(".")[2].lower()]
+    found += [m.gate for m in model.modules() if hasattr(m, "gate") and hasattr(m, "experts")]
+    return set(chain.from_iterable(module.modules() for module in found))
 
 
 # --- adapter files, in PEFT's format ---
 
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 
-# PEFT 0.21's options: honoured or harmless, and refused if set.
+# PEFT's options that are read here, or that mean nothing once an adapter is trained.
 ACCEPTED = set("""
-    peft_type r lora_alpha lora_dropout use_rslora init_lora_weights target_modules modules_to_save
-    exclude_modules layers_to_transform layers_pattern fan_in_fan_out base_model_name_or_path
-    task_type auto_mapping peft_version revision inference_mode megatron_core qalora_group_size
-    runtime_config eva_config loftq_config corda_config lora_ga_config""".split())
-REFUSED = set("""
-    bias lora_bias use_dora use_qalora use_bdlora alora_invocation_tokens arrow_config kasa_config
-    monteclora_config velora_config rank_pattern alpha_pattern layer_replication megatron_config
-    trainable_token_indices target_parameters ensure_weight_tying""".split())
+    peft_type r lora_alpha lora_dropout use_rslora target_modules modules_to_save exclude_modules
+    layers_to_transform layers_pattern fan_in_fan_out base_model_name_or_path task_type
+    auto_mapping peft_version revision inference_mode megatron_core qalora_group_size
+    runtime_config eva_config""".split())
 
 
 def adapter_state_dict(model):
-    """Return copies of what trains. load_state_dict(copies, strict=False) goes back to them."""
+    """Return copies of what trains: model.load_state_dict(copies, strict=False) takes them back."""
+    refuse_waiting(model, "take an adapter_state_dict")
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save_adapter(model, config, folder):
+def save_adapter(model, folder, metadata=None):
     """Write adapter_model.safetensors and adapter_config.json, which PEFT and load_adapter read.
 
-    Raises RuntimeError while merged, and ValueError for what load_adapter could not restore.
+    metadata, {string: string}, goes into the header of the safetensors file. Raises RuntimeError
+    while merged or off, and ValueError for what load_adapter could not restore.
     """
     from safetensors.torch import save
     while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):
         model = getattr(model, "_orig_mod", None) or model.module
-    layers = require_lora(model)
-    by_ending = config.targets != ("all-linear",)
-    same_layers = not by_ending or match(layers, config.targets) == layers
-    for layer in layers.values():
-        layer.refuse_while_merged("save")
-        if not same_layers or (len(layer.lora_A), layer.scaling) != (config.r, config.scaling):
-            raise ValueError(f"this is not the config that was injected: {config}")
-    parameters = file_parameters(model, config.also_train)
-    saved = set(parameters.values())
+    refuse_waiting(model, "save")
+    layers, in_heads = dict(lora_layers(model)), aside(model, "base_weights")
+    heads = {name: module for name, module in named(model).items() if module in in_heads}
+    configs = {layer.config for layer in layers.values()}
+    if len(configs) != 1:
+        raise ValueError(f"an adapter has one config, but this model has {len(configs)}")
+    config, last = configs.pop(), list(layers.values())[-1]
+    parameters = file_parameters(layers, heads)
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter not in saved:
+        if parameter.requires_grad and parameter not in set(parameters.values()):
             raise ValueError(f"{name} trains but is not saved: inject with it in also_train")
     for key, parameter in parameters.items():
         if not parameter.isfinite().all():
             raise ValueError(f"{key} holds NaN or infinity")
     zero = [name for name, layer in layers.items() if not layer.lora_B.any()]
     if zero:
-        warnings.warn(f"B is still zero in {zero[0]}: an old optimizer, or a layer never called?")
+        warnings.warn(f"B is still zero in {zero[0]}: was the optimizer made before injecting?")
 
     options = {
-        "peft_type": "LORA", "inference_mode": True, "bias": "none",
-        "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
+        "peft_type": "LORA", "task_type": task_type(model),
         "base_model_name_or_path": getattr(model, "name_or_path", None),
         "r": int(config.r), "lora_alpha": float(config.alpha),  # numpy's numbers are not JSON's
-        "lora_dropout": float(config.dropout), "use_rslora": config.rslora,
-        "target_modules": list(config.targets if by_ending else layers),
-        "modules_to_save": list(config.also_train) or None,
-        "fan_in_fan_out": any(is_transposed(layer.base) for layer in layers.values())}
+        "lora_dropout": float(config.dropout), "modules_to_save": list(config.also_train) or None,
+        "target_modules": shortened(layers, model),
+        "fan_in_fan_out": any(is_transposed(layer.base) for layer in layers.values()),
+        **last.options}
+    if config.rslora:  # PEFT 0.7 and older refuse the key
+        options["use_rslora"] = True
     tensors = {key: p.detach().to("cpu").contiguous() for key, p in parameters.items()}
-    metadata = {"format": "pt", "base": json.dumps(base_sample(model))}
-    files = {WEIGHTS: save(tensors, metadata), CONFIG: json.dumps(options, indent=2).encode()}
+    header = {**(metadata or {}), "format": "pt", "base": json.dumps(base_sample(last))}
+    files = {WEIGHTS: save(tensors, header), CONFIG: json.dumps(options, indent=2).encode()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
@@ -460,129 +514,121 @@ def save_adapter(model, config, folder):
         (folder / f"{name}.part").replace(folder / name)
 
 
-def file_parameters(model, also_train):
-    """Return {key in the file: parameter}: A, B, and the modules of also_train."""
-    parameters = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            parameters[f"{PREFIX}{name}.lora_A.weight"] = module.lora_A
-            parameters[f"{PREFIX}{name}.lora_B.weight"] = module.lora_B
-        elif ends_in(name, also_train):
-            parameters.update(module.named_parameters(f"{PREFIX}{name}"))
+def shortened(names, model):
+    """Return the last parts of the names, if no other module's name ends so, else the names."""
+    endings = sorted({name.rpartition(".")[2] for name in names})
+    others = [name for name in named(model) if ends_in(name, endings) and name not in names]
+    return list(names) if others else endings
+
+
+def task_type(model):
+    """Return the name by which PEFT's Auto classes choose a model class, or None."""
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return "SEQ_CLS"
+    if not getattr(model, "can_generate", bool)():
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def file_parameters(layers, heads):
+    """Return {key in the file: parameter} of {name: wrapper} and {name: module of also_train}."""
+    parameters = {f"{PREFIX}{name}.{part}": parameter for name, layer in layers.items()
+                  for part, parameter in layer.adapter_parameters().items()}
+    for name, module in heads.items():
+        parameters.update(module.named_parameters(f"{PREFIX}{name}"))
     return parameters
 
 
-def base_sample(model):
-    """Return 64 weights of the last adapted layer, a spot check; [] if there are no floats."""
-    weight = list(require_lora(model).values())[-1].weight
-    return weight.flatten()[:64].tolist() if weight.dtype in FLOATS and not weight.is_meta else []
+def base_sample(layer):
+    """Return 64 of the base's weights. They tell another seed or model, not a fine-tune."""
+    weight = layer.weight
+    known = weight.dtype in FLOATS and not weight.is_meta
+    return weight.flatten()[:64].tolist() if known else []
 
 
-def load_adapter(model, folder):
+def load_adapter(model, folder, layer=LoRALinear):
     """Put a folder's adapter onto the model, replacing any other; return its config.
 
-    Create the optimizer afterwards: loading replaces A and B. Raises RuntimeError while merged,
-    and ValueError, with the model as it was, if the files are damaged or for another model.
+    Create the optimizer afterwards: loading replaces A and B. Raises RuntimeError while merged or
+    off, and ValueError, with the model as it was, if the files are damaged or for another model.
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper prefixes the names
-    bases = {}
-    for _, layer in lora_layers(model):
-        layer.refuse_while_merged("load an adapter")
-        bases[layer] = layer.base
-    replace_modules(model, bases)  # the file is compared with the plain model
-    try:
-        config, tensors, sample = read_adapter(model, Path(folder))
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{folder} is no adapter for this model: {reason}") from None
-    finally:
-        replace_modules(model, {base: layer for layer, base in bases.items()})
-
-    reset_heads(model)
-    inject_lora(strip_lora(model), config)
-    for key, parameter in file_parameters(model, config.also_train).items():
+    with disable_lora(model):  # the file is compared with the base
+        try:
+            config, tensors, sample = read_adapter(model, Path(folder), layer)
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{folder} is no adapter for this model: {reason}") from None
+        layers, heads = select(model, config)
+        wrappers = {name: layer(base, config) for name, base in layers.items()}
+    put_on(strip_lora(model), {wrapper.base: wrapper for wrapper in wrappers.values()}, heads)
+    for key, parameter in file_parameters(wrappers, heads).items():
         parameter.detach().copy_(tensors[key])
-    here = torch.tensor(base_sample(model))
+    here = torch.tensor(base_sample(list(wrappers.values())[-1]))
     # Rounding to 4 bits moves the sample by 10%, another seed by 140%.
     if here.shape == sample.shape and (here - sample).norm() > 0.3 * sample.norm():
         warnings.warn(f"{folder} was trained on another base")
     return config
 
 
-def reset_heads(model):
-    """Give the modules of also_train the values back that they had before injecting."""
-    for module in model.modules():
-        if hasattr(module, "before_training"):
-            module.load_state_dict(module.before_training)
-
-
-def read_adapter(model, folder):
+def read_adapter(model, folder, layer):
     """Return (config, {key: tensor}, sample of the base). Nothing in the files is executed.
 
     The tensors have to be exactly those that injecting the config into this plain model makes.
     """
     from safetensors import safe_open
     options = json.loads((folder / CONFIG).read_bytes())
-    check_options(options)
+    check_options(options, layer.options)
     with safe_open(folder / WEIGHTS, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
         sample = torch.tensor(json.loads((file.metadata() or {}).get("base", "[]"))).float()
 
-    modules = dict(model.named_modules())
-    targets = options.get("target_modules")
-    narrowed = options.get("exclude_modules") or options.get("layers_to_transform") is not None
-    if narrowed or not isinstance(targets, list):
-        # Neither is evaluated, nor a regular expression run: the keys tell the layers.
-        targets = [name for name in modules if f"{PREFIX}{name}.lora_A.weight" in tensors]
-
-    def present(endings):  # PEFT lists names that the model may lack: score beside classifier
-        return [ending for ending in endings if any(ends_in(name, [ending]) for name in modules)]
-
+    # The tensors' names say which layers are adapted: patterns in the config are not evaluated.
+    # Of modules_to_save, PEFT lists names that the model may lack: score beside classifier.
+    names = list(named(model))
+    adapted = [name for name in names if f"{PREFIX}{name}.lora_A.weight" in tensors]
     config = LoRAConfig(
         r=options.get("r"), alpha=options.get("lora_alpha"),
-        dropout=options.get("lora_dropout", 0.0), targets=present(targets),
-        also_train=present(options.get("modules_to_save") or ()),
-        rslora=options.get("use_rslora", False))
-
-    layers, _ = select(model, config)
-    expected = {key: tuple(p.shape) for key, p in file_parameters(model, config.also_train).items()}
-    for name, layer in layers.items():
-        d, k = features(layer)
-        expected[f"{PREFIX}{name}.lora_A.weight"] = (config.r, k)
-        expected[f"{PREFIX}{name}.lora_B.weight"] = (d, config.r)
-        # PEFT saves the base of an adapted lm_head along. It must equal this model's.
-        base = tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
-        if base is not None and not torch.equal(base, layer.weight.to(base)):
+        dropout=options.get("lora_dropout", 0.0), rslora=options.get("use_rslora", False),
+        targets=shortened(adapted, model),
+        also_train=[ending for ending in options.get("modules_to_save") or ()
+                    if any(ends_in(name, [ending]) for name in names)])
+    layers, heads = select(model, config)
+    wrappers = {}
+    for name, base in layers.items():
+        d, k = features(base)
+        wrappers[name] = layer(nn.Linear(k, d, device="meta"), config)  # shapes, and no memory
+        # PEFT saves the base of an adapted lm_head along. It must be this model's.
+        weight = tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
+        if weight is not None and (weight - base.weight.to(weight)).norm() > 0.01 * weight.norm():
             raise ValueError(f"{WEIGHTS} has another base weight for {name}")
+    expected = {key: tuple(p.shape) for key, p in file_parameters(wrappers, heads).items()}
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     for key in sorted(expected.keys() | shapes.keys()):
         found, wanted = shapes.get(key, "missing"), expected.get(key, "no such entry")
         if found != wanted:
             raise ValueError(f"{key} is {found} in {WEIGHTS}, expected {wanted}")
-        if tensors[key].dtype not in FLOATS or not tensors[key].float().isfinite().all():
+        if tensors[key].dtype not in FLOATS or not tensors[key].isfinite().all():
             raise ValueError(f"{key} is {tensors[key].dtype} or holds NaN")
     return config, tensors, sample
 
 
-def check_options(options):
-    """Raise ValueError for another kind of adapter; warn about unknown options."""
-    if options.get("peft_type") != "LORA":
-        raise ValueError(f"{CONFIG} does not say peft_type LORA")
-    init = options.get("init_lora_weights")
-    if init not in (True, False, None, "gaussian", "orthogonal", "eva"):
-        raise ValueError(f"init_lora_weights = {init!r} changes the base: not supported")
-    for key, value in options.items():
-        if key in ACCEPTED or value in (None, False, "", "none", [], {}):
-            continue
-        if key in REFUSED:
-            raise ValueError(f"{key} = {value!r:.60} is not supported: use this adapter with PEFT")
-        warnings.warn(f"{CONFIG}: the option {key} = {value!r:.60} is unknown here")
+def check_options(options, required):
+    """Raise ValueError for an adapter of another kind, which some option of PEFT's sets."""
+    required = {"peft_type": "LORA", **required}
+    for key, value in {**dict.fromkeys(required), **options}.items():
+        if key in required:
+            supported = value == required[key]
+        elif key == "init_lora_weights":  # the others change the base
+            supported = value in (True, False, None, "gaussian", "orthogonal", "eva")
+        else:
+            supported = key in ACCEPTED or value in (None, False, "", "none", [], {})
+        if not supported:
+            raise ValueError(f"{key} = {value!r:.60} is not supported")
 
 
 # --- appendix: a 4-bit base (NF4) ---
 #
 # QLoRA (Dettmers et al. 2023, arXiv:2305.14314). The code above runs without this.
-from functools import cache
 
 # Quantiles of a normal distribution, scaled to [-1, 1], with an exact 0 (their Appendix E).
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -593,12 +639,13 @@ BLOCK = 64  # weights that share an absmax
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer in 4.25 bits a weight: the nearest code of NF4, times an absmax.
+    """A frozen linear layer in 4.25 bits a weight: the nearest value of NF4, times an absmax.
 
-    codes   (bytes,) uint8: two codes a byte, of the flattened weight
-    absmax  (blocks,) bfloat16, held as int16: .half() must not touch it. The paper packs it too,
-            for 4.13 bits a weight
-    Computes in x's dtype. `weight` is W, dequantised on every access.
+    codes   (bytes,) uint8: two indices into NF4 a byte, of the flattened weight
+    absmax  (blocks,) bfloat16. The paper packs it too, for 4.13 bits a weight
+    pairs   (256, 2) float32: the two values that each byte stands for
+    absmax and pairs are held as integers, so that .half() does not touch them. Computes in x's
+    dtype. `weight` is W, dequantised on every access.
     """
 
     def __init__(self, layer):
@@ -615,15 +662,17 @@ class NF4Linear(nn.Module):
         middles = (values[1:] + values[:-1]) / 2
         scaled = blocks / absmax.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         codes = torch.bucketize(scaled, middles, out_int32=True).byte().view(-1, 2)
+        pairs = torch.cartesian_prod(values, values)
         self.register_buffer("codes", codes[:, 0] << 4 | codes[:, 1])
         self.register_buffer("absmax", absmax.bfloat16().view(torch.int16))
+        self.register_buffer("pairs", pairs.view(torch.int32), persistent=False)
         self.register_buffer("dtype_of", weight.new_empty(0), persistent=False)  # .half() casts it
-        self.requires_grad_(False).train(layer.training)
+        share_hooks(self, layer).requires_grad_(False).train(layer.training)
 
     def dequantize(self, dtype):
         """Return W, shaped as it was: (d, k), or (k, d) over Conv1D."""
         # Both values of a byte at once: the index takes 2 bytes a weight, not 8.
-        pairs = value_pairs(dtype, self.codes.device)  # (256, 2)
+        pairs = self.pairs.view(torch.float32).to(dtype)
         blocks = pairs.index_select(0, self.codes.int()).view(-1, BLOCK)
         blocks *= self.absmax.view(torch.bfloat16).to(dtype)[:, None]
         d, k = self.out_features, self.in_features
@@ -642,13 +691,13 @@ class NF4Linear(nn.Module):
             layer = self.kind(*(reversed(sizes) if self.transposed else sizes))
         layer.weight = nn.Parameter(self.weight, requires_grad=False)
         layer.bias = copy.deepcopy(self.bias)
-        return layer.train(self.training)
+        return share_hooks(layer, self).train(self.training)
 
 
-@cache
-def value_pairs(dtype, device):
-    values = torch.tensor(NF4, dtype=dtype, device=device)
-    return torch.cartesian_prod(values, values)
+def share_hooks(layer, other):
+    """Give a layer the forward and backward hooks of the one whose place it takes; return it."""
+    vars(layer).update({name: hooks for name, hooks in vars(other).items() if "ward_" in name})
+    return layer
 
 
 class NF4Product(torch.autograd.Function):
@@ -675,34 +724,28 @@ def quantize_nf4(model, skip=("lm_head",)):
     The output head and names that end in one of skip stay dense, and, with a warning, layers that
     cannot be packed.
     """
+    refuse_waiting(model, "quantise")
     if dict(lora_layers(model)):
         raise ValueError("the model carries an adapter: quantise first, then inject")
     head = getattr(model, "get_output_embeddings", lambda: None)()
     skip = (skip,) if isinstance(skip, str) else skip
-    names = []
+    names, tied = [], tied_modules(model)
     for name in list(linear_layers(model)):
-        layer = model.get_submodule(name)  # by name: each dense weight is freed before the next
+        layer = named(model)[name]  # by name: each dense weight is freed before the next
         if layer is head or ends_in(name, skip) or isinstance(layer, NF4Linear):
             continue
-        try:
-            refuse_tied(model, {name: layer})
-            refuse_odd(layer)
-            replace_modules(model, {layer: NF4Linear(layer)})
-            names.append(name)
-        except ValueError as error:
-            warnings.warn(f"{name} stays dense: {error}")
+        weight = layer.weight
+        plain = type(layer) is nn.Linear or is_transposed(layer)
+        if layer in tied or not plain or weight.is_meta or weight.dtype not in FLOATS \
+                or not weight.isfinite().all():
+            warnings.warn(f"{name} stays dense: a {type(layer).__name__} in {weight.dtype} that is "
+                          "tied, not finite, or of another kind")
+            continue
+        replace_modules(model, {layer: NF4Linear(layer)})
+        names.append(name)
     if not names:
         raise ValueError("this model has no linear layer to quantise")
     return names
-
-
-def refuse_odd(layer):
-    """Raise ValueError unless this is nn.Linear or Conv1D with finite floats."""
-    weight = layer.weight
-    plain = type(layer) is nn.Linear or is_transposed(layer)
-    if not plain or weight.is_meta or weight.dtype not in FLOATS or not weight.isfinite().all():
-        raise ValueError(f"{type(layer).__name__} in {weight.dtype} on {weight.device} is no plain "
-                         "layer of finite floats")
 
 
 def dequantize_nf4(model):

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from fractions import Fraction
 from multiprocessing.pool import ApplyResult
 from pathlib import Path
@@ -45,8 +46,8 @@ from eval_gsm8k import (complete, encode_prompt, extract_answer, format_prompt, 
                         mcnemar_p, read_rows, wilson_interval)
 from lora import (
     NF4, LoRAConfig, LoRALinear, NF4Linear, adapter_state_dict, count_parameters, dequantize_nf4,
-    disable_lora, inject_lora, load_adapter, lora_layers, merge_lora, quantize_nf4, save_adapter,
-    strip_lora, unmerge_lora)
+    disable_lora, inject_lora, is_transposed, load_adapter, lora_layers, merge_lora, quantize_nf4,
+    save_adapter, strip_lora, unmerge_lora)
 from train_math import (LossScaler, backward_loss, checkpoints, collate, demo_base, demo_problem,
                         encode, epoch_batches, learning_rate_at, newest_state, parse_args)
 
@@ -127,18 +128,22 @@ def shake(model):
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
-def injected(build, **options):
-    """Return (model, config) with an adapter that does something."""
-    model, config = build(), LoRAConfig(**dict(r=4, alpha=8) | options)
-    inject_lora(model, config)
+def injected(build, layer=LoRALinear, **options):
+    """Return a model with an adapter that does something."""
+    model = build()
+    inject_lora(model, LoRAConfig(**dict(r=4, alpha=8) | options), layer)
     shake(model)
-    return model, config
+    return model
 
 
 def saved(folder, build=llama, **options):
-    model, config = injected(build, **options)
-    save_adapter(model, config, folder)
-    return model, config
+    model = injected(build, **options)
+    save_adapter(model, folder)
+    return model
+
+
+def wrappers(model):
+    return [layer for _, layer in lora_layers(model)]
 
 
 def train(model, steps, parameters=None):
@@ -178,6 +183,11 @@ def close(a, b, atol=1e-5):
     torch.testing.assert_close(a, b, atol=atol, rtol=0)
 
 
+def apart(a, b):
+    """Return the norm of the difference, relative to that of b."""
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
 def saved_for_backward(function, but=()):
     """Return the bytes that function() keeps for backward, each tensor once, but not of these."""
     kept = {}
@@ -202,9 +212,12 @@ def weights(folder):
     return safetensors.torch.load(Path(folder, WEIGHTS).read_bytes())
 
 
+def adapter_config(folder="."):
+    return json.loads(Path(folder, CONFIG).read_text())
+
+
 def edit_config(**changes):
-    path = Path(CONFIG)
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    Path(CONFIG).write_text(json.dumps(adapter_config() | changes))
 
 
 def edit_tensors(change):
@@ -248,33 +261,53 @@ def load(tiny):
     return load_model(f"{tiny}/base", torch.float32, CPU)
 
 
-# --- the paper ---
+# --- lora.py: the paper ---
 
 @cases("dtype", DTYPES)
 @cases("kind", [nn.Linear, Conv1D])
 def test_zero_start_leaves_the_output_bit_identical(kind, dtype):
     """Step 0 must be the base (Sec. 4.1), with A and B in fp32 over any base."""
     base, x = linear(kind, 24, 16).to(dtype), torch.randn(5, 24).to(dtype)
-    layer = LoRALinear(base, r=4, alpha=8, dropout=0.5)  # which leaves W0 x alone
+    layer = LoRALinear(base, LoRAConfig(r=4, alpha=8, dropout=0.5))
     assert torch.equal(layer(x), base(x))
     A, B = layer.lora_A, layer.lora_B
     assert A.shape == (4, 24) and B.shape == (16, 4)
     assert A.dtype == B.dtype == torch.float32
-    assert 0.9 < A.abs().max() * math.sqrt(24) <= 1
+    assert "r=4, scaling=2" in repr(layer)
+
+
+def test_A_starts_as_the_weight_of_nn_linear_does():
+    """It must be uniform within 1 / sqrt(k), on both sides of zero."""
+    A = LoRALinear(nn.Linear(100, 100), LoRAConfig(r=100)).lora_A
+    assert 0.099 < A.max() <= 0.1 and -0.1 <= A.min() < -0.099
+    assert float(A.detach().std()) == pytest.approx(0.1 / math.sqrt(3), rel=0.02)
 
 
 @cases("rslora, scaling", [(False, 3), (True, 6)])
 @cases("kind", [nn.Linear, Conv1D])
 def test_forward_is_a_dense_layer_with_the_update_added(kind, rslora, scaling):
     """y must be (W0 + s B A) x + b (Eq. 3), s = alpha / r, or alpha / sqrt(r); dx, dA, dB too."""
-    layer = LoRALinear(linear(kind, 24, 16), r=4, alpha=12, rslora=rslora, dropout=0.5)
+    layer = LoRALinear(linear(kind, 24, 16), LoRAConfig(r=4, alpha=12, rslora=rslora))
     shake(layer)
     weight = layer.base.weight if kind is nn.Linear else layer.base.weight.T
     x, A, B = torch.randn(3, 5, 24, requires_grad=True), layer.lora_A, layer.lora_B
     dense = F.linear(x, weight + scaling * B @ A, layer.base.bias)
-    results = [(y, *torch.autograd.grad(y.sum(), (x, A, B))) for y in (layer.eval()(x), dense)]
+    results = [(y, *torch.autograd.grad(y.sum(), (x, A, B))) for y in (layer(x), dense)]
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
-    assert not torch.equal(layer.train()(x), layer(x))  # two draws of dropout
+    close(layer.delta(), scaling * B @ A)
+
+
+def test_dropout_is_on_the_adapter_s_input():
+    """With probability p, in training alone, it must drop elements of x, never of W0 x."""
+    layer = LoRALinear(linear(nn.Linear, 24, 16), LoRAConfig(r=4, alpha=8, dropout=0.25))
+    shake(layer)
+    x = torch.randn(9, 24)
+    for model, p in ((layer.train(), 0.25), (layer.eval(), 0)):
+        torch.manual_seed(3)
+        h = model(x)
+        torch.manual_seed(3)
+        z = F.dropout(x, p) @ layer.lora_A.T
+        close(h, layer.base(x) + 2 * z @ layer.lora_B.T)
 
 
 def test_base_never_changes():
@@ -288,32 +321,37 @@ def test_base_never_changes():
     assert changed(bits(model), before) == trained
 
 
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3, "nf4": 1e-6}
+
+
 @cases("build, target", [(llama, "v_proj"), (gpt2, "c_attn")])
-@cases("dtype", [*DTYPES, "nf4"])
+@cases("dtype", ROUNDING)
 def test_merge_rounds_once_and_unmerge_restores_every_bit(build, target, dtype):
     """Merged W must be round(W0 + s B A), also when merged twice."""
-    model, _ = injected(lambda: in_dtype(build(), dtype), targets=target)
-    layers = [layer for _, layer in lora_layers(model)]
+    model = injected(lambda: in_dtype(build(), dtype), targets=target)
     before, unmerged, rounded = bits(model), logits(model), []
-    for layer in layers:
-        layer.base.forward = layer.base.forward  # as libraries do: the copy has to run its own
+    for layer in wrappers(model):
         update = 2 * layer.lora_B @ layer.lora_A
         update = update.T if build is gpt2 else update
         rounded.append((layer.weight.float() + update).to(layer.weight.dtype))
     with torch.autocast("cpu", torch.bfloat16):  # the sum stays fp32
         assert merge_lora(model) is model and merge_lora(model) is model
-    assert all(map(torch.equal, (layer.weight for layer in layers), rounded))
-    close(logits(model), unmerged, atol=1e-5 if dtype in (torch.float32, "nf4") else 0.1)
+    merged = [module.weight for name, module in model.named_modules() if name.endswith(target)]
+    assert all(map(torch.equal, merged, rounded)) and len(merged) == 2
+    assert apart(logits(model), unmerged) < ROUNDING[dtype]
     assert unmerge_lora(model) is model
     assert same_bits(bits(model), before) and torch.equal(logits(model), unmerged)
 
 
-def test_full_rank_reaches_any_delta():
-    """At r = min(d, k), B A must represent any change of W (Sec. 4.1)."""
-    layer, delta = LoRALinear(linear(nn.Linear, 24, 16), r=16, alpha=16), torch.randn(16, 24)
-    U, S, V = torch.linalg.svd(delta, full_matrices=False)
-    layer.lora_B.data, layer.lora_A.data = U * S, V
-    close(layer.delta(), delta)
+def test_a_merged_model_is_a_plain_one():
+    """Its state_dict must load into the plain class, and hold round(W0 + s B A)."""
+    model = injected(SmallGPT, targets="all-linear")
+    adapted, plain = logits(model), SmallGPT(seed=1)
+    plain.load_state_dict(merge_lora(model).state_dict())
+    assert torch.equal(logits(plain), logits(model))
+    close(logits(plain), adapted)
+    assert "lora" not in repr(strip_lora(model)).lower()
+    assert torch.equal(logits(unmerge_lora(model)), logits(plain))  # nothing waits any more
 
 
 TINY = dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
@@ -345,12 +383,9 @@ def test_parameter_counts_of_the_published_models(kind, sizes, options, trainabl
 def test_training_curve_equals_peft_s(build, options):
     """PEFT must load our file and have the losses of 20 AdamW steps within 1e-4."""
     peft = pytest.importorskip("peft")
-    model, _ = saved(".", build, **options)
+    model = saved(".", build, **options)
     theirs = peft.PeftModel.from_pretrained(build(), ".", is_trainable=True).eval()
     close(logits(theirs), logits(model))
-    options = json.loads(Path(CONFIG).read_text())
-    assert options["fan_in_fan_out"] == (build is gpt2)
-    assert options["task_type"] == (None if build is roberta else "CAUSAL_LM")
     assert train(model, 20) == pytest.approx(train(theirs, 20), abs=1e-4)
 
 
@@ -375,13 +410,61 @@ def test_the_readme_s_lines_adapt_a_gpt_of_one_s_own(monkeypatch):
     assert scope["model"].state_dict().keys() == SmallGPT().state_dict().keys()
 
 
-# --- injection ---
+# --- lora.py: a variant is a subclass ---
+
+class DoRALinear(LoRALinear):
+    """Liu et al. 2024 (arXiv:2402.09353): each row of W0 + delta is scaled to a trained length."""
+    options = {"use_dora": True}
+
+    def __init__(self, base, config):
+        super().__init__(base, config)
+        W0 = base.weight.T if is_transposed(base) else base.weight
+        self.magnitude = nn.Parameter(W0.detach().float().norm(dim=1))
+
+    def adapter_parameters(self):
+        return super().adapter_parameters() | {"lora_magnitude_vector": self.magnitude}
+
+    def merged_weight(self, W0):
+        W = W0 + self.delta()
+        return self.magnitude[:, None] * W / W.norm(dim=1, keepdim=True).detach()
+
+    def forward(self, x):
+        W0 = self.base.weight.T if is_transposed(self.base) else self.base.weight
+        return F.linear(x, self.merged_weight(W0.float()).to(x.dtype), self.base.bias)
+
+
+@cases("build, target", [(llama, "q_proj"), (gpt2, "c_attn")])
+def test_dora_is_a_subclass_with_peft_s_losses_and_files(build, target):
+    """Losses of 20 steps must be PEFT's; files must be read both ways; merging must agree."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=[target], use_dora=True)
+    theirs = peft.get_peft_model(build(), config).eval()
+    shake(theirs)
+    theirs.save_pretrained(".")
+    load_adapter(model := build(), ".", DoRALinear)
+    close(logits(model), logits(theirs))
+    assert train(model, 20) == pytest.approx(train(theirs, 20), abs=1e-4)
+
+    save_adapter(model, "ours")
+    again = peft.PeftModel.from_pretrained(build(), "ours").eval()
+    close(logits(again), logits(model))
+    unmerged, W0 = logits(model), wrappers(model)[0].weight.detach().clone()
+    close(logits(merge_lora(model)), unmerged)
+    assert torch.equal(wrappers(unmerge_lora(model))[0].weight, W0)
+    refused("use_dora = True is not supported", load_adapter, build(), "ours")
+    saved("plain", build, targets=target)
+    refused("use_dora = None is not supported", load_adapter, build(), "plain", DoRALinear)
+    assert "dora" not in Path(lora.__file__).read_text(encoding="utf8").lower()
+
+
+# --- lora.py: which layers can be adapted ---
 
 @cases("bad", [dict(r=0), dict(r=1.5), dict(alpha=0), dict(alpha=math.nan), dict(dropout=1.0),
                dict(targets=()), dict(rslora="false")])
 def test_config_refuses_values_out_of_range(bad):
-    """A bad value must be a ValueError that names the field."""
-    refused(next(iter(bad)), lambda: LoRAConfig(**bad))
+    """A bad value must be a ValueError that names the field and the value."""
+    field, value = next(iter(bad.items()))
+    refused(rf"^{field} = {re.escape(repr(value))} is out of range$", lambda: LoRAConfig(**bad))
 
 
 @cases("names, options", [
@@ -403,20 +486,24 @@ def test_a_name_without_match_lists_what_exists():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_tied_weight_is_refused():
+def test_a_tied_weight_is_refused_by_name_and_left_out_of_all_linear():
     """Training a head that is the embedding too would change both."""
     model = llama(tie_word_embeddings=True)
     for config in (LoRAConfig(targets=("q_proj", "lm_head")), LoRAConfig(also_train="lm_head")):
-        refused("lm_head shares a weight", inject_lora, model, config)
+        refused("lm_head shares a weight.*leave it out", inject_lora, model, config)
+    own = SmallGPT()
+    own.unembed = nn.Linear(16, 64, bias=False)
+    own.unembed.weight = own.embedding.weight
+    assert len(inject_lora(own, LoRAConfig(targets="all-linear"))) == 8
 
 
-def test_what_only_looks_linear_is_left_alone():
-    """So must be layers that are read but never called; packed ones are adapted."""
+def test_layers_are_known_by_their_class():
+    """Another Conv1D, and layers that are read but never called, must be left alone."""
     conv = type("Conv1D", (nn.Conv1d,), {})(8, 8, 3)  # not that of transformers
-    own, linear, packed = nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-    own.in_features, own.out_features = 8, 4  # stands for a layer that keeps (in, out)
+    linear, packed = nn.Linear(4, 4), nn.Linear(4, 4)
     packed.weight = nn.Parameter(torch.zeros(8, dtype=torch.uint8), False)  # by another library
-    model = nn.Sequential(conv, own, nn.TransformerEncoderLayer(8, 2, 16), linear, linear, packed)
+    model = nn.Sequential(conv, nn.Embedding(8, 4), nn.TransformerEncoderLayer(8, 2, 16), linear,
+                          linear, packed)
     head = model.append(nn.Linear(4, 4))[-1]
     model.get_output_embeddings = lambda: head
     assert inject_lora(model, LoRAConfig(targets="all-linear")) == ["3", "5"]
@@ -424,96 +511,259 @@ def test_what_only_looks_linear_is_left_alone():
     refused("cannot merge into this Linear", merge_lora, model)
 
 
-@cases("kind", ["phimoe", "llama4_text"])
+MIXTURES = {
+    "phimoe": dict(num_local_experts=2), "llama4_text": dict(intermediate_size_mlp=48),
+    "jetmoe": dict(kv_channels=8, num_local_experts=6, num_experts_per_tok=2),
+    "afmoe": dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24,
+                  num_dense_layers=1),
+    "hunyuan_v1_moe": dict(num_experts=6, moe_topk=2)}
+
+
+@cases("kind", MIXTURES)
 def test_all_linear_leaves_out_routers(kind):
-    """A router returns a tuple: naming it as a target must be an error that says so."""
-    model = causal(kind, num_local_experts=2, intermediate_size_mlp=48)
+    """What chooses the experts must not be adapted, whatever its name."""
+    with torch.device("meta"):
+        names = inject_lora(causal(kind, **MIXTURES[kind]), LoRAConfig(targets="all-linear"))
+    assert len(names) >= 8
+    assert not [name for name in names if "router" in name or name.endswith(("gate", "gate.wg"))]
+
+
+def test_a_gate_without_experts_is_adapted():
+    """A SwiGLU's gate must be: it multiplies, and chooses no expert."""
+    block = nn.ModuleDict({"gate": nn.Linear(8, 8), "up": nn.Linear(8, 8)})
+    assert inject_lora(block, LoRAConfig(targets="all-linear")) == ["gate", "up"]
+    block = nn.ModuleDict({"gate": nn.Linear(8, 8), "experts": nn.ModuleList([nn.Linear(8, 8)])})
+    assert inject_lora(block, LoRAConfig(targets="all-linear")) == ["experts.0"]
+
+
+def test_mamba_s_dt_proj_is_left_out():
+    """Its weight is read, it is never called: every adapted layer must get a gradient."""
+    model = make("mamba", vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
     names = inject_lora(model, LoRAConfig(r=2, targets="all-linear"))
-    assert len(names) >= 8 and not any("router" in name for name in names)
-    train(model, 1)
-    inject_lora(strip_lora(model), LoRAConfig(targets="router"))
-    refused("Router returns no tensor.*target", model, IDS)
+    train(model, 2)
+    assert names and all(layer.lora_B.any() for layer in wrappers(model))
+    refused("'dt_proj' matches no", inject_lora, strip_lora(model), LoRAConfig(targets="dt_proj"))
+
+
+def test_a_head_whose_name_ends_another_is_refused():
+    """PEFT would train both, so both must be named."""
+    model = make("distilbert", vocab_size=64, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+    config = LoRAConfig(**DISTILBERT | dict(also_train="classifier"))
+    refused("pre_classifier.*name both", inject_lora, model, config)
+    inject_lora(model, LoRAConfig(**DISTILBERT))
+
+
+def test_a_head_in_16_bits_is_a_warning():
+    """Small updates to it round away."""
+    with pytest.warns(match="^classifier trains in 16 bits"):
+        inject_lora(roberta().bfloat16(), LoRAConfig(**HEAD))
+
+
+def test_an_offloaded_layer_is_refused():
+    """A layer on the meta device in a model that is elsewhere has no weights to adapt."""
+    for options in ({}, dict(also_train="lm_head")):
+        model = llama()
+        (model.lm_head if options else model.model.layers[1]).to("meta")
+        refused("offloaded", inject_lora, model, LoRAConfig(**options))
+    inject_lora(llama().to("meta"), LoRAConfig())
 
 
 def test_wrappers_come_after_injection():
     """DDP would not synchronise a later adapter; saving from inside must work."""
-    model, config = saved(".")
+    model = saved(".")
     before, parallel = weights("."), nn.DataParallel(model)
-    refused("first, then wrap", inject_lora, nn.DataParallel(llama()), config)
+    refused("first, then wrap", inject_lora, nn.DataParallel(llama()), LoRAConfig())
     refused("first, then wrap", load_adapter, parallel, ".")
-    save_adapter(torch.compile(parallel), config, ".")
+    save_adapter(torch.compile(parallel), ".")
     assert same_bits(weights("."), before)
-    load_adapter(torch.compile(model), ".")
 
 
-@cases("dtype", [torch.float32, "nf4"])
-def test_a_cast_keeps_the_adapter_in_float32_and_the_codes(dtype):
-    """A cast must reach the base alone, and no bit of A, B and NF4's codes."""
-    model, _ = injected(lambda: in_dtype(llama(), dtype))
-    before, after = bits(model), bits(model.half())
-    for name in before:
-        if name.endswith((".lora_A", ".lora_B", ".codes", ".absmax")):
-            assert torch.equal(before[name], after[name])
-    assert logits(model).dtype == logits(merge_lora(model)).dtype == torch.float16
-    unmerge_lora(model.to("meta", torch.bfloat16))  # the base that waits must follow
-    assert all(parameter.is_meta for parameter in model.parameters())
-    assert {layer.weight.dtype for _, layer in lora_layers(model)} == {torch.bfloat16}
+def test_compiled_blocks_stay_out_of_the_names():
+    """What is saved from a model compiled in whole or in part must load into a plain one."""
+    model = injected(SmallGPT, targets="q_proj")
+    for i in range(2):
+        model.blocks[i] = torch.compile(model.blocks[i], backend="eager")
+    save_adapter(torch.compile(model, backend="eager"), ".")
+    load_adapter(plain := SmallGPT(), ".")
+    assert same_bits(adapter_state_dict(plain), adapter_state_dict(injected(SmallGPT,
+                                                                            targets="q_proj")))
+    load_adapter(model, ".")
+    assert torch.equal(logits(plain), logits(model))
 
 
-def test_a_plain_checkpoint_loads_into_an_adapted_model():
-    """Plain names must reach the base, and leave A and B."""
-    plain, (model, _) = SmallGPT(seed=1).state_dict(), injected(SmallGPT)
-    A = torch.ones(4, 16)
-    model.load_state_dict(plain | {"blocks.0.q_proj.lora_A": A})  # loralib's
-    assert torch.equal(model.blocks[0]["q_proj"].lora_A, A)
-    before = adapter_state_dict(model)
-    model.load_state_dict(plain)
-    assert same_bits(adapter_state_dict(model), before)
-    shake(model)
-    assert changed(adapter_state_dict(model), before) == before.keys()  # before holds copies
-    assert same_bits(strip_lora(model).state_dict(), plain)
+# --- lora.py: merged, switched off, taken off ---
 
-
-# --- merged, switched off, copied, saved for backward ---
-
-def test_a_merged_model_is_not_saved_loaded_or_switched_off():
-    """Each would lose the adapter or apply it twice."""
-    model, config = saved(".")
-    merge_lora(model)
-    for call, *args in ((save_adapter, model, config, "."), (load_adapter, model, "."),
-                        (model.state_dict,), (model.load_state_dict, {}),
-                        (disable_lora(model).__enter__,)):
-        refused("unmerge_lora", call, *args, error=RuntimeError)
-
-
-def test_a_merge_that_fails_leaves_nothing_merged():
-    """No adapter, the meta device and computed weights must be clear errors."""
-    refused("no adapter.*inject_lora", merge_lora, llama())
-    computed = SmallGPT()
-    nn.utils.parametrizations.weight_norm(computed.blocks[1]["q_proj"])
-    for model in (computed, llama().to("meta")):
-        inject_lora(model, LoRAConfig(targets="q_proj"))
-        refused("cannot merge into this", merge_lora, model)
-        assert not any(layer.merged for _, layer in lora_layers(model))
-
-
-def test_disable_is_the_base_also_after_an_exception():
-    """Inside, the output must be the base's; afterwards the adapter's."""
-    model, _ = injected(llama)
-    adapted = logits(model)
+@cases("build, options", [(llama, {}), (gpt2, dict(targets="c_attn")), (roberta, HEAD)])
+@cases("dtype", [*DTYPES, "nf4"])
+def test_disable_is_the_base_also_after_an_exception(build, options, dtype):
+    """Inside, logits must be the base's to the bit, heads too; afterwards the adapter's."""
+    if dtype == "nf4" and build is roberta:
+        options = options | dict(also_train=())
+    model = injected(lambda: in_dtype(build(), dtype), **options)
+    adapted, base = logits(model), logits(in_dtype(build(), dtype))
+    assert not torch.equal(adapted, base)
     with pytest.raises(KeyError), disable_lora(model):
-        with disable_lora(model):
-            pass
-        assert torch.equal(logits(model), logits(llama()))
-        refused("disable_lora", merge_lora, model, error=RuntimeError)
+        assert torch.equal(logits(model), base)
         raise KeyError
     assert torch.equal(logits(model), adapted)
+    assert torch.equal(logits(strip_lora(model)), base)
+    assert same_bits(bits(model), bits(in_dtype(build(), dtype)))
+
+
+def test_a_trained_head_stays_after_merging():
+    """strip after merge must keep what was trained; after that, it is a plain model."""
+    model = injected(roberta, **HEAD)
+    adapted = logits(model)
+    close(logits(strip_lora(merge_lora(model))), adapted)
+    assert model.state_dict().keys() == roberta().state_dict().keys()
+    inject_lora(model, LoRAConfig(**HEAD))  # nothing of the last adapter is in the way
+    close(logits(strip_lora(model)), adapted)
+
+
+@cases("state", ["merged", "off"])
+def test_no_wrapper_can_be_used_while_it_waits(state):
+    """Each would lose the adapter or apply it twice."""
+    model = saved(".")
+    with disable_lora(model) if state == "off" else nullcontext(merge_lora(model)):
+        calls = [(inject_lora, model, LoRAConfig()), (save_adapter, model, "."),
+                 (load_adapter, model, "."), (adapter_state_dict, model),
+                 (disable_lora(model).__enter__,), (quantize_nf4, model)]
+        if state == "off":
+            calls += [(merge_lora, model), (strip_lora, model)]
+        before = logits(model)
+        for call, *args in calls:
+            refused("while merged or inside disable_lora", call, *args, error=RuntimeError)
+        assert torch.equal(logits(model), before)
+        if state == "off":
+            assert torch.equal(logits(unmerge_lora(model)), before)  # nothing is merged
+
+
+def test_no_adapter_is_a_clear_error():
+    """Without wrappers there is nothing to merge or save."""
+    refused("no adapter.*inject_lora", merge_lora, llama())
+    refused("one config, but this model has 0", save_adapter, llama(), ".")
+    with disable_lora(model := llama()):
+        logits(model)
 
 
 @cases("dtype", [torch.float32, "nf4"])
+@cases("state", ["merged", "off"])
+def test_casts_moves_and_modes_reach_what_waits(state, dtype):
+    """Afterwards all must be where and what it is in a model that stood there all along."""
+    model = injected(lambda: in_dtype(roberta(), dtype), targets="query", dropout=0.5)
+    W0 = wrappers(model)[0].weight.detach().clone()
+    with disable_lora(model) if state == "off" else nullcontext(merge_lora(model)):
+        model.bfloat16().train()
+    unmerge_lora(model)
+    wanted = injected(lambda: in_dtype(roberta(), dtype), targets="query", dropout=0.5)
+    assert same_bits(bits(model), bits(wanted.bfloat16()))
+    assert torch.equal(wrappers(model)[0].weight, W0.bfloat16())  # cast once
+    assert all(module.training for module in model.modules())
+    with disable_lora(model) if state == "off" else nullcontext(merge_lora(model)):
+        model.to("meta")
+    assert all(tensor.is_meta for tensor in bits(unmerge_lora(model)).values())
+
+
+def test_a_head_is_cast_while_its_other_weights_wait():
+    """Trained and base's weights must both be in the model's dtype when it is their turn."""
+    model = injected(roberta, **HEAD).bfloat16()
+    adapted = logits(model)
+    with disable_lora(model):
+        assert torch.equal(logits(model), logits(roberta().bfloat16()))
+        model.float()
+    assert torch.equal(logits(model.bfloat16()), adapted)
+
+
+def test_the_optimizer_s_parameters_stay_the_same():
+    """Each A, B and head must be the same object after every change of state."""
+    model = injected(roberta, **HEAD)
+    before = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    unmerge_lora(merge_lora(model))
+    with disable_lora(model.bfloat16()):
+        model.float()
+    after = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert before.keys() == after.keys() and all(after[name] is before[name] for name in before)
+
+
+@cases("dtype", [torch.float32, "nf4"])
+def test_hooks_fire_once_a_call_in_every_state(dtype):
+    """Registered before injecting, they must fire once, and go when they are removed."""
+    model, calls = in_dtype(gpt2(), dtype), []
+    attention = model.transformer.h[0].attn.c_attn
+    handles = [attention.register_forward_hook(lambda *_: calls.append("forward")),
+               attention.register_forward_pre_hook(lambda *_: calls.append("before"))]
+    if dtype == "nf4":
+        dequantize_nf4(model)
+        quantize_nf4(model)
+
+    def fired():
+        calls.clear()
+        logits(model)
+        return sorted(calls)
+
+    inject_lora(model, LoRAConfig(targets="c_attn"))
+    states = [fired()]
+    merge_lora(model)
+    states.append(fired())
+    unmerge_lora(model)
+    states.append(fired())
+    with disable_lora(model):
+        states.append(fired())
+    assert states == [["before", "forward"]] * 4
+    for handle in handles:
+        handle.remove()
+    assert not fired() and not [merge_lora(model), fired()][1]
+
+
+class Half(nn.Linear):
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), None
+
+
+def doubled():
+    layer = nn.Linear(16, 16)
+    layer.register_forward_hook(lambda module, args, output: 2 * output)
+    return layer
+
+
+@cases("base", [lambda: Half(16, 16), lambda: Pair(16, 16), doubled,
+                lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
+                lambda: nn.Linear(16, 16, device="meta")])
+def test_merging_refuses_what_is_no_plain_product(base):
+    """W0 + s B A would compute something else there: nothing must be merged."""
+    model = injected(SmallGPT, targets="mlp")
+    wrappers(model)[1].base = base()
+    refused("cannot merge into this", merge_lora, model)
+    assert len(wrappers(model)) == 2 and not lora.aside(model, "waiting")
+
+
+@cases("dtype", [torch.float32, "nf4"])
+def test_an_error_while_merging_leaves_all_as_it_was(dtype, patch):
+    """Also when the first layer is merged already."""
+    model, calls = injected(lambda: in_dtype(SmallGPT(), dtype), targets="mlp"), []
+    before, adapted = bits(model), logits(model)
+
+    def out_of_memory(layer, W0):
+        calls.append(layer)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return W0
+
+    patch(LoRALinear, merged_weight=out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        merge_lora(model)
+    assert same_bits(bits(model), before) and torch.equal(logits(model), adapted)
+
+
+@cases("dtype", [torch.float32, torch.bfloat16, "nf4"])
 def test_compiled_copied_and_pickled_models_agree(dtype):
     """Outputs must be equal; what is done to a copy must not touch the model."""
-    model, _ = injected(lambda: in_dtype(SmallGPT().eval(), dtype), dropout=0.5)
+    model = injected(lambda: in_dtype(SmallGPT().eval(), dtype), dropout=0.5)
     unmerged = logits(model)
     close(logits(torch.compile(model, backend="eager")), unmerged)
     merged = logits(merge_lora(model))
@@ -524,10 +774,21 @@ def test_compiled_copied_and_pickled_models_agree(dtype):
         assert torch.equal(logits(model), merged)
 
 
+@cases("dtype", [torch.float32, "nf4"])
+def test_a_cast_keeps_the_adapter_in_float32_and_the_codes(dtype):
+    """A cast must reach the base alone, and no bit of A, B and NF4's codes."""
+    model = injected(lambda: in_dtype(llama(), dtype))
+    before, after = bits(model), bits(model.half())
+    for name in before:
+        if name.endswith((".lora_A", ".lora_B", ".codes", ".absmax", ".pairs")):
+            assert torch.equal(before[name], after[name])
+    assert logits(model).dtype == logits(merge_lora(model)).dtype == torch.float16
+
+
 @cases("wrap", [lambda layer: layer, NF4Linear])
 def test_an_adapted_layer_keeps_its_input_once(wrap):
     """For backward it may keep x, and what is as narrow as the rank."""
-    layer, calls = LoRALinear(wrap(nn.Linear(96, 80)), r=4, alpha=8), []
+    layer, calls = LoRALinear(wrap(nn.Linear(96, 80)), LoRAConfig(r=4, alpha=8)), []
     x = torch.randn(50, 96, requires_grad=True)
     assert saved_for_backward(lambda: layer(x), [x, layer.weight]) < 4 * 50 * 80
     layer.base.register_forward_hook(lambda *_: calls.append(1))
@@ -535,10 +796,21 @@ def test_an_adapted_layer_keeps_its_input_once(wrap):
     assert len(calls) == 1  # recomputing stops before the base
 
 
-# --- adapter files ---
+def test_copies_of_the_adapter_s_state_go_back():
+    """adapter_state_dict must hold copies of what trains, which load_state_dict takes."""
+    model = injected(roberta, **HEAD)
+    before = adapter_state_dict(model)
+    shake(model)
+    assert changed(adapter_state_dict(model), before) == before.keys()
+    model.load_state_dict(before, strict=False)
+    assert same_bits(adapter_state_dict(model), before)
+
+
+# --- lora.py: adapter files ---
 
 @cases("build, first, second", [
     (llama, {}, dict(targets="all-linear", rslora=True)), (roberta, HEAD, dict(targets="dense")),
+    (roberta, HEAD | dict(also_train=("classifier", "classifier.dense")), HEAD),
     (gpt2, dict(targets=("c_attn", "c_fc")), dict(targets="c_proj")),
     (SmallGPT, dict(r=numpy.int64(2), alpha=numpy.float32(4)), dict(targets="0.q_proj"))])
 def test_a_loaded_adapter_is_exact_and_replaces_any_other(build, first, second):
@@ -546,19 +818,72 @@ def test_a_loaded_adapter_is_exact_and_replaces_any_other(build, first, second):
     folders = ["first", "second"]
     both = [saved(folder, build, **o) for folder, o in zip(folders, (first, second))]
     model = build()
-    for folder, (wanted, config) in zip(folders * 2, both * 2):
-        loaded = load_adapter(model, folder)
+    for folder, wanted in zip(folders * 2, both * 2):
+        config, loaded = wrappers(wanted)[0].config, load_adapter(model, folder)
         assert dataclasses.replace(loaded, targets=config.targets) == config
         assert same_bits(bits(model), bits(wanted))
         assert torch.equal(logits(model), logits(wanted))
+        assert torch.equal(logits(strip_lora(copy.deepcopy(model))), logits(build()))
+        save_adapter(model, "again")
+        assert adapter_config("again") == adapter_config(folder)
     assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
+
+
+@cases("build, options, targets", [
+    (llama, {}, ["q_proj", "v_proj"]),
+    (llama, dict(targets="1.self_attn.q_proj"), ["model.layers.1.self_attn.q_proj"]),
+    (llama, dict(targets="all-linear"), "down_proj gate_proj k_proj o_proj q_proj up_proj v_proj"),
+    (SmallGPT, dict(targets="all-linear"), "eq_proj mlp q_proj v_proj")])
+def test_targets_are_written_as_endings_where_these_say_the_same(build, options, targets):
+    """PEFT finds every layer whose name ends so: then full names must be written."""
+    saved(".", build, **options)
+    targets = targets.split() if isinstance(targets, str) else targets
+    assert adapter_config()["target_modules"] == targets
+
+
+def test_a_header_says_what_it_was_given():
+    """metadata must be readable by whoever opens the file."""
+    model = saved(".")
+    save_adapter(model, ".", {"model": "m"})
+    with safetensors.safe_open(WEIGHTS, "pt") as file:
+        assert {"model": "m", "format": "pt"}.items() <= file.metadata().items()
+    assert "use_rslora" not in adapter_config()  # PEFT 0.6 and 0.7 refuse the key
+
+
+@cases("kind, options, task", [
+    ("llama", {}, "CAUSAL_LM"), ("roberta", HEAD, "SEQ_CLS"),
+    ("distilbert", DISTILBERT, "SEQ_CLS"), ("t5", dict(targets="q"), "SEQ_2_SEQ_LM")])
+def test_peft_s_auto_classes_open_what_is_saved(kind, options, task):
+    """task_type must be the one by which PEFT chooses the model's class; logits must agree."""
+    peft = pytest.importorskip("peft")
+    if kind == "t5":
+        config = AutoConfig.for_model("t5", vocab_size=64, d_model=32, d_ff=48, num_layers=1,
+                                      num_heads=4, d_kv=8, decoder_start_token_id=0)
+        torch.manual_seed(0)
+        base = transformers.T5ForConditionalGeneration(config)
+    elif kind == "distilbert":
+        base = make(kind, vocab_size=64, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+    else:
+        base = make(kind, **SMALL)
+    base.save_pretrained("base")
+    model = type(base).from_pretrained("base").eval()
+    saved("a", lambda: model, **options)
+    assert adapter_config("a")["task_type"] == task
+    auto = {"CAUSAL_LM": peft.AutoPeftModelForCausalLM,
+            "SEQ_CLS": peft.AutoPeftModelForSequenceClassification,
+            "SEQ_2_SEQ_LM": peft.AutoPeftModelForSeq2SeqLM}[task]
+    theirs = auto.from_pretrained("a").eval()
+    more = dict(decoder_input_ids=IDS) if kind == "t5" else {}
+    close(theirs(input_ids=IDS, **more).logits, model(input_ids=IDS, **more).logits)
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BROKEN = {
-    "LORA": lambda: edit_config(peft_type="IA3"),
+    "peft_type = 'IA3'": lambda: edit_config(peft_type="IA3"),
     r"\(4, 32\).*expected \(8, 32\)": lambda: edit_config(r=8),
-    "k_proj.*missing": lambda: edit_config(target_modules=["q_proj", "k_proj", "v_proj"]),
+    f"expected \\({10**12}, 32\\)": lambda: edit_config(r=10**12),  # and nothing is allocated
+    "q_proj.lora_A.* no such": lambda: edit_tensors(lambda t: t.update({f"x.{KEY}": t[KEY]})),
+    "q_proj.lora_B.*missing": lambda: edit_tensors(lambda t: t.pop(KEY.replace("_A", "_B"))),
     "NaN": lambda: edit_tensors(lambda t: t[KEY].fill_(math.inf)),
     "int64": lambda: edit_tensors(lambda t: t.update({KEY: t[KEY].long()}))}
 
@@ -595,7 +920,7 @@ def test_mutated_adapters_load_exactly_or_leave_the_model_alone():
     saved(".", SmallGPT)
     paths = Path(WEIGHTS), Path(CONFIG)
     whole, rng, loaded = [path.read_bytes() for path in paths], random.Random(0), 0
-    start, _ = injected(SmallGPT, targets="mlp")
+    start = injected(SmallGPT, targets="mlp")
     for i in range(1000):
         for path, content in zip(paths, mutant(whole, rng)):
             path.write_bytes(content)
@@ -611,7 +936,7 @@ def test_mutated_adapters_load_exactly_or_leave_the_model_alone():
         for key, tensor in adapter_state_dict(model).items():
             assert torch.equal(tensor, tensors.pop(f"base_model.model.{key}.weight")), i
         assert not tensors and same_bits(bits(strip_lora(model)), bits(SmallGPT())), i
-    assert 100 < loaded < 500
+    assert loaded and loaded < 1000
 
 
 @pytest.mark.filterwarnings("error")
@@ -628,18 +953,15 @@ def test_saving_refuses_what_would_not_load_again():
     """Each must raise, and leave the old file."""
     inject_lora(model := llama(), LoRAConfig())
     with pytest.warns(match="B is still zero in model.layers.0"):
-        save_adapter(model, LoRAConfig(), ".")
-    model, config = saved(".")
+        save_adapter(model, ".")
+    model = saved(".")
     before = Path(WEIGHTS).read_bytes()
-    for changes in (dict(alpha=16), dict(r=8, alpha=16), dict(targets="q_proj")):
-        other = dataclasses.replace(config, **changes)
-        refused("was injected", save_adapter, model, other, ".")
-    wider = dataclasses.replace(config, targets=("q_proj", "v_proj", "o_proj"))
-    refused("'o_proj' matches no", save_adapter, model, wider, ".")
-    model.model.layers[1].self_attn.q_proj.lora_A.data[0, 0] = math.nan
-    refused("layers.1.self_attn.q_proj.lora_A.* NaN", save_adapter, model, config, ".")
+    wrappers(model)[1].lora_A.data[0, 0] = math.nan
+    refused("layers.0.self_attn.v_proj.lora_A.* NaN", save_adapter, model, ".")
     model.model.norm.requires_grad_(True)
-    refused("model.norm.weight trains.*also_train", save_adapter, model, config, ".")
+    refused("model.norm.weight trains.*also_train", save_adapter, model, ".")
+    model.model.layers[1].mlp.up_proj = LoRALinear(model.model.layers[1].mlp.up_proj, LoRAConfig())
+    refused("one config, but this model has 2", save_adapter, model, ".")
     assert Path(WEIGHTS).read_bytes() == before
 
 
@@ -648,10 +970,10 @@ def test_an_interrupted_save_leaves_no_mixed_adapter(patch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    model, config = saved(".")
+    model = saved(".")
     patch(Path, replace=interrupted)
     with pytest.raises(KeyboardInterrupt):
-        save_adapter(model, config, ".")
+        save_adapter(model, ".")
     refused(CONFIG, load_adapter, model, ".")
 
 
@@ -661,7 +983,8 @@ def test_an_interrupted_save_leaves_no_mixed_adapter(patch):
     (llama, ["q_proj"], dict(exclude_modules=["model.layers.0.self_attn.q_proj"])),
     (llama, ["q_proj"], dict(modules_to_save=["embed_tokens", "lm_head"])),
     (llama, ["q_proj", "lm_head"], {}),
-    (roberta, ["query"], dict(task_type="SEQ_CLS"))])
+    (roberta, ["query"], dict(task_type="SEQ_CLS")),
+    (roberta, "all-linear", dict(task_type="SEQ_CLS"))])
 def test_adapters_that_peft_made_load_and_agree(build, targets, options):
     """Logits must be PEFT's, however its config names layers and modules."""
     peft = pytest.importorskip("peft")
@@ -671,28 +994,41 @@ def test_adapters_that_peft_made_load_and_agree(build, targets, options):
     theirs.save_pretrained(".")
     load_adapter(model := build(), ".")
     close(logits(model), logits(theirs))
-    if "lm_head" in targets:
-        base = "base_model.model.lm_head.base_layer.weight"
-        edit_tensors(lambda t: t[base].add_(1))
-        refused("another base weight for lm_head", load_adapter, model, ".")
+
+
+@cases("dtype", DTYPES)
+def test_peft_s_base_of_an_adapted_head_must_be_this_model_s(dtype):
+    """The same base in another dtype must load; another base must not."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    peft.get_peft_model(llama(), config).save_pretrained(".")
+    load_adapter(llama().to(dtype), ".")
+    base = "base_model.model.lm_head.base_layer.weight"
+    edit_tensors(lambda tensors: tensors[base].mul_(1.1))
+    refused("another base weight for lm_head", load_adapter, llama().to(dtype), ".")
 
 
 def test_every_option_of_peft_is_honoured_harmless_or_refused():
-    """What changes the adapter must be refused by name; an unknown option must warn."""
+    """What changes the adapter must be refused by name, as must an option that is unknown."""
     peft = pytest.importorskip("peft")
-    known = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert known <= lora.ACCEPTED | lora.REFUSED
-    model, _ = saved(".")
-    for option in (*lora.REFUSED, "init_lora_weights"):
+    model = saved(".")
+    fields = dataclasses.asdict(peft.LoraConfig(**adapter_config())) | {"nosuch": None}
+    edit_config(**{key: value for key, value in fields.items() if isinstance(value, (int, str))})
+    load_adapter(model, ".")  # the defaults change nothing
+    refusals = """
+        bias lora_bias use_dora use_qalora use_bdlora alora_invocation_tokens arrow_config
+        kasa_config monteclora_config velora_config rank_pattern alpha_pattern layer_replication
+        megatron_config trainable_token_indices target_parameters ensure_weight_tying loftq_config
+        corda_config lora_ga_config init_lora_weights nosuch""".split()
+    assert fields.keys() <= lora.ACCEPTED | set(refusals)
+    before = adapter_config()
+    for option in refusals:
         edit_config(**{option: "pissa"})
-        refused(f"{option} = 'pissa'.*not supported", load_adapter, model, ".")
-        edit_config(**{option: None})
-    edit_config(nosuch=1)
-    with pytest.warns(match="nosuch = 1.*unknown"):
-        load_adapter(model, ".")
+        refused(f"{option} = 'pissa' is not supported", load_adapter, model, ".")
+        edit_config(**{option: before.get(option)})
 
 
-# --- a 4-bit base ---
+# --- lora.py: a 4-bit base ---
 
 def test_nf4_codes_agree_with_bitsandbytes():
     """Each value must be its block's nearest, in 4.25 bits, as in bitsandbytes."""
@@ -702,7 +1038,7 @@ def test_nf4_codes_agree_with_bitsandbytes():
     absmax = blocks.abs().amax(1, keepdim=True)
     nearest = ((blocks / absmax)[..., None] - torch.tensor(NF4)).abs().amin(-1)
     assert ((back - blocks).abs() <= (nearest + 1 / 256) * absmax).all()  # absmax in bfloat16
-    assert sum(8 * buffer.nbytes for buffer in packed.buffers()) == 4.25 * weight.numel()
+    assert 8 * (packed.codes.nbytes + packed.absmax.nbytes) == 4.25 * weight.numel()
     ragged = nn.Linear(7, 3)
     nn.init.zeros_(ragged.weight)
     assert torch.equal(NF4Linear(ragged).weight, ragged.weight)
@@ -757,6 +1093,18 @@ def test_quantising_leaves_what_it_must():
     with pytest.warns(match="stays dense") as caught:
         assert quantize_nf4(layers) == ["4"]
     assert [str(warning.message)[0] for warning in caught] == ["0", "1", "2", "3"]
+
+
+def test_exporting_a_model_leaves_other_layers_alone():
+    """torch.export traces with fake tensors: none may stay where another layer finds it."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)).eval()
+    quantize_nf4(model)
+    try:
+        torch.export.export(model, (torch.randn(2, 64),))
+    except Exception:
+        pass  # whether the model can be exported is not the claim
+    other = NF4Linear(nn.Linear(64, 8))
+    assert type(other(torch.randn(2, 64))) is torch.Tensor
 
 
 # --- eval_gsm8k.py: prompt and answer ---
@@ -1311,7 +1659,7 @@ def test_layers_that_the_text_does_not_reach_are_named_once(
     patch(train_math, WORLD=processes)
     patch(torch.distributed, all_reduce=lambda tensor: None)
     model, examples = adapted(tiny)
-    model.half().tower = LoRALinear(nn.Linear(4, 4), r=2, alpha=4)
+    model.half().tower = LoRALinear(nn.Linear(4, 4), LoRAConfig(r=2, alpha=4))
     before = bits(model)
     flags = "--max-steps 2 --weight-decay 0.1"
     train_math.train(model, examples, parse_args(command(tiny, flags)))
@@ -1459,9 +1807,9 @@ def test_interrupting_saves_and_says_how_to_go_on(signum, tiny, patch, capsys):
 def test_two_states_stay_whatever_lies_damaged_later():
     """Only then can a resumed run be resumed once more."""
     Path("step_000009").mkdir()
-    model, config = injected(llama)
+    model = injected(llama)
     for step in (1, 2, 3):
-        train_math.save_checkpoint(Path(f"step_00000{step}"), model, config, {})
+        train_math.save_checkpoint(Path(f"step_00000{step}"), model, None, {})
     states = [(folder / "trainer_state.pt").exists() for folder in checkpoints(".")]
     assert states == [False, True, True, False]
 
@@ -1680,7 +2028,7 @@ def test_subspace_similarity_is_one_zero_or_chance():
 def test_amplification_is_what_it_is_by_hand(kind):
     """For dW = c times some of W's own directions the factor must be c."""
     U, V, values = basis(6, 40).T, basis(6, 30, seed=1), torch.tensor([9.0, 7, 5, 3, 2, 1])
-    layer = LoRALinear(linear(kind, 30, 40), r=2, alpha=1)  # scaling 0.5
+    layer = LoRALinear(linear(kind, 30, 40), LoRAConfig(r=2, alpha=1))  # scaling 0.5
     W = U @ torch.diag(values) @ V
     layer.weight.data = W if kind is nn.Linear else W.T
     for some in (slice(0, 2), slice(2, 4)):

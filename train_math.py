@@ -378,7 +378,7 @@ def save_checkpoint(folder, model, config, state):
     Every adapter is kept, but the state, twice as large, for the newest two alone.
     """
     part = folder.with_name(folder.name + ".part")
-    save_adapter(model, config, part)
+    save_adapter(model, part)
     content = io.BytesIO()  # to a file, torch.save would hide that a disk is full
     torch.save(state, content)
     (part / "trainer_state.pt").write_bytes(content.getvalue())

@@ -368,7 +368,7 @@ def train(args, data, r, seed):
             losses = []
 
     if config:
-        save_adapter(model, config, Path(args.out, f"r{r}-s{seed}"))
+        save_adapter(model, Path(args.out, f"r{r}-s{seed}"))
     peak = torch.cuda.max_memory_allocated(args.device) / 2**30 if cuda else None
     flags = ("model data head epochs batch_size grad_accum max_length nb_samples dtype "
              + ("lr alpha dropout targets" if config else "full_lr"))

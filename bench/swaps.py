@@ -44,7 +44,7 @@ def main(args):
             inject_lora(model, config)
             for _, layer in lora_layers(model):
                 torch.nn.init.normal_(layer.lora_B, std=0.02)
-            save_adapter(model, config, f"{folder}/{i}")
+            save_adapter(model, f"{folder}/{i}")
             answers.append(logits())
             strip_lora(model)
         before, seconds, exact = resident(), [], 0
