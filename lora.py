@@ -586,6 +586,8 @@ def read_adapter(model, folder, layer):
     # Of modules_to_save, PEFT lists names that the model may lack: score beside classifier.
     names = list(named(model))
     adapted = [name for name in names if f"{PREFIX}{name}.lora_A.weight" in tensors]
+    if not adapted:
+        raise ValueError(f"no layer is named as in {next(iter(tensors), 'it')}")
     config = LoRAConfig(
         r=options.get("r"), alpha=options.get("lora_alpha"),
         dropout=options.get("lora_dropout", 0.0), rslora=options.get("use_rslora", False),
