@@ -20,17 +20,18 @@ Use, with any PyTorch model:
     merge_lora(model)                   # plain layers with W0 + scaling B A: no extra latency
     strip_lora(model)                   # forget the adapter, keep the merged weights
 
-No flag says what an adapter is doing. It is on while its wrappers stand in the model; while it is
-merged or off, plain layers stand there instead, and the wrappers wait.
+No flag says what an adapter is doing. It is on while its wrappers stand in the model. While it is
+merged or off, plain layers stand in their places, the wrappers wait, and what needs them (inject,
+load, save) raises RuntimeError.
 
 On a first reading, stop at "which layers can be adapted". The appendix (a 4-bit base) can go.
 
 Differences from the paper
-- A is initialised as nn.Linear initialises its weight, and its input has dropout, both as in the
-  authors' code. The paper has a Gaussian A and no dropout.
+- A starts as nn.Linear's weight does, and its input has dropout, as in the authors' code. The paper
+  has a Gaussian A and no dropout.
 - The paper subtracts B A to get W0 back, which rounding makes inexact. W0 is put aside here.
-- Merging is a call. The authors' code merges inside eval(), so that a checkpoint holds W0 or
-  W0 + B A depending on the mode in which it was saved.
+- Merging is a call. The authors' code merges inside eval(), so that the mode decides whether a
+  checkpoint holds W0 or W0 + B A.
 """
 import copy
 import json
@@ -164,6 +165,11 @@ def is_transposed(layer):
     return conv1d or getattr(layer, "transposed", False)
 
 
+def turned(weight, layer):
+    """Return the layer's weight as (d, k), or a (d, k) as the layer's weight."""
+    return weight.T if is_transposed(layer) else weight
+
+
 def device_of(module):
     return next(chain(module.parameters(), module.buffers())).device
 
@@ -173,8 +179,7 @@ def device_of(module):
 def inject_lora(model, config, layer=LoRALinear):
     """Freeze the model, wrap the targets, train also_train (Sec. 4.2); return the wrapped names.
 
-    `layer` is the wrappers' class. Create the optimizer afterwards. Raises ValueError for what
-    cannot be adapted, and RuntimeError while merged or off, with the model untouched.
+    Create the optimizer afterwards. Raises ValueError, with the model untouched.
     """
     refuse_waiting(model, "inject")
     if dict(lora_layers(model)):
@@ -182,8 +187,8 @@ def inject_lora(model, config, layer=LoRALinear):
     layers, heads = select(model, config)
     for name in named(model):
         if name.endswith(config.also_train) and not ends_in(name, config.also_train):
-            raise ValueError(f"also_train: PEFT compares mere letters and would take {name} for "
-                             f"one of {config.also_train}: name both")
+            raise ValueError(f"also_train={config.also_train}: PEFT would take {name} too, whose "
+                             "name ends in the same letters: name both")
     for name, head in heads.items():
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters()):
             warnings.warn(f"{name} trains in 16 bits, where small updates round away")
@@ -219,7 +224,7 @@ def swap_weights(module):
 
 
 def aside(model, attribute):
-    """Return {module: the tuple in this attribute, whose content PyTorch does not see}.
+    """Return {module: the tuple in this attribute, out of PyTorch's sight}.
 
     waiting       (wrapper, W0) in a merged layer, (wrapper, None) in one whose wrapper is off
     base_weights  ({name: parameter},) in a module of also_train
@@ -255,10 +260,10 @@ def count_parameters(model):
 
 @torch.no_grad()
 def merge_lora(model):
-    """Put plain layers with W0 + scaling * B A in the wrappers' places (Sec. 4.1: no latency).
+    """Put plain layers with W0 + scaling * B A in the wrappers' places; return the model.
 
-    Return the model. Summed in fp32, rounded once; merging twice is merging once. Raises, with
-    no layer merged, ValueError for a base that is no plain product.
+    No latency is added (Sec. 4.1). Summed in fp32, rounded once. Merging twice is merging once.
+    Raises ValueError, with no layer merged.
     """
     if is_merged(model):
         return model
@@ -282,12 +287,11 @@ def merged_base(layer):
     """Return the base with the merged weight, or a dense layer in place of a packed base."""
     packed = hasattr(layer.base, "to_dense")
     dense = layer.base.to_dense() if packed else layer.base
-    W = dense.weight.T if is_transposed(dense) else dense.weight
-    W = layer.merged_weight(W.float())
-    W = W.T.contiguous() if is_transposed(dense) else W
+    W = turned(layer.merged_weight(turned(dense.weight, dense).float()), dense)
     # What waits does so on the CPU: a GPU holds one layer twice, never the whole model.
     W0 = layer.to("cpu").base if packed else dense.weight.to("cpu")
-    dense.weight = nn.Parameter(W.to(dense.weight.dtype), requires_grad=False)
+    W = W.to(dense.weight.dtype, memory_format=torch.contiguous_format)
+    dense.weight = nn.Parameter(W, requires_grad=False)
     dense.waiting = (layer, W0)
     return dense.train(layer.training)
 
@@ -361,17 +365,18 @@ PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 def check_product(base):
     """Raise ValueError unless the base's output is x W^T + b, tried on one random row."""
     dense = base.to_dense() if hasattr(base, "to_dense") else base
-    W, kind = dense._parameters.get("weight"), type(base).__name__
-    if W is None or W.dtype not in FLOATS or W.is_meta:
-        # computed (weight_norm), packed by another library, or on the meta device
-        raise ValueError(f"cannot merge into this {kind}, which has no dense weight")
-    x = torch.randn(1, 1, features(base)[1], generator=torch.Generator().manual_seed(0)).to(W)
-    y = base(x)
-    W = W.float().T if is_transposed(dense) else W.float()
-    product = F.linear(x.float(), W, None if dense.bias is None else dense.bias.float())
-    same = isinstance(y, torch.Tensor) and y.shape == product.shape
-    if not same or not (y.float() - product).norm() <= 0.01 * product.norm():
-        raise ValueError(f"cannot merge into this {kind}: its output is not x W^T + b")
+    W = dense._parameters.get("weight")  # None if it is computed, as by weight_norm
+    plain = W is not None and W.dtype in FLOATS and not W.is_meta
+    if plain:
+        x = torch.randn(1, 1, features(base)[1], generator=torch.Generator().manual_seed(0))
+        y = base(x.to(W))
+        b = None if dense.bias is None else dense.bias.float()
+        product = F.linear(x.to(W).float(), turned(W.float(), dense), b)
+        plain = (isinstance(y, torch.Tensor) and y.shape == product.shape
+                 and bool((y.float() - product).norm() <= 0.01 * product.norm()))
+    if not plain:
+        raise ValueError(f"cannot merge into this {type(base).__name__}: its output is not "
+                         "x W^T + b, with a dense W of floats")
 
 
 def select(model, config):
@@ -468,8 +473,8 @@ def adapter_state_dict(model):
 def save_adapter(model, folder, metadata=None):
     """Write adapter_model.safetensors and adapter_config.json, which PEFT and load_adapter read.
 
-    metadata, {string: string}, goes into the header of the safetensors file. Raises RuntimeError
-    while merged or off, and ValueError for what load_adapter could not restore.
+    metadata, {string: string}, goes into the header of the safetensors file. Raises ValueError
+    for what load_adapter could not restore.
     """
     from safetensors.torch import save
     while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):
@@ -549,8 +554,8 @@ def base_sample(layer):
 def load_adapter(model, folder, layer=LoRALinear):
     """Put a folder's adapter onto the model, replacing any other; return its config.
 
-    Create the optimizer afterwards: loading replaces A and B. Raises RuntimeError while merged or
-    off, and ValueError, with the model as it was, if the files are damaged or for another model.
+    Create the optimizer afterwards: loading replaces A and B. Raises ValueError, with the model
+    as it was, if the files are damaged or for another model.
     """
     with disable_lora(model):  # the file is compared with the base
         try:
@@ -603,12 +608,12 @@ def read_adapter(model, folder, layer):
         weight = tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
         if weight is not None and (weight - base.weight.to(weight)).norm() > 0.01 * weight.norm():
             raise ValueError(f"{WEIGHTS} has another base weight for {name}")
-    expected = {key: tuple(p.shape) for key, p in file_parameters(wrappers, heads).items()}
-    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    for key in sorted(expected.keys() | shapes.keys()):
-        found, wanted = shapes.get(key, "missing"), expected.get(key, "no such entry")
-        if found != wanted:
-            raise ValueError(f"{key} is {found} in {WEIGHTS}, expected {wanted}")
+    expected = file_parameters(wrappers, heads)
+    for key in sorted(expected.keys() | tensors.keys()):
+        here, there = (tuple(found[key].shape) if key in found else "missing"
+                       for found in (expected, tensors))
+        if here != there:
+            raise ValueError(f"{key} is {there} in {WEIGHTS}, {here} in the model")
         if tensors[key].dtype not in FLOATS or not tensors[key].isfinite().all():
             raise ValueError(f"{key} is {tensors[key].dtype} or holds NaN")
     return config, tensors, sample
