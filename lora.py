@@ -20,10 +20,6 @@ Use, with any PyTorch model:
     merge_lora(model)                   # plain layers with W0 + scaling B A: no extra latency
     strip_lora(model)                   # forget the adapter, keep the merged weights
 
-No flag says what an adapter is doing. It is on while its wrappers stand in the model. While it is
-merged or off, plain layers stand in their places, the wrappers wait, and what needs them (inject,
-load, save) raises RuntimeError.
-
 On a first reading, stop at "which layers can be adapted". The appendix (a 4-bit base) can go.
 
 Differences from the paper
@@ -33,7 +29,6 @@ Differences from the paper
 - Merging is a call. The authors' code merges inside eval(), so that the mode decides whether a
   checkpoint holds W0 or W0 + B A.
 """
-import copy
 import json
 import math
 import warnings
@@ -47,6 +42,9 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 # --- configuration ---
@@ -76,7 +74,7 @@ class LoRAConfig:
             object.__setattr__(self, field, (names,) if isinstance(names, str) else tuple(names))
         in_range = {
             "r": isinstance(self.r, Integral) and self.r >= 1,
-            "alpha": isinstance(self.alpha, Real) and 0 < self.alpha < 1e30,
+            "alpha": isinstance(self.alpha, Real) and 0 < self.alpha < 1e30,  # no NaN
             "dropout": isinstance(self.dropout, Real) and 0 <= self.dropout < 1,
             "targets": self.targets != (),
             "rslora": isinstance(self.rslora, bool)}
@@ -118,8 +116,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))        # (..., k) -> (..., r)
         update = F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        # W0 x comes last: backward does not need it, so a checkpointed block that ends in this
-        # layer need not compute it again.
+        # W0 x comes last: with activation checkpointing, recomputing stops before this product.
         return self.base(x) + update
 
     def delta(self):
@@ -160,13 +157,13 @@ def features(layer):
 
 
 def is_transposed(layer):
-    """True for GPT-2's Conv1D in transformers, packed or not: its weight is (k, d)."""
+    """True for GPT-2's Conv1D in transformers, also in 4 bits: its weight is (k, d)."""
     conv1d = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
     return conv1d or getattr(layer, "transposed", False)
 
 
-def turned(weight, layer):
-    """Return the layer's weight as (d, k), or a (d, k) as the layer's weight."""
+def d_by_k(weight, layer):
+    """Turn a weight from the layer's layout to (d, k), or back."""
     return weight.T if is_transposed(layer) else weight
 
 
@@ -175,6 +172,13 @@ def device_of(module):
 
 
 # --- injection ---
+#
+# There are no flags: the modules that stand in the model say what an adapter is doing. It is on
+# while wrappers stand there. While it is merged or off, plain layers stand in their places; each
+# keeps its wrapper in an attribute `waiting`, as (wrapper, W0) or (wrapper, None). A module that
+# trains in full keeps its other weights, the base's or the trained ones, in `base_weights`. Both
+# are tuples, because nn.Module does not register what is in a tuple: parameters(), state_dict()
+# and .to() do not see it.
 
 def inject_lora(model, config, layer=LoRALinear):
     """Freeze the model, wrap the targets, train also_train (Sec. 4.2); return the wrapped names.
@@ -188,18 +192,18 @@ def inject_lora(model, config, layer=LoRALinear):
     for name in named(model):
         if name.endswith(config.also_train) and not ends_in(name, config.also_train):
             raise ValueError(f"also_train={config.also_train}: PEFT would take {name} too, whose "
-                             "name ends in the same letters: name both")
+                             "name ends in the same letters: name both, or write full names")
     for name, head in heads.items():
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters()):
             warnings.warn(f"{name} trains in 16 bits, where small updates round away")
-    put_on(model, {base: layer(base, config) for base in layers.values()}, heads)
+    install(model, {base: layer(base, config) for base in layers.values()}, heads)
     return list(layers)
 
 
-def put_on(model, wrappers, heads):
+def install(model, wrappers, heads):
     """Freeze the model, place {base: wrapper}, and give the heads weights of their own to train."""
     model.requires_grad_(False)
-    model.zero_grad()  # gradients of pretraining would move the base at the next step
+    model.zero_grad()  # an optimizer would move the base by gradients from before
     replace_modules(model, wrappers)
     for module in set(chain.from_iterable(head.modules() for head in heads.values())):
         copies = {name: nn.Parameter(p.detach().clone())
@@ -216,24 +220,20 @@ def replace_modules(model, replacements):
 
 
 def swap_weights(module):
-    """Exchange a module's weights, the trained ones or the base's, with those that wait."""
-    here, there = module._parameters, module.base_weights[0]
-    for name, weight in there.items():
-        weight.data = weight.data.to(here[name])  # follow what was moved or cast
-        here[name], there[name] = weight, here[name]
+    """Exchange the weights in a module with its other ones: the trained and the base's."""
+    inside, outside = module._parameters, module.base_weights[0]
+    for name, weight in outside.items():
+        weight.data = weight.data.to(inside[name])  # the others may have been moved or cast
+        inside[name], outside[name] = weight, inside[name]
 
 
-def aside(model, attribute):
-    """Return {module: the tuple in this attribute, out of PyTorch's sight}.
-
-    waiting       (wrapper, W0) in a merged layer, (wrapper, None) in one whose wrapper is off
-    base_weights  ({name: parameter},) in a module of also_train
-    """
+def stashed(model, attribute):
+    """Return {module: the tuple in its attribute, `waiting` or `base_weights`}."""
     return {m: vars(m)[attribute] for m in model.modules() if attribute in vars(m)}
 
 
 def refuse_waiting(model, action):
-    if aside(model, "waiting"):
+    if stashed(model, "waiting"):
         raise RuntimeError(f"cannot {action} while merged or inside disable_lora: "
                            "call unmerge_lora(model), or leave the block")
 
@@ -262,7 +262,7 @@ def count_parameters(model):
 def merge_lora(model):
     """Put plain layers with W0 + scaling * B A in the wrappers' places; return the model.
 
-    No latency is added (Sec. 4.1). Summed in fp32, rounded once. Merging twice is merging once.
+    No latency is added (Sec. 4.1). Summed in fp32, rounded once. A second call does nothing.
     Raises ValueError, with no layer merged.
     """
     if is_merged(model):
@@ -279,7 +279,7 @@ def merge_lora(model):
     finally:
         replace_modules(model, merged)
         if len(merged) < len(layers):  # out of memory, or Ctrl-C
-            put_back(model)
+            restore_wrappers(model)
     return model
 
 
@@ -287,27 +287,44 @@ def merged_base(layer):
     """Return the base with the merged weight, or a dense layer in place of a packed base."""
     packed = hasattr(layer.base, "to_dense")
     dense = layer.base.to_dense() if packed else layer.base
-    W = turned(layer.merged_weight(turned(dense.weight, dense).float()), dense)
-    # What waits does so on the CPU: a GPU holds one layer twice, never the whole model.
-    W0 = layer.to("cpu").base if packed else dense.weight.to("cpu")
+    W = d_by_k(layer.merged_weight(d_by_k(dense.weight, dense).float()), dense)
     W = W.to(dense.weight.dtype, memory_format=torch.contiguous_format)
+    # W0 waits on the CPU, packed or not: a GPU holds one layer twice, never the whole model.
+    W0 = layer.to("cpu").base if packed else dense.weight.to("cpu")
     dense.weight = nn.Parameter(W, requires_grad=False)
     dense.waiting = (layer, W0)
     return dense.train(layer.training)
 
 
+def check_product(base):
+    """Raise ValueError unless the base's output is x W^T + b, tried on one random row."""
+    dense = base.to_dense() if hasattr(base, "to_dense") else base
+    W = dense._parameters.get("weight")  # None if it is computed, as by weight_norm
+    plain = W is not None and W.dtype in FLOATS and not W.is_meta
+    if plain:
+        x = torch.randn(1, 1, features(base)[1], generator=torch.Generator().manual_seed(0))
+        y = base(x.to(W))
+        b = None if dense.bias is None else dense.bias.float()
+        product = F.linear(x.to(W).float(), d_by_k(W.float(), dense), b)
+        plain = (isinstance(y, torch.Tensor) and y.shape == product.shape
+                 and bool((y.float() - product).norm() <= 0.01 * product.norm()))
+    if not plain:
+        raise ValueError(f"cannot merge into this {type(base).__name__}: its output is not "
+                         "x W^T + b, with a dense W of floats")
+
+
 def is_merged(model):
-    return any(W0 is not None for _, W0 in aside(model, "waiting").values())
+    return any(W0 is not None for _, W0 in stashed(model, "waiting").values())
 
 
 def unmerge_lora(model):
-    """Put the wrappers and every bit of W0 back, moved and cast as the model; return the model."""
-    return put_back(model) if is_merged(model) else model
+    """Put the wrappers and every bit of W0 back, on the model's device; return the model."""
+    return restore_wrappers(model) if is_merged(model) else model
 
 
-def put_back(model):
-    """Put every wrapper that waits back into its place."""
-    places = aside(model, "waiting")
+def restore_wrappers(model):
+    """Put every wrapper that waits back into its place, with the W0 that it had."""
+    places = stashed(model, "waiting")
     for here, (layer, W0) in places.items():
         layer.to(device_of(here)).train(here.training)
         if isinstance(W0, torch.Tensor):
@@ -320,17 +337,17 @@ def put_back(model):
 
 
 def strip_lora(model):
-    """Take the adapter off for good; return the model, with the base's plain layers and heads.
+    """Take the adapter off for good; return the model, with the base's layers and heads, frozen.
 
-    After merge_lora, these are the merged layers and the trained heads.
+    After merge_lora these are the merged layers, and the heads as trained.
     """
     merged = is_merged(model)
     if not merged:
         refuse_waiting(model, "strip")
     replace_modules(model, {layer: layer.base for _, layer in lora_layers(model)})
-    for module in aside(model, "waiting"):
+    for module in stashed(model, "waiting"):
         del module.waiting
-    for module in aside(model, "base_weights"):
+    for module in stashed(model, "base_weights"):
         if not merged:
             swap_weights(module)
         del module.base_weights
@@ -341,7 +358,7 @@ def strip_lora(model):
 def disable_lora(model):
     """Give the base back inside a with block, heads too. Blocks cannot be nested."""
     refuse_waiting(model, "switch off")
-    layers, heads = dict(lora_layers(model)).values(), aside(model, "base_weights")
+    layers, heads = dict(lora_layers(model)).values(), stashed(model, "base_weights")
     for layer in layers:
         layer.base.waiting = (layer, None)
         layer.base.train(layer.training)
@@ -351,33 +368,12 @@ def disable_lora(model):
     try:
         yield model
     finally:
-        put_back(model)
+        restore_wrappers(model)
         for module in heads:
             swap_weights(module)
 
 
 # --- which layers can be adapted ---
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-
-
-def check_product(base):
-    """Raise ValueError unless the base's output is x W^T + b, tried on one random row."""
-    dense = base.to_dense() if hasattr(base, "to_dense") else base
-    W = dense._parameters.get("weight")  # None if it is computed, as by weight_norm
-    plain = W is not None and W.dtype in FLOATS and not W.is_meta
-    if plain:
-        x = torch.randn(1, 1, features(base)[1], generator=torch.Generator().manual_seed(0))
-        y = base(x.to(W))
-        b = None if dense.bias is None else dense.bias.float()
-        product = F.linear(x.to(W).float(), turned(W.float(), dense), b)
-        plain = (isinstance(y, torch.Tensor) and y.shape == product.shape
-                 and bool((y.float() - product).norm() <= 0.01 * product.norm()))
-    if not plain:
-        raise ValueError(f"cannot merge into this {type(base).__name__}: its output is not "
-                         "x W^T + b, with a dense W of floats")
-
 
 def select(model, config):
     """Return {name: layer} of what to wrap, and {name: module} of what to train in full."""
@@ -387,8 +383,7 @@ def select(model, config):
     tied, heads = tied_modules(model), match(modules, config.also_train)
     layers = linear_layers(model)
     if config.targets == ("all-linear",):
-        output = getattr(model, "get_output_embeddings", lambda: None)()
-        left_out = tied | routers(model) | {output}
+        left_out = tied | routers(model) | {output_head(model)}
         layers = {name: layer for name, layer in layers.items()
                   if layer not in left_out and not ends_in(name, ["lm_head"])}
     else:
@@ -396,18 +391,22 @@ def select(model, config):
     in_heads = set(chain.from_iterable(head.modules() for head in heads.values()))
     layers = {name: layer for name, layer in layers.items() if layer not in in_heads}
     if not layers:
-        raise ValueError("there is no linear layer to adapt")
+        raise ValueError("there is no linear layer to adapt, outside of also_train")
 
-    partly_meta = any(not p.is_meta for p in model.parameters())
+    loaded = not all(p.is_meta for p in model.parameters())
     for name, module in {**layers, **heads}.items():
         if not tied.isdisjoint(module.modules()):
             raise ValueError(f"{name} shares a weight with another module (tied embeddings?), "
                              "which would change too: leave it out")
-        if partly_meta and any(p.is_meta for p in module.parameters()):
+        if loaded and any(p.is_meta for p in module.parameters()):
             raise ValueError(f"{name} is offloaded: load the model without device_map")
         if name in heads and list(module.buffers()):  # running statistics, or 4-bit weights
             raise ValueError(f"also_train: {name} has buffers, which are not saved")
     return layers, heads
+
+
+def output_head(model):
+    return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 def linear_layers(model):
@@ -465,7 +464,7 @@ ACCEPTED = set("""
 
 
 def adapter_state_dict(model):
-    """Return copies of what trains: model.load_state_dict(copies, strict=False) takes them back."""
+    """Return copies of what trains, which model.load_state_dict(copies, strict=False) restores."""
     refuse_waiting(model, "take an adapter_state_dict")
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -480,7 +479,7 @@ def save_adapter(model, folder, metadata=None):
     while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):
         model = getattr(model, "_orig_mod", None) or model.module
     refuse_waiting(model, "save")
-    layers, in_heads = dict(lora_layers(model)), aside(model, "base_weights")
+    layers, in_heads = dict(lora_layers(model)), stashed(model, "base_weights")
     heads = {name: module for name, module in named(model).items() if module in in_heads}
     configs = {layer.config for layer in layers.values()}
     if len(configs) != 1:
@@ -500,7 +499,7 @@ def save_adapter(model, folder, metadata=None):
     options = {
         "peft_type": "LORA", "task_type": task_type(model),
         "base_model_name_or_path": getattr(model, "name_or_path", None),
-        "r": int(config.r), "lora_alpha": float(config.alpha),  # numpy's numbers are not JSON's
+        "r": int(config.r), "lora_alpha": float(config.alpha),  # json writes no numpy numbers
         "lora_dropout": float(config.dropout), "modules_to_save": list(config.also_train) or None,
         "target_modules": shortened(layers, model),
         "fan_in_fan_out": any(is_transposed(layer.base) for layer in layers.values()),
@@ -530,9 +529,9 @@ def task_type(model):
     """Return the name by which PEFT's Auto classes choose a model class, or None."""
     if type(model).__name__.endswith("ForSequenceClassification"):
         return "SEQ_CLS"
-    if not getattr(model, "can_generate", bool)():
-        return None
-    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    if hasattr(model, "can_generate") and model.can_generate():
+        return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    return None
 
 
 def file_parameters(layers, heads):
@@ -545,7 +544,7 @@ def file_parameters(layers, heads):
 
 
 def base_sample(layer):
-    """Return 64 of the base's weights. They tell another seed or model, not a fine-tune."""
+    """Return 64 of the base's weights: enough to notice another seed or model, not a fine-tune."""
     weight = layer.weight
     known = weight.dtype in FLOATS and not weight.is_meta
     return weight.flatten()[:64].tolist() if known else []
@@ -557,6 +556,7 @@ def load_adapter(model, folder, layer=LoRALinear):
     Create the optimizer afterwards: loading replaces A and B. Raises ValueError, with the model
     as it was, if the files are damaged or for another model.
     """
+    refuse_waiting(model, "load an adapter")
     with disable_lora(model):  # the file is compared with the base
         try:
             config, tensors, sample = read_adapter(model, Path(folder), layer)
@@ -565,7 +565,7 @@ def load_adapter(model, folder, layer=LoRALinear):
             raise ValueError(f"{folder} is no adapter for this model: {reason}") from None
         layers, heads = select(model, config)
         wrappers = {name: layer(base, config) for name, base in layers.items()}
-    put_on(strip_lora(model), {wrapper.base: wrapper for wrapper in wrappers.values()}, heads)
+    install(strip_lora(model), {wrapper.base: wrapper for wrapper in wrappers.values()}, heads)
     for key, parameter in file_parameters(wrappers, heads).items():
         parameter.detach().copy_(tensors[key])
     here = torch.tensor(base_sample(list(wrappers.values())[-1]))
@@ -588,11 +588,11 @@ def read_adapter(model, folder, layer):
         sample = torch.tensor(json.loads((file.metadata() or {}).get("base", "[]"))).float()
 
     # The tensors' names say which layers are adapted: patterns in the config are not evaluated.
-    # Of modules_to_save, PEFT lists names that the model may lack: score beside classifier.
+    # In modules_to_save PEFT lists both "classifier" and "score", of which a model has one.
     names = list(named(model))
     adapted = [name for name in names if f"{PREFIX}{name}.lora_A.weight" in tensors]
     if not adapted:
-        raise ValueError(f"no layer is named as in {next(iter(tensors), 'it')}")
+        raise ValueError(f"no layer here has a name as in {next(iter(tensors), 'it')}")
     config = LoRAConfig(
         r=options.get("r"), alpha=options.get("lora_alpha"),
         dropout=options.get("lora_dropout", 0.0), rslora=options.get("use_rslora", False),
@@ -608,21 +608,22 @@ def read_adapter(model, folder, layer):
         weight = tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
         if weight is not None and (weight - base.weight.to(weight)).norm() > 0.01 * weight.norm():
             raise ValueError(f"{WEIGHTS} has another base weight for {name}")
-    expected = file_parameters(wrappers, heads)
-    for key in sorted(expected.keys() | tensors.keys()):
-        here, there = (tuple(found[key].shape) if key in found else "missing"
-                       for found in (expected, tensors))
-        if here != there:
-            raise ValueError(f"{key} is {there} in {WEIGHTS}, {here} in the model")
+    expected = {key: tuple(p.shape) for key, p in file_parameters(wrappers, heads).items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    for key in sorted(expected.keys() | shapes.keys()):
+        if shapes.get(key) != expected.get(key):
+            raise ValueError(f"{key} is {shapes.get(key, 'missing')} in {WEIGHTS}, "
+                             f"{expected.get(key, 'missing')} in the model")
         if tensors[key].dtype not in FLOATS or not tensors[key].isfinite().all():
-            raise ValueError(f"{key} is {tensors[key].dtype} or holds NaN")
+            raise ValueError(f"{key} is {tensors[key].dtype}, or not finite")
     return config, tensors, sample
 
 
 def check_options(options, required):
     """Raise ValueError for an adapter of another kind, which some option of PEFT's sets."""
     required = {"peft_type": "LORA", **required}
-    for key, value in {**dict.fromkeys(required), **options}.items():
+    for key in [*required, *options]:
+        value = options.get(key)
         if key in required:
             supported = value == required[key]
         elif key == "init_lora_weights":  # the others change the base
@@ -630,7 +631,7 @@ def check_options(options, required):
         else:
             supported = key in ACCEPTED or value in (None, False, "", "none", [], {})
         if not supported:
-            raise ValueError(f"{key} = {value!r:.60} is not supported")
+            raise ValueError(f"{key} = {value!r:.60} is not supported by this class of layer")
 
 
 # --- appendix: a 4-bit base (NF4) ---
@@ -697,7 +698,8 @@ class NF4Linear(nn.Module):
         with torch.device("meta"):
             layer = self.kind(*(reversed(sizes) if self.transposed else sizes))
         layer.weight = nn.Parameter(self.weight, requires_grad=False)
-        layer.bias = copy.deepcopy(self.bias)
+        bias = self.bias
+        layer.bias = None if bias is None else nn.Parameter(bias.detach().clone(), False)
         return share_hooks(layer, self).train(self.training)
 
 
@@ -727,14 +729,15 @@ class NF4Product(torch.autograd.Function):
 def quantize_nf4(model, skip=("lm_head",)):
     """Put an NF4Linear in place of the linear layers; return their names.
 
-    Call it on the CPU before injecting, then move the model: the device never holds a dense layer.
+    Call it on the CPU before injecting, then move the model, so that a GPU never holds the dense
+    weights.
     The output head and names that end in one of skip stay dense, and, with a warning, layers that
     cannot be packed.
     """
     refuse_waiting(model, "quantise")
     if dict(lora_layers(model)):
         raise ValueError("the model carries an adapter: quantise first, then inject")
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_head(model)
     skip = (skip,) if isinstance(skip, str) else skip
     names, tied = [], tied_modules(model)
     for name in list(linear_layers(model)):

@@ -594,7 +594,7 @@ def test_wrappers_come_after_injection():
     model = saved(".")
     before, parallel = weights("."), nn.DataParallel(model)
     refused("first, then wrap", inject_lora, nn.DataParallel(llama()), LoRAConfig())
-    refused("no layer is named as in base_model", load_adapter, parallel, ".")
+    refused("no layer here has a name as in base_model", load_adapter, parallel, ".")
     save_adapter(torch.compile(parallel), ".")
     assert same_bits(weights("."), before)
 
@@ -761,7 +761,7 @@ def test_merging_refuses_what_is_no_plain_product(base):
     model = injected(SmallGPT, targets="mlp")
     wrappers(model)[1].base = base()
     refused("cannot merge into this", merge_lora, model)
-    assert len(wrappers(model)) == 2 and not lora.aside(model, "waiting")
+    assert len(wrappers(model)) == 2 and not lora.stashed(model, "waiting")
 
 
 @cases("dtype", [torch.float32, "nf4"])
@@ -906,7 +906,7 @@ BROKEN = {
     f"\\({10**12}, 32\\) in the model": lambda: edit_config(r=10**12),  # and nothing is allocated
     "x.base_model.*missing in the model": lambda: edit_tensors(lambda t: t.update({f"x.{KEY}": t[KEY] + 1})),
     "q_proj.lora_B.*missing in adapter_model": lambda: edit_tensors(lambda t: t.pop(KEY.replace("_A", "_B"))),
-    "NaN": lambda: edit_tensors(lambda t: t[KEY].fill_(math.inf)),
+    "not finite": lambda: edit_tensors(lambda t: t[KEY].fill_(math.inf)),
     "int64": lambda: edit_tensors(lambda t: t.update({KEY: t[KEY].long()}))}
 
 
