@@ -13,58 +13,29 @@ Different on purpose: "The answer is n" (MetaMathQA) counts too, and wins over "
 takes the last number where neither stands; numbers compare by value: $29.00 is 29, 0.5 is 1/2.
 --shots takes rows of the same file.
 """
-import argparse
-import csv
 import json
 import math
 import os
 import re
 import sys
 import time
-import warnings
-from contextlib import contextmanager
 from fractions import Fraction
-from functools import partial
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import transformers
-from huggingface_hub import HfApi, errors
-from safetensors import SafetensorError
 from tqdm import tqdm
 
-from lora import (dequantize_nf4, load_adapter, merge_lora, quantize_nf4,
-                  strip_lora)
-
-# Huge pages for tensors (Linux), or training takes up to twice the memory.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-RANK = int(os.environ.get("RANK", 0))  # both from torchrun
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-BASE_MODEL = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
+from lora import dequantize_nf4, load_adapter, merge_lora, strip_lora
+from train_math import (BASE_MODEL, RANK, WORLD, Parser, check_ids, checkpoints, encode_prompt,
+                        format_prompt, gather, join_processes, load_model, loading, number,
+                        pick_device, pick_dtype, read_rows, run_script)
 
 
 # --- command line ---
 
-Parser = partial(argparse.ArgumentParser, usage=argparse.SUPPRESS)  # so an error is one line
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite int or float in [low, high]."""
-    def parse(text):
-        value = kind(text)
-        if low <= value <= high and value < math.inf:
-            return value
-        raise ValueError
-
-    parse.__name__ = f"{kind.__name__} from {low:g} to {high:g}"
-    return parse
-
-
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add, count = parser.add_argument, number(int, 1)
     add("--model", default=BASE_MODEL, help="Hub id or folder of the base model")
     add("--adapter", nargs="+", action="extend", default=[], metavar="DIR", help="adapters or runs")
@@ -82,18 +53,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-# --- prompt and answer ---
-
-def format_prompt(question):
-    """Return the prompt of training and evaluation. The answer follows after a space."""
-    return f"Question: {question}\nAnswer:"
-
-
-def encode_prompt(tokenizer, text):
-    """Return token ids with the tokenizer's BOS, and without an EOS at the end."""
-    ids = tokenizer(text).input_ids
-    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
-
+# --- answers ---
 
 def extract_answer(completion, flexible=False):
     """Return the number that a completion answers, a Fraction, or None.
@@ -125,178 +85,6 @@ def find_numbers(text):
     text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)  # 1,234 is one number, 1,2 are two
     return [Fraction(sign + number) / int(denominator or 1)
             for sign, number, denominator in NUMBER.findall(text)]
-
-
-# --- data ---
-
-SCHEMAS = (("query", "response"), ("question", "answer"), ("instruction", "output"))
-
-
-def read_rows(data, split, nb_samples=None):
-    """Return the first nb_samples [(question, answer)] of a file, or of a split on the Hub."""
-    rows, dropped = [], 0
-    with loading("--data", data, "dataset") as local:
-        if Path(data).exists():
-            table = read_file(Path(data))
-        else:
-            import datasets  # takes seconds
-            datasets.config.HF_HUB_OFFLINE = local
-            subset = "main" if data.endswith("gsm8k") else None  # GSM8K has two
-            table = datasets.load_dataset(data, subset, split=split)
-        for place, row in enumerate(table, 1):
-            columns = next((pair for pair in SCHEMAS if set(pair) <= set(row)), (None, None))
-            question, answer = map(row.get, columns)
-            texts = isinstance(question, str) and isinstance(answer, str | None)
-            if not texts or None in row:  # None: more fields than columns, in a .csv file
-                raise ValueError(f"row {place} has {[*row]}, expected texts as in {SCHEMAS}")
-            if not (answer or "").strip():
-                dropped += 1
-                continue
-            if row.get("input") and "instruction" in columns:
-                question += f"\n{row['input']}"
-            # GSM8K's <<48/2=24>> goes. Other text between << and >> may be code.
-            answer = re.sub(r"<<[-+*/().,%\d]+=[-+*/().,%\d]+>>", "", answer)
-            rows.append((question, answer))
-            if len(rows) == nb_samples:
-                break
-        if not rows:
-            raise ValueError("no row has an answer")
-    if dropped:
-        print(f"{data}: {dropped} rows without an answer are dropped")
-    return rows
-
-
-def read_file(path):
-    """Return a file's rows, text as text: datasets would turn "2024-01-01" into a date."""
-    if path.suffix == ".parquet":
-        from pyarrow import parquet
-        return parquet.read_table(path).to_pylist()
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".csv":
-            return list(csv.DictReader(file))
-        text = file.read()
-    if not text.lstrip().startswith("["):  # .jsonl, as one list: an error then tells the row
-        text = "[" + ",\n".join(filter(str.strip, text.split("\n"))) + "]"
-    return json.loads(text)
-
-
-# --- the Hub ---
-
-def hub_problem(name, kind):
-    """Ask the Hub once (its libraries would retry for a minute). Return what is wrong, or None."""
-    try:
-        with ThreadPool(1) as pool:  # get's timeout also ends a name look-up that hangs
-            pool.apply_async(HfApi().repo_info, [name], {"repo_type": kind, "timeout": 5}).get(8)
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        return f"no such file or folder, and no such {kind} on the Hub"
-    except Exception:  # a proxy, a certificate, HF_HUB_OFFLINE
-        return "no such file or folder, and the Hub cannot be reached; try train_math.py --demo"
-
-
-@contextmanager
-def loading(flag, name, kind):
-    """Turn a failure into one line. Yield True if only local files can be read."""
-    problem = None if Path(name).exists() else hub_problem(name, kind)
-    try:
-        yield problem is not None
-    except Exception as error:
-        reason = first_line(error)
-        if problem:
-            reason = f"{problem} ({reason})"
-        raise ValueError(f"{flag} {name}: {reason}") from None
-
-
-def first_line(error):
-    """Return an error's kind and the first line of its message."""
-    return f"{type(error).__name__}: " + str(error).strip().split("\n")[0]
-
-
-# --- device, dtype, model ---
-
-def pick_device(name):
-    """Return the device. Under torchrun, "cuda" is this process's own GPU."""
-    if name == "auto":
-        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if WORLD > 1 and name.startswith("cuda"):  # "cuda" alone would also take memory on GPU 0
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch's ways to say no
-        raise ValueError(f"--device {name}: {first_line(error)}") from None
-
-
-def join_processes(device):
-    """Meet the other processes of torchrun. Return the device. Rank 0 alone prints."""
-    if WORLD > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
-    return device
-
-
-def gather(value):
-    """Return the values of all processes, by rank."""
-    values = [value] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def pick_dtype(name, device):
-    """Return (dtype, the reason for it)."""
-    slow = device.type == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16")
-    if slow and name.endswith("16"):
-        warnings.warn(f"--dtype {name} is slower than float32 on this CPU")
-    if name != "auto":
-        return getattr(torch, name), "as asked"
-    if slow or device.type == "mps":
-        return torch.float32, "half precision is slow or untested here"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
-        return torch.float16, "this GPU has no bfloat16"
-    return torch.bfloat16, "native here"
-
-
-def peak_memory(device):
-    """Return the peak bytes of CUDA's allocator, or of the process; 0 on Windows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return 0
-    import resource
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def load_model(name, dtype, device, nf4=False):
-    """Return (causal language model in eval mode, tokenizer)."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    with loading("--model", name, "model") as local:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
-        # dtype= always: transformers 5 otherwise takes the checkpoint's
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, local_files_only=local, output_loading_info=True)
-        lacks = sorted(info["missing_keys"])[:3]  # they would be random
-        if lacks or tokenizer.eos_token_id is None:
-            raise ValueError(f"it lacks {lacks or 'an EOS token'}")
-    if nf4:  # on the CPU: the device never holds the layers dense
-        quantize_nf4(model)
-        for parameter in model.parameters():  # views of the mapped file, which keep all of it
-            parameter.data = parameter.data.clone()
-    return model.to(device).eval(), tokenizer
-
-
-def check_ids(model, encoded, more=0):
-    """Refuse ids without an embedding, and rows that, with `more` tokens, outgrow the positions."""
-    longest, largest = max(map(len, encoded)) + more, max(map(max, encoded))
-    positions = getattr(model.config, "max_position_embeddings", None) or longest
-    embeddings = len(model.get_input_embeddings().weight)
-    if longest > positions or largest >= embeddings:
-        raise ValueError(f"{longest} tokens, ids up to {largest}: the model has {embeddings} "
-                         f"embeddings and {positions} positions; lower --max-length, "
-                         "--max-new-tokens or --shots")
 
 
 # --- generation ---
@@ -426,12 +214,6 @@ def describe(name, result):
 
 # --- a run of evaluations ---
 
-def checkpoints(run):
-    """Return a run's checkpoints, sorted as numbers: 999,999 before 1,000,000."""
-    steps = [path for path in Path(run).glob("step_*") if path.name[5:].isdecimal()]
-    return sorted(steps, key=lambda path: int(path.name[5:]))
-
-
 def plan(args, settings):
     """Return {score file: (name, settings)} of base, adapters or checkpoints, merged model."""
     evaluations = [("base", None)]
@@ -450,7 +232,7 @@ def plan(args, settings):
         result = settings | {"adapter": folder}
         old = result
         if path.exists():
-            with loading("--out", path, "file"):
+            with loading("--out", path):
                 old = dict(json.loads(path.read_text()))
         if path in runs or not result.items() <= old.items():
             raise ValueError(f"{path} is another evaluation's: rename a folder, or change --out")
@@ -511,29 +293,6 @@ def plot(path, runs):
         axes.plot([*result["ci95"], result["accuracy"]], [name] * 3, "|-", color="C0")
     axes.set_title(f"{path.stem}: strict accuracy of {result['n']}, 95% intervals")
     axes.figure.savefig(path, dpi=120)
-
-
-# --- the edge of a script ---
-
-def run_script(name, main, parse_args):
-    """End in one line on stderr and exit code 2 for what a flag or a file can cause."""
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    try:
-        main(parse_args())
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk
-        message = " ".join(str(error).split()) or first_line(error)
-    except RuntimeError as error:
-        if not re.search("out of memory|OutOfMemory|allocate|ALLOC_FAILED", repr(error)):
-            raise
-        message = (f"out of memory ({first_line(error)}): try --nf4, --dtype float16, a smaller "
-                   "--batch-size; in training --checkpoint-activations, a smaller --max-length")
-    print(f"{name}{f' (rank {RANK})' * (WORLD > 1)}: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

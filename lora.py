@@ -326,7 +326,9 @@ def restore_wrappers(model):
     """Put every wrapper that waits back into its place, with the W0 that it had."""
     places = stashed(model, "waiting")
     for here, (layer, W0) in places.items():
-        layer.to(device_of(here)).train(here.training)
+        if device_of(layer) != device_of(here):
+            layer.to(device_of(here))
+        layer.train(here.training)
         if isinstance(W0, torch.Tensor):
             here.weight = nn.Parameter(W0.to(here.weight), requires_grad=False)
         elif W0 is not None:

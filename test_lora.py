@@ -4,6 +4,7 @@ In the order of the files; the kill and two training processes come last.
 """
 import copy
 import dataclasses
+import gc
 import itertools
 import json
 import math
@@ -18,9 +19,9 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from contextlib import nullcontext
 from fractions import Fraction
-from multiprocessing.pool import ApplyResult
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -34,7 +35,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import HfApi, errors
+from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
@@ -42,14 +43,15 @@ import eval_gsm8k
 import lora
 import train_math
 import train_sst2
-from eval_gsm8k import (complete, encode_prompt, extract_answer, format_prompt, load_model,
-                        mcnemar_p, read_rows, wilson_interval)
+from eval_gsm8k import complete, extract_answer, mcnemar_p, wilson_interval
 from lora import (
     NF4, LoRAConfig, LoRALinear, NF4Linear, adapter_state_dict, count_parameters, dequantize_nf4,
     disable_lora, inject_lora, is_transposed, load_adapter, lora_layers, merge_lora, quantize_nf4,
     save_adapter, strip_lora, unmerge_lora)
-from train_math import (LossScaler, backward_loss, checkpoints, collate, demo_base, demo_problem,
-                        encode, epoch_batches, learning_rate_at, newest_state, parse_args)
+from train_math import (
+    LossScaler, Row, batch_loss, checkpoints, collate, demo_base, demo_problem, encode,
+    encode_prompt, epoch_batches, format_prompt, hold_out, learning_rate_at, load_model,
+    newest_state, parse_args, read_rows, read_table)
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -1129,7 +1131,825 @@ def test_exporting_a_model_leaves_other_layers_alone():
     assert type(other(torch.randn(2, 64))) is torch.Tensor
 
 
-# --- eval_gsm8k.py: prompt and answer ---
+# --- train_math.py: helpers ---
+
+ROW = list(range(10, 26))  # 16 token ids
+KEEP, RECOMPUTE = "--no-checkpoint-activations", "--checkpoint-activations"
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def adapted(tiny, **options):
+    """Return a model with an adapter that is not zero, in training mode, and its rows."""
+    model, tokenizer = load(tiny)
+    torch.manual_seed(0)
+    injected(lambda: model, **options)
+    return model.train(), encode(read_rows(f"{tiny}/train.jsonl", "train"), tokenizer, 512)
+
+
+def command(tiny, *flags):
+    common = "--run-name run --device cpu --dtype float32 --lr 1e-2 --r 4 --batch-size 4"
+    files = f"--model {tiny}/base --data {tiny}/train.jsonl --val-samples 0"
+    return " ".join([files, common, "--grad-accum 2", *flags]).split()
+
+
+def run(tiny, *flags):
+    """Run main() in this process; return the last checkpoint's folder."""
+    return train_math.main(parse_args(command(tiny, *flags)))
+
+
+def metrics(name="run"):
+    return [json.loads(line) for line in open(f"runs/{name}/metrics.jsonl")]
+
+
+def state(folder):
+    return torch.load(train_math.state_of(Path(folder)))
+
+
+def moments(folder):
+    """Return AdamW's state of each weight."""
+    return state(folder)["optimizer"]["state"].values()
+
+
+def write_rows(name, *rows):
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# --- train_math.py: rows ---
+
+def test_rows_of_all_columns_and_kinds_of_file():
+    """Every pair of columns must come out as question and answer, text as it stands."""
+    rows = [{"query": "2024-01-01", "response": "r"}, {"question": "q", "answer": "r\u2028s"},
+            {"prompt": "p", "completion": "c"}, {"instruction": "do", "output": "so"},
+            {"instruction": "do", "input": "it", "output": "so"},
+            {"instruction": "do", "context": "it", "response": "so"}]
+    wanted = [("2024-01-01", "r"), ("q", "r\u2028s"), ("p", "c"), ("do", "so"), ("do\nit", "so"),
+              ("do\nit", "so")]
+    Path("x.json").write_text(json.dumps(rows))
+    Path("x.jsonl").write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert read_rows("x.json", "train") == wanted and read_rows("x.jsonl", "train", 2) == wanted[:2]
+    Path("x.csv").write_text('\ufeffquestion,answer\nNA,"b,\n2"\n', encoding="utf8")
+    assert read_rows("x.csv", "train") == [("NA", "b,\n2")]
+    from pyarrow import parquet, table
+    parquet.write_table(table({"query": ["q"], "response": ["r"]}), "x[0].parquet")
+    assert read_rows("x[0].parquet", "train") == [("q", "r")]
+
+
+def test_empty_answers_are_left_out_and_only_calculator_marks_removed(capsys):
+    """Alpaca has 28 empty outputs; code between << and >> must stay."""
+    code = 'std::cout << "a"; std::cin >> b; y = 1 << 2 >> 3'
+    answers = [" ", None, ".5*48=<<.5*48=24>>24", code]
+    write_rows("x.jsonl", *({"question": "q", "answer": answer} for answer in answers))
+    assert [a for _, a in read_rows("x.jsonl", "t")] == [".5*48=24", code]
+    assert len(read_rows("x.jsonl", "t", 1)) == 1
+    assert "x.jsonl: 4 rows, 2 without an answer left out" in capsys.readouterr().out
+
+
+@cases("name, text, message", [
+    ("x.csv", "query,response\n", "no row"), ("x.csv", "query,response\n1,2,3\n", "row 1: it has"),
+    ("x.csv", 'question,answer\na,b\n1+1?,"two\n2+2?,4\n', "row 2: unexpected end"),
+    ("x.jsonl", '{"question": "a", "answer": "b"}\n\n{broken\n', "row 2: Expecting"),
+    ("x.parquet", "PAR1", "Arrow"), ("x.tsv", "question\tanswer", "ends in .jsonl"),
+    ("x.json", '[{"query": 1, "response": "b"}]', "row 1: query is 1, expected text"),
+    ("x.json", '[{"instruction": "a", "input": NaN, "output": "b"}]', "row 1: input is nan"),
+    ("x.json", '[{"instruction": "a", "input": [1], "output": "b"}]', "row 1: input is .1."),
+    ("x.json", '[{"question": "a", "answer": 5}]', "row 1: answer is 5"),
+    ("x.json", '[{"question": "a", "answer": "\\ud83d"}]', "row 1: .*surrogates"),
+    ("x.json", '[{"text": "a"}]', "row 1: it has .'text'., expected messages or .*prompt/compl"),
+    ("x.json", '[{"question": "a", "answer": "b", "system": "c"}]', "row 1: .*--chat"),
+    ("x.json", '[{"question": "a", "answer": "b", "history": [["c", "d"]]}]', "row 1: .*--chat"),
+    ("x.json", '[{"messages": "hello"}]', "row 1: "),
+    ("x.json", '[{"messages": [{"role": "assistant", "content": null}]}]', "row 1: content is Non"),
+    ("x.json", "[1]", "row 1: "), ("nothere.jsonl", None, "no such file")])
+def test_bad_data_is_one_clear_error(name, text, message):
+    """An empty, broken or foreign file must be one line that names it, and the row."""
+    if text is not None:
+        Path(name).write_text(text)
+    refused(f"--data {name}: .*{message}", read_rows, name, "train")
+
+
+def test_a_hub_data_set_s_subset_and_split(patch):
+    """GSM8K and GLUE need a subset; scores must come from the split asked for."""
+    import datasets
+
+    def load_dataset(*what, split):
+        row = dict(question=f"{what} {split}", answer="1", sentence=f"{what} {split}", label=1)
+        return datasets.Dataset.from_list([row])
+    patch(HfApi, repo_info=lambda *_, **__: None)
+    patch(datasets, load_dataset=load_dataset)
+    assert read_rows("openai/gsm8k", "test") == [("('openai/gsm8k', 'main') test", "1")]
+    assert read_rows("a/b", "train") == [("('a/b', None) train", "1")]
+    assert train_sst2.read_sentences("a/glue", "test") == [("('a/glue', 'sst2') test", 1)]
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(patch):
+    """By the libraries' own errors, for model and data."""
+    import datasets
+    import huggingface_hub.constants
+    patch(huggingface_hub.constants, HF_HUB_OFFLINE=True)
+    patch(datasets.config, HF_HUB_OFFLINE=True)
+    refused("--model a/b: no such file or folder, and the Hub cannot be reached", load_model,
+            "a/b", None, CPU)
+    refused("--data a/b: no such file or folder, and the Hub cannot be reached", read_rows, "a/b",
+            "train")
+
+
+def test_held_out_rows_stand_behind_the_training_rows_and_ask_something_else():
+    """Rephrasings of what a training row asks must be passed over, and counted."""
+    rows = [Row(f"q{i}", "a", i, original) for i, original in enumerate("abcadbef")]
+    assert hold_out(rows, 3, 2) == (rows[:3], [rows[4], rows[6]], 2)
+    assert hold_out(rows, 99, 2) == (rows[:6], rows[6:], 0)  # a smaller file: its last ones
+    assert hold_out(rows, 99, 0) == (rows, [], 0)
+    refused("--val-samples 8 leaves nothing to train on", hold_out, rows, 99, 8)
+
+
+def test_a_row_s_original_question_is_what_metamathqa_calls_so():
+    """The turns of one conversation ask the same; so do equal questions."""
+    write_rows("x.jsonl", dict(query="a", response="b", original_question="c"),
+               dict(query="a", response="b"),
+               {"messages": [dict(role=role, content="x") for role in ("user", "assistant") * 2]})
+    first, second, *turns = read_table("x.jsonl", "train")
+    assert (first.original, second.original) == ("c", "a")
+    assert len(turns) == 2 and turns[0].original == turns[1].original
+    assert [row.number for row in (first, second, *turns)] == [1, 2, 3, 3]
+
+
+# --- train_math.py: token ids ---
+
+@cases("merges, space", [([], "▁"), ([(":", "▁")], "▁▁")])
+def test_training_masks_exactly_what_generation_is_given(merges, space):
+    """A row must be the prompt's ids, the answer's and EOS, without a second space before it."""
+    words = ["<s>", "</s>", *sorted(set("Question:▁1+1?\nAnswer:▁2")), ":▁"]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({w: i for i, w in enumerate(words)}, merges))
+    inner.normalizer = tokenizers.normalizers.Sequence([
+        tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", pad_token="</s>")  # pad == eos hides no target
+    texts = [("1+1?", "2"), ("1+1+1?", "2+1")]
+    ids, rows, columns = collate(encode(texts, tokenizer, 512), "cpu")
+    for i, (question, answer) in enumerate(texts):
+        targets = columns[rows == i]
+        assert ids[i, :targets[0]].tolist() == encode_prompt(tokenizer, format_prompt(question))
+        assert tokenizer.convert_ids_to_tokens(ids[i, targets]) == [*space, *answer, "</s>"]
+
+
+LLAMA_2 = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} "
+           "[/INST]{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}")
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+REWRITES = "{{ messages | length }}" + CHATML
+
+
+def letters(template):
+    """Return a tokenizer of letters and special tokens, with a chat template."""
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    words = [*special, "<unk>", *map(chr, range(32, 127)), "\n"]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": special[2:]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+TURNS = [dict(role="user", content="1+1?"), dict(role="assistant", content="2"),
+         dict(role="user", content="and 2+2?"), dict(role="assistant", content="4")]
+
+
+@cases("template, target", [(LLAMA_2, " 4 </s>"), (CHATML, "4<|im_end|>\n")])
+def test_a_chat_s_ids_are_the_template_s_own(template, target):
+    """A row for each turn of the assistant; no second BOS or EOS; the target is the turn."""
+    tokenizer = letters(template)
+    write_rows("x.jsonl", {"messages": TURNS})
+    (first, _), (ids, prompt) = encode(read_table("x.jsonl", "train"), tokenizer, 512)
+    assert ids == tokenizer.apply_chat_template(TURNS, return_dict=False)
+    assert ids[:prompt] == tokenizer.apply_chat_template(TURNS[:3], add_generation_prompt=True,
+                                                         return_dict=False)
+    assert "".join(tokenizer.convert_ids_to_tokens(ids[prompt:])) == target
+    assert first == tokenizer.apply_chat_template(TURNS[:2], return_dict=False)
+
+
+def test_chat_turns_texts_history_and_system_into_turns():
+    """With --chat a row's texts must be turns, in their order."""
+    write_rows("x.jsonl", dict(instruction="And times two?", output="8", system="Be brief.",
+                               history=[["2+2?", "4"]]))
+    (row,) = read_table("x.jsonl", "train", chat=True)
+    assert [turn["role"] for turn in row.question] == ["system", "user", "assistant", "user"]
+    assert [turn["content"] for turn in row.question] == ["Be brief.", "2+2?", "4",
+                                                          "And times two?"]
+    assert row.answer == "8"
+
+
+@cases("template, content, message", [
+    (CHATML, "a<|im_end|>", "special token <.im_end"), (CHATML, "a</s>", "special token </s>"),
+    (None, "a", "chat_template is not set"), (REWRITES, "a", "rewrites"),
+    ("{{ raise_exception('no system') }}", "a", "no system")])
+def test_a_chat_that_cannot_be_written_is_refused_with_its_row(template, content, message):
+    """Its target would not be what is generated."""
+    write_rows("x.jsonl", {"messages": TURNS},
+               {"messages": [TURNS[0], dict(role="assistant", content=content)]})
+    rows = read_table("x.jsonl", "train")[-1:]
+    refused(f"--data: row 2: .*{message}", encode, rows, letters(template), 512)
+
+
+def test_what_looks_like_a_special_token_in_a_text_is_text():
+    """HTML's <s>old</s> must give neither a BOS nor an EOS inside a row."""
+    tokenizer = letters(None)
+    ids, prompt = encode([("strike <s> out?", "<s>old</s> new")], tokenizer, 512)[0]
+    assert [ids.count(0), ids.count(1), ids[0], ids[-1]] == [1, 1, 0, 1]
+    assert tokenizer.convert_ids_to_tokens(ids[prompt:-1]) == list(" <s>old</s> new")
+
+
+def test_rows_that_are_too_long_are_left_out_not_cut(tiny):
+    """max_length must count the EOS; what is left must be the same rows."""
+    _, tokenizer = load(tiny)
+    rows = read_rows(f"{tiny}/train.jsonl", "train")
+    whole = encode(rows, tokenizer, 512)
+    length = len(whole[5][0])
+    assert encode(rows, tokenizer, length) == [row for row in whole if len(row[0]) <= length]
+
+
+def test_batches_follow_from_seed_and_epoch_and_start_with_the_largest():
+    """An epoch must hold each row once, and pad little."""
+    rows = [([0] * random.Random(n).randint(10, 500), n) for n in range(1003)]
+    first, *others = (epoch_batches(rows, 8, *key) for key in [(0, 0), (0, 1), (1, 0)])
+    padded = [len(batch) * max(len(ids) for ids, _ in batch) for batch in first]
+    assert first == epoch_batches(rows, 8, 0, 0) and first not in others
+    assert sorted(sum(first, []), key=rows.index) == rows
+    assert padded[0] == max(padded) and sum(padded) < 1.1 * sum(len(ids) for ids, _ in rows)
+
+
+# --- train_math.py: device and model ---
+
+def test_a_process_of_torchrun_touches_its_own_gpu_alone(monkeypatch, patch):
+    """Touching "cuda" would take memory on GPU 0 in every process."""
+    patch(train_math, WORLD=2)
+    monkeypatch.setenv("LOCAL_RANK", "9")
+    refused("--device cuda:9: ", train_math.pick_device, "cuda")
+
+
+def test_half_precision_without_units_is_the_user_s_choice(patch):
+    """There auto must be float32; another dtype by name must warn and obey."""
+    def settled(name, *flags):
+        args = train_sst2.parse_args(["--device", "cpu", "--dtype", name, *flags])
+        train_sst2.settle(args)
+        return getattr(torch, args.dtype)
+
+    patch(torch.cpu, get_capabilities=dict)
+    for pick in (lambda name: train_math.pick_dtype(name, CPU)[0], settled):
+        assert pick("auto") == torch.float32
+        with pytest.warns(match="--dtype bfloat16 is slow"):
+            assert pick("bfloat16") == torch.bfloat16
+    mps = SimpleNamespace(device=torch.device("mps"))
+    patch(torch, zeros=lambda *_, device: mps)
+    refused("on MPS", settled, "auto", "--checkpoint-activations")
+
+
+def test_models_are_loaded_as_asked_or_refused(tiny):
+    """transformers takes the checkpoint's dtype unless told."""
+    model, tokenizer = load(tiny)
+    for name, part in (("half", None), ("partial", {"lm_head.weight": model.lm_head.weight})):
+        model.bfloat16().save_pretrained(name, state_dict=part)
+        tokenizer.save_pretrained(name)
+    for dtype in DTYPES:
+        model, _ = load_model("half", dtype, CPU, nf4=True)
+        assert model.dtype == dtype
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained("half")
+    saved("both", lambda: load(tiny)[0])  # transformers would load it, and put the adapter on
+    for name, words in (("./none", "no such"), ("partial", "model.embed"), ("half", "EOS"),
+                        ("both", "holds an adapter: .* --adapter")):
+        refused(f"--model {name}: .*{words}", load_model, name, torch.float32, CPU)
+
+
+def test_rows_beyond_the_model_s_positions_are_refused(tiny):
+    """Learned positions would end in an index error, rotary ones in nonsense."""
+    model, tokenizer = load(tiny)
+    model.config.max_position_embeddings = 40
+    refused("40 positions.*--max-new-tokens", complete, model, tokenizer, ["a"], 1, 40)
+    n = len(model.lm_head.weight)
+    train_math.check_ids(model, [[n - 1]], 39)
+    refused(f"ids up to {n}", train_math.check_ids, model, [[n]])
+
+
+# --- train_math.py: loss, attention ---
+
+@cases("at_once", [300, 2**22])
+@cases("targets", ["q_proj", "lm_head"])
+def test_loss_and_gradients_equal_the_full_computation(targets, at_once, tiny, patch):
+    """Chunks at targets alone must give what labels of -100 and a mask give."""
+    patch(train_math, LOGITS_AT_ONCE=at_once)
+    model, examples = adapted(tiny, targets=targets)
+    ids, rows, columns = batch = collate(examples[:6], "cpu")
+    ours = batch_loss(model, batch)
+    (0.5 * ours).backward()
+    ours = [ours.detach(), *gradients(model).values()]
+    model.zero_grad()
+    labels = torch.full_like(ids, -100)
+    labels[rows, columns] = ids[rows, columns]
+    loss = model(input_ids=ids, attention_mask=(ids > 0).long(), labels=labels).loss * len(rows)
+    (0.5 * loss).backward()
+    torch.testing.assert_close(ours, [loss.detach(), *gradients(model).values()],
+                               atol=1e-5, rtol=1e-4)
+
+
+def test_logits_exist_a_chunk_at_a_time(tiny, patch):
+    """Neither forward nor backward may keep those of all targets."""
+    model, examples = adapted(tiny)
+    model.float()
+    batch, kept = collate(examples[:8], "cpu"), []
+    for at_once in (2**22, 300):
+        patch(train_math, LOGITS_AT_ONCE=at_once)
+        seen = []
+        handle = model.lm_head.register_forward_hook(lambda _, args, out: seen.append(len(out)))
+        kept.append(saved_for_backward(lambda: batch_loss(model, batch), model.parameters()))
+        handle.remove()
+        assert max(seen) <= at_once // len(model.lm_head.weight)
+    assert kept[0] == pytest.approx(kept[1], rel=0.05)  # no logits are among them
+
+
+def test_accumulation_equals_one_big_batch(tiny):
+    """8 x 1, 4 x 2 and 1 x 8 rows of unequal length must give one gradient, clipped."""
+    for size in (8, 4, 1):
+        last = run(tiny, "--nb-samples 8 --epochs 1 --dropout 0 --clip 0.01",
+                   f"--batch-size {size} --grad-accum {8 // size} --run-name {size}")
+        norm = sum(moment["exp_avg"].square().sum() for moment in moments(last)) ** 0.5
+        assert float(norm) == pytest.approx(0.1 * 0.01, rel=1e-3)
+        for key in ("loss", "grad_norm"):
+            assert metrics(size)[0][key] == pytest.approx(metrics(8)[0][key], rel=1e-5)
+
+
+def test_held_out_loss_is_transformers_own_without_dropout(tiny):
+    """Per target, over batches of unequal length, and the mode must come back."""
+    model, examples = adapted(tiny, dropout=0.5)
+    total = targets = 0
+    for ids, prompt in examples[:7]:
+        labels = torch.tensor([[-100] * prompt + ids[prompt:]])
+        with torch.no_grad():
+            loss = model.eval()(input_ids=torch.tensor([ids]), labels=labels).loss
+        total, targets = total + float(loss) * (len(ids) - prompt), targets + len(ids) - prompt
+    ours = train_math.validation_loss(model.train(), examples[:7], 4)
+    assert ours == pytest.approx(total / targets, abs=1e-4) and model.training
+
+
+@cases("kind, options, message", [
+    ("gemma2", {}, "not supported here"), ("granite", {"logits_scaling": 2.0}, "not supported"),
+    ("llama4_text", {"num_local_experts": 2}, "not supported here"),
+    ("llama", {"rms_norm_eps": math.nan}, "not supported here"),
+    ("electra", {"embedding_size": 16}, "not supported here"),
+    ("bert-generation", {}, "not causal"), ("rembert", {"output_embedding_size": 8}, "not")])
+def test_unusual_heads_and_models_that_see_ahead_are_refused(kind, options, message):
+    """The loss would not be the model's own, or leak."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SMALL | {"head_dim": 8} | options)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    refused(f"{type(model).__name__}.*{message}", train_math.check_head, model, ROW)
+
+
+@cases("kind, options", [
+    ("gemma2", {"final_logit_softcapping": None}),  # attention's cap of 50: hardly seen here
+    ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}), ("gptj", {"rotary_dim": 8}),
+    ("doge", {})])
+def test_attention_of_another_kind_is_kept(kind, options):
+    """With caps, sinks or a mask of its own it must stay, and compute the same."""
+    model = causal(kind, attn_implementation="eager", **options)
+    before = logits(model)
+    train_math.check_head(model, ROW)
+    train_math.try_attention(model, ROW)
+    assert model.config._attn_implementation == "eager" and torch.equal(logits(model), before)
+
+
+def test_a_check_does_not_swallow_out_of_memory(patch):
+    """Where memory runs out, no model is to blame."""
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    model = llama()
+    patch(model, forward=fails)
+    refused("out of memory", train_math.check_head, model, ROW, error=torch.OutOfMemoryError)
+
+
+@cases("dtype", DTYPES)
+@cases("kind, window", [("llama", None), ("mistral", 4)])
+def test_attention_is_transformers_own(kind, window, dtype):
+    """Logits and gradients must be eager attention's."""
+    model = causal(kind, attn_implementation="eager", sliding_window=window,
+                   attention_dropout=0.3, initializer_range=0.1).to(dtype)
+    results = []
+    for attention in ("eager", "lora_training"):
+        assert model.config._attn_implementation == attention
+        model.zero_grad()
+        torch.manual_seed(3)
+        output = model.train()(torch.tensor([ROW, ROW[::-1]])).logits.float()
+        output.square().sum().backward()
+        results.append([output, *(p.grad.float() for p in model.model.layers.parameters())])
+        train_math.check_head(model.eval(), ROW)
+        assert model.config._attn_implementation == attention  # a check changes nothing
+        train_math.try_attention(model, ROW)
+    tolerance = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    assert all((a - b).norm() < tolerance * a.norm() for a, b in zip(*results))
+
+
+@cases("mask", [None, torch.ones(1, 1, 5, 5, dtype=torch.bool).tril().triu(-2)])
+def test_attention_is_the_same_off_the_cpu(mask):
+    """Its two ways must agree, on a CPU that says it is another device."""
+    class Elsewhere(torch.Tensor):
+        device = SimpleNamespace(type="cuda")
+    q, (k, v) = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 2, 5, 8)
+    here, there = (train_math.attention(None, x, k, v, mask, 0.9)[0]
+                   for x in (q, q.as_subclass(Elsewhere)))
+    close(here, there.as_subclass(torch.Tensor))
+
+
+@cases("kind", ["mamba", "mamba2", "falcon_mamba", "nemotron_h"])
+def test_state_space_models_train_in_half_precision(kind):
+    """fp32 logits or hidden states must break neither check nor loss."""
+    model = causal(kind, dtype=torch.float16, state_size=4, ssm_state_size=8, n_groups=1,
+                   num_heads=4, mamba_num_heads=4, mamba_head_dim=16, head_dim=16, chunk_size=8,
+                   layers_block_type=["mamba", "attention"])
+    train_math.check_head(model, ROW)
+    train_math.try_attention(model, ROW)
+    inject_lora(model, LoRAConfig(targets=["in_proj"]))
+    loss = batch_loss(model.train(), collate([(ROW, 4)], "cpu"))
+    loss.backward()
+    assert 40 < loss < 60
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+# --- train_math.py: memory ---
+
+def test_recomputing_gives_the_same_gradients_and_keeps_block_inputs(tiny):
+    """With dropout, behind frozen embeddings, every A and B must be reached."""
+    grown, kept = [], []
+    for recompute in (False, True):
+        model, examples = adapted(tiny, dropout=0.1)
+        if recompute:
+            train_math.recompute_blocks(model)
+        torch.manual_seed(0)
+        kept.append(saved_for_backward(
+            lambda: batch_loss(model, collate(examples[:8], "cpu")).backward(),
+            model.parameters()))
+        grown.append(gradients(model))
+    assert same_bits(*grown) and kept[1] < 0.15 * kept[0]
+    assert all(gradient.isfinite().all() and gradient.any() for gradient in grown[1].values())
+
+
+class Hungry(torch.autograd.Function):
+    """The identity, which keeps a tensor, and runs out of memory while more than one is alive."""
+
+    @staticmethod
+    def forward(ctx, x, when):
+        kept = x.clone()
+        ctx.when = when
+        ctx.save_for_backward(kept)
+        Hungry.kept.append(weakref.ref(kept))
+        if when == "forward" and Hungry.alive() > 1:
+            raise torch.OutOfMemoryError
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.when == "backward" and Hungry.alive() > 1:
+            raise torch.OutOfMemoryError
+        return gradient, None
+
+    @staticmethod
+    def alive():
+        return sum(reference() is not None for reference in Hungry.kept)
+
+
+@cases("when", ["forward", "backward"])
+def test_where_memory_runs_out_blocks_are_recomputed(when, tiny):
+    """Nothing of the failed trial may stay alive, no gradient, and the RNG must be as before."""
+    model, examples = adapted(tiny, dropout=0.1)
+    batch, rng = collate(examples[:4], "cpu"), torch.get_rng_state()
+    for block in model.model.layers:
+        block.mlp.register_forward_hook(lambda module, args, output: Hungry.apply(output, when))
+    Hungry.kept = []
+    gc.collect()
+    gc.disable()
+    try:
+        assert not train_math.fits(model, batch, 1000)
+        assert len(Hungry.kept) == 2 and Hungry.alive() == 0
+        assert all(p.grad is None for p in model.parameters())
+    finally:
+        gc.enable()
+    assert train_math.make_it_fit(model, batch, None)
+    assert len(Hungry.kept) > 4 and all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), rng)
+
+
+@cases("recompute", [False, True])
+def test_what_does_not_fit_is_one_line(recompute, tiny, patch):
+    """With the flags that help; forced either way, no second trial is made."""
+    def fails(*_):
+        tried.append(1)
+        raise torch.OutOfMemoryError
+    model, tried = adapted(tiny)[0], []
+    patch(train_math, batch_loss=fails)
+    refused("out of memory.*--nf4.*--max-length", train_math.make_it_fit, model, None, recompute)
+    assert len(tried) == 1
+
+
+def test_on_a_cpu_activations_are_kept_unless_asked(tiny, capsys, patch):
+    """Nothing fails there in time to choose: the first lines must name the flag."""
+    run(tiny, "--max-steps 1")
+    assert "kept: --checkpoint-activations takes less memory" in capsys.readouterr().out
+    run(tiny, "--max-steps 1 --run-name two", RECOMPUTE)
+    assert "activations are recomputed" in capsys.readouterr().out
+    patch(transformers.PreTrainedModel, device=torch.device("mps"))
+    model, examples = adapted(tiny)
+    refused("cannot be used on mps", train_math.settle_memory, model,
+            collate(examples[:2], "cpu"), True)
+
+
+def test_vram_caps_what_the_allocator_may_take(patch):
+    """With --vram 4 it must get 3.5 GiB, without it what is free; never more than that."""
+    GB, cuda, share = 2**30, torch.device("cuda"), []
+    patch(torch.cuda, mem_get_info=lambda _: (10 * GB, 16 * GB),
+          set_per_process_memory_fraction=lambda value, _: share.append(value))
+    for vram in (4, None, 32):
+        train_math.cap_memory(cuda, vram)
+    assert share == [3.5 / 16, 10 / 16, 10 / 16]
+    refused("--vram 4 needs a CUDA device", train_math.cap_memory, CPU, 4)
+    train_math.cap_memory(CPU, None)
+
+
+# --- train_math.py: loss scaling, schedule, numbers that go wrong ---
+
+@cases("scaler", [LossScaler, train_sst2.LossScaler])
+def test_loss_scaler_agrees_with_torch_s_grad_scaler(scaler):
+    """Scale and gradients must agree over good steps and overflows."""
+    ours, scales = scaler(True, scale=2.0**16, interval=3), set()
+    theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
+    mine, weight, unreached = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    for gradient in [1, 2, math.inf, 3, 1, 2, 3, math.nan, math.inf, 1, 1, 1, 1, 1, 1, 1]:
+        mine.grad, weight.grad = torch.full((2, 2), gradient * ours.scale)
+        theirs.scale(torch.ones(1))  # it wants to be asked first
+        theirs.unscale_(torch.optim.SGD([weight]))
+        theirs.update()
+        ours.unscale([mine, unreached])
+        ours.update(math.isfinite(gradient))
+        assert ours.scale == theirs.get_scale()
+        torch.testing.assert_close(mine.grad, weight.grad, equal_nan=True)
+        scales.add(ours.scale)
+    assert scales == {2.0**14, 2.0**15, 2.0**16}
+
+
+@cases("processes", [1, 2])
+def test_layers_that_the_text_does_not_reach_are_named_once(
+        processes, tiny, patch, capsys):
+    """As in a vision tower: the rest must train, these not decay."""
+    patch(train_math, WORLD=processes, gather=lambda value: [value])
+    patch(torch.distributed, all_reduce=lambda tensor: None)
+    model, examples = adapted(tiny)
+    model.half().tower = LoRALinear(nn.Linear(4, 4), LoRAConfig(r=2, alpha=4))
+    before = bits(model)
+    flags = "--max-steps 2 --weight-decay 0.1"
+    train_math.train(model, examples, parse_args(command(tiny, flags)))
+    assert capsys.readouterr().out.count("2 weights had no gradient, such as tower.lora_A") == 1
+    trained = changed(bits(model), before)
+    assert trained and not any("tower" in name for name in trained)
+
+
+def test_schedule_warms_up_then_falls_to_zero():
+    """At most a tenth of the steps must rise, then half a cosine fall."""
+    rates = [learning_rate_at(step, 100, 1000, 1.0) for step in (0, 4, 9, 10, 55, 99)]
+    assert rates == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0], abs=1e-3)
+
+
+def test_a_skipped_step_changes_nothing_but_the_scale(tiny, patch):
+    """Weights, moments and schedule must stay, also seen by a resumed run."""
+    weights = []
+
+    def overflow(model, batch):
+        assert model.training
+        weights.append(bits(model))
+        return batch_loss(model, batch) + (math.inf if len(weights) == 2 else 0)
+
+    patch(train_math, batch_loss=overflow)
+    flags = "--dtype float16 --max-steps 3 --grad-accum 1 --warmup-steps 0 --save-every 1"
+    last = run(tiny, flags)
+    first, skipped, third = metrics()
+    assert [line["loss_scale"] for line in metrics()] == [2**16, 2**15, 2**15]
+    assert first["grad_norm"] < 99 and first["lr"] != skipped["lr"] == third["lr"]
+    assert skipped["loss"] is None
+    assert same_bits(weights[1], weights[2]) and not same_bits(weights[0], weights[1])
+    assert {int(moment["step"]) for moment in moments(last)} == {2}
+    shutil.rmtree(last)
+    run(tiny, flags, "--resume")
+    assert all(metrics()[2][key] == third[key] for key in ("lr", "loss_scale", "loss"))
+
+
+@cases("dtype, loss, step", [
+    ("float32", math.nan, 1), ("bfloat16", math.inf, 1), ("float16", math.nan, 20)])
+def test_a_run_that_diverges_says_what_may_help(dtype, loss, step, tiny, patch):
+    """NaN must stop fp32 and bf16 at once, fp16 after 20 skips."""
+    patch(train_math, batch_loss=lambda *_: torch.tensor(loss, requires_grad=True))
+    refused(f"^step {step}: loss {loss}.*--lr, or --dtype", run, tiny, "--dtype", dtype)
+
+
+# --- train_math.py: the run and its files ---
+
+def test_training_learns_and_writes_what_it_says(tiny, capsys):
+    """Facts must come first, and the loss fall."""
+    last = run(tiny, "--epochs 6 --max-length 38 --weight-decay 0.125 --save-every 9 --rslora",
+               "--run-name ..")
+    lines, out = metrics("_."), capsys.readouterr().out
+    losses = [line["loss"] for line in lines]
+    left_out = sum(len(ids) > 38 for ids, _ in adapted(tiny)[1])
+    facts = ("train.jsonl: 64 rows", "4 layers adapted", f"{64 - left_out} rows train, 0 are held",
+             f"{left_out} longer than 38 tokens", "prompt | target: 'Question : ", "activations",
+             "tok/s", "peak memory")
+    assert sorted(facts, key=out.index) == list(facts) and 0 < left_out < 64
+    assert " ".join(lines[0]) == ("step loss lr grad_norm loss_scale tokens tokens_per_s "
+                                  "peak_memory_gib skipped")
+    assert sum(losses[-8:]) < sum(losses[:8]) - 0.4 and Path("runs/_./loss.png").exists()
+    group, = state(last)["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 0.125 and lines[0]["peak_memory_gib"] > 0.05
+    assert adapter_config(last)["use_rslora"]
+    assert sorted(os.listdir(last)) == [CONFIG, WEIGHTS]  # can be published as it is
+    with safetensors.safe_open(last / WEIGHTS, "pt") as file:
+        wanted = {"model": f"{tiny}/base", "chat": "False", "nf4": "False"}
+        assert wanted.items() <= file.metadata().items()
+
+
+def test_held_out_loss_is_measured_at_each_tenth_and_names_the_best(tiny, capsys):
+    """At step 0 too; a checkpoint must stand at each, and a resumed run measure the same."""
+    flags = "--val-samples 8 --epochs 6 --lr 1e-1 --dropout 0.1"
+    last = run(tiny, flags)
+    out, lines = capsys.readouterr().out, metrics()
+    measured = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
+    steps = len(lines) - 1
+    assert lines[0].keys() == {"step", "val_loss"} and lines[0]["step"] == 0
+    assert [*measured] == [round(steps * tenth / 10) for tenth in range(11)]
+    assert [int(path.name[5:]) for path in checkpoints("checkpoints/run")] == [*measured][1:]
+    best = min(measured, key=measured.get)
+    assert f"lowest, {measured[best]:.3f}, at step {best}: checkpoints/run/step_{best:06d}" in out
+    shutil.rmtree(last)
+    run(tiny, flags, "--resume")
+    assert [line.get("val_loss") for line in metrics()] == [line.get("val_loss") for line in lines]
+
+
+def test_by_default_a_tenth_of_a_small_file_is_held_out(tiny, capsys):
+    """Its last rows, but not those that ask what a training row asks."""
+    args = parse_args([flag for flag in command(tiny, "--max-steps 1")
+                       if flag not in ("--val-samples", "0")])
+    train_math.main(args)
+    assert "58 rows train" in capsys.readouterr().out and metrics()[0]["val_loss"] > 0
+
+
+def test_an_adapter_can_be_gone_on_from(tiny):
+    """Its r, alpha, targets hold; what is given and differs is refused; moments are new."""
+    first = run(tiny, "--max-steps 2 --alpha 7 --targets k_proj")
+    base = command(tiny, "--max-steps 1 --run-name more", f"--adapter {first}")
+    more = train_math.main(parse_args([*base, "--targets", "k_proj"]))  # --r 4 is given too
+    found, wanted = adapter_config(more), adapter_config(first)
+    assert found == wanted and found["lora_alpha"] == 7
+    assert changed(weights(more), weights(first)) == weights(first).keys()
+    assert {int(moment["step"]) for moment in moments(more)} == {1}
+    assert json.loads(Path("checkpoints/more/run.json").read_text())["flags"]["adapter"] == str(first)
+    base += ["--run-name", "third"]
+    refused("--r is 8, but 4 in", train_math.main, parse_args([*base, "--r", "8"]))
+    refused("--targets is .*v_proj", train_math.main, parse_args([*base, "--targets", "v_proj"]))
+
+
+@cases("file, more", [("state", ""), (WEIGHTS, "--nf4 --targets all-linear")])
+def test_resume_continues_bitwise(file, more, tiny):
+    """From the checkpoint before a damaged one it must lead to the same bits."""
+    flags = f"--nb-samples 7 --batch-size 1 --grad-accum 4 --dropout 0.1 --save-every 3 {more}"
+    last = run(tiny, flags)
+    whole, lines = weights(last), metrics()
+    os.truncate(train_math.state_of(last) if file == "state" else last / file, 100)
+    with pytest.warns(match="skipping damaged checkpoint .*step_000006"):
+        assert run(tiny, flags, "--resume", RECOMPUTE) == last
+    assert same_bits(weights(last), whole)
+    for one, two in zip(lines, metrics(), strict=True):
+        assert [*one.items()][:6] == [*two.items()][:6]  # speed and memory vary
+    assert run(tiny, flags, "--resume") == last  # finished already
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = events.EventAccumulator("runs/run").Reload()
+    assert [event.step for event in board.Scalars("loss")] == [line["step"] for line in lines]
+
+
+def test_the_name_of_a_run_is_enough_to_resume_it(tiny):
+    """All other flags must come from run.json; other spellings of the same files are the same."""
+    flags = "--max-steps 4 --save-every 2 --dropout 0.1"
+    whole = weights(run(tiny, flags))
+    for spelled in ([], ["--data", f"{tiny}/../{tiny.name}/train.jsonl", "--lr", "1e-2"]):
+        shutil.rmtree("checkpoints/run/step_000004")
+        last = train_math.main(parse_args(["--run-name", "run", "--resume", *spelled]))
+        assert same_bits(weights(last), whole)
+
+
+def test_the_seed_reaches_dropout(tiny, patch):
+    """With A and the rows held, seeds must differ, also by 2**31; epochs differ in order."""
+    keys, losses = [], set()
+    patch(train_math, epoch_batches=lambda rows, *key: keys.append(key) or [rows[:1]])
+    for seed in (0, 1, 2**31):
+        model, examples = adapted(tiny, dropout=0.5)
+        train_math.train(model, examples, parse_args(command(tiny, f"--seed {seed}")))
+        losses.add(metrics()[0]["loss"])
+    assert len(losses) == 3
+    assert keys[:3] == [(4, 0, 0), (4, 0, 1), (4, 0, 2)]  # batch size, seed, epoch
+
+
+def test_resume_refuses_what_it_cannot_continue(tiny, patch):
+    """Another flag, base, data or process must be refused by name."""
+    copy, flags = Path(shutil.copytree(tiny, "copy")), "--max-steps 1 --resume"
+    refused("no whole checkpoint to continue from", run, copy, flags)
+    run(copy, "--max-steps 1")
+    refused("has checkpoints: add --resume", run, copy)
+    refused("--lr is 0.02, but 0.01 in the run so far: leave it out", run, copy, flags, "--lr 0.02")
+    model = load(copy)[0]
+    model.model.norm.weight.data += 1
+    model.save_pretrained(copy / "base")
+    refused("--model .*not the base that this run began with", run, copy, flags)
+    shutil.copy(copy / "test.jsonl", copy / "train.jsonl")
+    refused("--data .*not the data that this run began with", run, copy, flags)
+    patch(train_math, gather=lambda value: [value | {"data": 7}])  # rank 0 read other rows
+    refused("--data .*not the data", run, tiny, "--run-name other")
+
+
+def test_a_full_disk_leaves_no_partial_checkpoint(tiny):
+    """It must be an OSError, and --resume go on."""
+    resource = pytest.importorskip("resource")
+    last = run(tiny, "--save-every 1")
+    size = train_math.state_of(last).stat().st_size
+    shutil.rmtree(last)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limits[1]))
+    try:
+        refused("File too large", run, tiny, "--save-every 1 --resume", error=OSError)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert run(tiny, "--save-every 1 --resume") == last
+
+
+@cases("signum", [signal.SIGTERM, signal.SIGINT])
+def test_interrupting_saves_and_says_how_to_go_on(signum, tiny, patch, capfd):
+    """The step must be finished and saved, the exit code be the signal's."""
+    def interrupt(step, *rest):
+        if step == 1:
+            signal.raise_signal(signum)
+            assert "finishing this step" in capfd.readouterr().err  # said at once
+            assert signal.getsignal(signum) == before[signum]  # a second one ends it
+        return learning_rate_at(step, *rest)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    patch(train_math, learning_rate_at=interrupt)
+    refused(f"^{128 + signum}$", run, tiny, "--max-steps 4 --save-every 9", error=SystemExit)
+    wanted = "--run-name run --resume goes on from checkpoints/run/step_000002"
+    assert wanted in capfd.readouterr().out
+    assert newest_state(Path("checkpoints/run"))[1]["step"] == len(metrics()) == 2
+    assert all(signal.getsignal(number) == handler for number, handler in before.items())
+
+
+def test_two_states_stay_whatever_lies_damaged_later():
+    """Only then can a resumed run be resumed once more."""
+    Path("step_000009").mkdir()
+    model = injected(llama)
+    for step in (1, 2, 3):
+        train_math.save_checkpoint(Path(f"step_00000{step}"), model, {}, {})
+    assert sorted(Path().glob("state_*")) == [Path("state_000002.pt"), Path("state_000003.pt")]
+
+
+def test_a_log_that_a_kill_cut_short_is_read_up_to_there():
+    """Its whole lines must stay, those of later steps go."""
+    Path("metrics.jsonl").write_text('{"step": 0, "val_loss": 1}\n{"step": 1}\n{"step": 2}\n{"st')
+    train_math.open_log(Path("metrics.jsonl"), 1)({"step": 2, "loss": 1.5})
+    assert train_math.read_log(Path("metrics.jsonl")) == [
+        {"step": 0, "val_loss": 1}, {"step": 1}, {"step": 2, "loss": 1.5}]
+
+
+# --- train_math.py: command lines ---
+
+@cases("flags, message", [
+    ("--vram 4", "--vram 4 needs a CUDA device, and this is cpu"),
+    ("--max-length 4", "4 leaves none of 64 rows"), ("--targets q_porj", "'q_porj' matches no"),
+    ("--val-samples 64", "leaves nothing to train on"), ("--demo", "--demo takes no flag but"),
+    ("--adapter nowhere", "nowhere is no adapter")])
+def test_wrong_input_is_one_line(flags, message, tiny):
+    """It must be named, and no checkpoint be written."""
+    refused(message, run, tiny, flags)
+    assert not list(Path().rglob("step_*"))
+
+
+def test_help_shows_the_defaults(capsys):
+    """Each default must stand in the help."""
+    refused("^0$", parse_args, ["--help"], error=SystemExit)
+    out = " ".join(capsys.readouterr().out.split())
+    for words in ("peak (default: 0.0003)", "(default: q_proj v_proj)", "(Sec. 4.1) (default: 8)"):
+        assert words in out
+
+
+# --- eval_gsm8k.py: answers ---
 
 @cases("text, answers", [
     ("#### 1,234", "1234"), ("The answer is: $29.00.", "29"), ("#### -$5", "-5"),
@@ -1164,118 +1984,7 @@ def test_scores_equal_lm_evaluation_harness():
             assert same == (harness(text, mode) == harness(reference, False)), (text, other, mode)
 
 
-# --- eval_gsm8k.py: data, the Hub ---
-
-def test_rows_of_all_schemas_and_kinds_of_file():
-    """MetaMathQA, GSM8K and Alpaca must come out as question and answer."""
-    rows = [{"query": "2024-01-01", "response": "r"}, {"question": "q", "answer": "r\u2028s"},
-            {"instruction": "do", "input": "it", "output": "so"}]
-    wanted = [("2024-01-01", "r"), ("q", "r\u2028s"), ("do\nit", "so")]
-    Path("x.json").write_text(json.dumps(rows))
-    Path("x.jsonl").write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
-    assert read_rows("x.json", "train") == wanted and read_rows("x.jsonl", "train", 2) == wanted[:2]
-    Path("x.csv").write_text('\ufeffquestion,answer\nNA,"b,\n2"\n', encoding="utf8")
-    assert read_rows("x.csv", "train") == [("NA", "b,\n2")]
-    from pyarrow import parquet, table
-    parquet.write_table(table({"query": ["q"], "response": ["r"]}), "x[0].parquet")
-    assert read_rows("x[0].parquet", "train") == [("q", "r")]
-
-
-def test_empty_answers_are_dropped_and_only_calculator_marks_removed(capsys):
-    """Alpaca has 28 empty outputs; code between << and >> must stay."""
-    code = 'std::cout << "a"; std::cin >> b; y = 1 << 2 >> 3'
-    answers = [" ", None, ".5*48=<<.5*48=24>>24", code]
-    Path("x.json").write_text(json.dumps([{"question": "q", "answer": a} for a in answers]))
-    assert [a for _, a in read_rows("x.json", "t")] == [".5*48=24", code]
-    assert len(read_rows("x.json", "t", 1)) == 1
-    assert "x.json: 2 rows without an answer" in capsys.readouterr().out
-
-
-@cases("name, text, message", [
-    ("x.csv", "query,response\n", "no row"), ("x.csv", "query,response\n1,2,3\n", "row 1"),
-    ("x.json", "{}\n\n{broken\n", "line 2"),
-    ("x.parquet", "PAR1", "Arrow"), ("x.json", '[{"query": 1, "response": "b"}]', "row 1")])
-def test_bad_data_is_one_clear_error(name, text, message):
-    """An empty, broken or foreign file must be one line that names it."""
-    Path(name).write_text(text)
-    refused(f"--data {name}: .*{message}", read_rows, name, "train")
-
-
-def test_a_hub_data_set_s_subset_and_split(patch):
-    """GSM8K and GLUE need a subset; scores must come from the split asked for."""
-    import datasets
-
-    def load_dataset(*what, split):
-        row = dict(question=f"{what} {split}", answer="1", sentence=f"{what} {split}", label=1)
-        return datasets.Dataset.from_list([row])
-    patch(HfApi, repo_info=lambda *_, **__: None)
-    patch(datasets, load_dataset=load_dataset)
-    assert read_rows("openai/gsm8k", "test") == [("('openai/gsm8k', 'main') test", "1")]
-    assert read_rows("a/b", "train") == [("('a/b', None) train", "1")]
-    assert train_sst2.read_sentences("a/glue", "test") == [("('a/glue', 'sst2') test", 1)]
-
-
-@cases("failure, words", [
-    (OSError, ".* cannot be reached"), ("hangs", ".* cannot be reached"),
-    (errors.RepositoryNotFoundError, "no .*model .*on the Hub")])
-def test_a_hub_that_says_no_is_told_from_one_that_is_silent(failure, words, tiny, patch):
-    """Also where a name look-up hangs; for folders it must not be asked."""
-    def repo_info(*_, **__):
-        asked.append(failure)
-        if failure == "hangs":
-            return time.sleep(20)
-        raise failure.__new__(failure)
-    asked, get = [], ApplyResult.get
-    patch(HfApi, repo_info=repo_info)
-    assert load(tiny) and read_rows(f"{tiny}/test.jsonl", "test") and not asked
-    patch(ApplyResult, get=lambda self, timeout: get(self, timeout / 40))
-    train_sst2.hub_problem.cache_clear()
-    refused(f"--model a/b: {words}", load_model, "a/b", None, CPU)
-    flags = train_sst2.parse_args(["--model", "a/b"])
-    refused(f"--model a/b: .*{words}", train_sst2.main, flags)
-    assert asked == [failure] * 2
-
-
-# --- eval_gsm8k.py: device, dtype, model, generation ---
-
-def test_a_process_of_torchrun_touches_its_own_gpu_alone(monkeypatch, patch):
-    """Touching "cuda" would take memory on GPU 0 in every process."""
-    patch(eval_gsm8k, WORLD=2)
-    monkeypatch.setenv("LOCAL_RANK", "9")
-    refused("--device cuda:9: ", eval_gsm8k.pick_device, "cuda")
-
-
-def test_half_precision_without_units_is_the_user_s_choice(patch):
-    """There auto must be float32; another dtype by name must warn and obey."""
-    def settled(name, *flags):
-        args = train_sst2.parse_args(["--device", "cpu", "--dtype", name, *flags])
-        train_sst2.settle(args)
-        return getattr(torch, args.dtype)
-
-    patch(torch.cpu, get_capabilities=dict)
-    for pick in (lambda name: eval_gsm8k.pick_dtype(name, CPU)[0], settled):
-        assert pick("auto") == torch.float32
-        with pytest.warns(match="--dtype bfloat16 is slow"):
-            assert pick("bfloat16") == torch.bfloat16
-    mps = SimpleNamespace(device=torch.device("mps"))
-    patch(torch, zeros=lambda *_, device: mps)
-    refused("on MPS", settled, "auto", "--checkpoint-activations")
-
-
-def test_models_are_loaded_as_asked_or_refused(tiny):
-    """transformers takes the checkpoint's dtype unless told."""
-    model, tokenizer = load(tiny)
-    for name, part in (("half", None), ("partial", {"lm_head.weight": model.lm_head.weight})):
-        model.bfloat16().save_pretrained(name, state_dict=part)
-        tokenizer.save_pretrained(name)
-    for dtype in DTYPES:
-        model, _ = load_model("half", dtype, CPU, nf4=True)
-        assert model.dtype == dtype
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained("half")
-    for name, words in (("./none", "no such"), ("partial", "model.embed"), ("half", "EOS")):
-        refused(f"--model {name}: .*{words}", load_model, name, torch.float32, CPU)
-
+# --- eval_gsm8k.py: generation ---
 
 @cases("kind", ["llama", "mamba"])
 def test_a_batch_says_what_each_row_says_alone_and_rows_that_have_ended_leave_it(kind, tiny):
@@ -1307,16 +2016,6 @@ def test_a_batch_says_what_each_row_says_alone_and_rows_that_have_ended_leave_it
     assert {cut_off for _, cut_off in wanted} == {True, False} and "Question:" in str(wanted)
     assert widths[0] == 8 and (widths[-1] < 8) == (kind == "llama")
     assert own.items() <= vars(model.generation_config).items()  # kept, for --save-merged
-
-
-def test_rows_beyond_the_model_s_positions_are_refused(tiny):
-    """Learned positions would end in an index error, rotary ones in nonsense."""
-    model, tokenizer = load(tiny)
-    model.config.max_position_embeddings = 40
-    refused("40 positions.*--max-new-tokens", complete, model, tokenizer, ["a"], 1, 40)
-    n = len(model.lm_head.weight)
-    eval_gsm8k.check_ids(model, [[n - 1]], 39)
-    refused(f"ids up to {n}", eval_gsm8k.check_ids, model, [[n]])
 
 
 # --- eval_gsm8k.py: scores, and a run of evaluations ---
@@ -1421,430 +2120,10 @@ def test_errors_end_in_one_line(error, word, patch, capsys):
         raise error
     patch(train_sst2, parse_args=fails)
     patch(warnings, formatwarning=None)
-    common = lambda: eval_gsm8k.run_script("train_sst2.py", fails, lambda: None)
+    common = lambda: train_math.run_script("train_sst2.py", fails, lambda: None)
     for run in (common, train_sst2.run_script):
         refused("^2$", run, error=SystemExit)
         assert re.fullmatch(f"train_sst2.py: .*{word}.*\n", capsys.readouterr().err)
-
-
-# --- train_math.py: helpers ---
-
-ROW = list(range(10, 26))  # 16 token ids
-KEEP, RECOMPUTE = "--no-checkpoint-activations", "--checkpoint-activations"
-
-
-def gradients(model):
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def adapted(tiny, **options):
-    """Return a model with an adapter that is not zero, in training mode, and its rows."""
-    model, tokenizer = load(tiny)
-    torch.manual_seed(0)
-    injected(lambda: model, **options)
-    return model.train(), encode(read_rows(f"{tiny}/train.jsonl", "train"), tokenizer, 512)
-
-
-def command(tiny, *flags):
-    common = "--run-name run --device cpu --dtype float32 --lr 1e-2 --r 4 --batch-size 4"
-    files = f"--model {tiny}/base --data {tiny}/train.jsonl"
-    return " ".join([files, common, "--grad-accum 2", *flags]).split()
-
-
-def run(tiny, *flags):
-    """Run main() in this process; return the last checkpoint's folder."""
-    return train_math.main(parse_args(command(tiny, *flags)))
-
-
-def metrics(name="run"):
-    return [json.loads(line) for line in open(f"runs/{name}/metrics.jsonl")]
-
-
-def moments(folder):
-    """Return AdamW's state of each weight."""
-    return torch.load(folder / "trainer_state.pt")["optimizer"]["state"].values()
-
-
-# --- train_math.py: data ---
-
-@cases("merges, space", [([], "▁"), ([(":", "▁")], "▁▁")])
-def test_training_masks_exactly_what_generation_is_given(merges, space):
-    """A row must be the prompt's ids, the answer's and EOS, without a second space before it."""
-    words = ["<s>", "</s>", *sorted(set("Question:▁1+1?\nAnswer:▁2")), ":▁"]
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({w: i for i, w in enumerate(words)}, merges))
-    inner.normalizer = tokenizers.normalizers.Sequence([
-        tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
-    inner.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="</s>", pad_token="</s>")  # pad == eos hides no target
-    texts = [("1+1?", "2"), ("1+1+1?", "2+1")]
-    ids, rows, columns = collate(encode(texts, tokenizer, 512), "cpu")
-    for i, (question, answer) in enumerate(texts):
-        targets = columns[rows == i]
-        assert ids[i, :targets[0]].tolist() == encode_prompt(tokenizer, format_prompt(question))
-        assert tokenizer.convert_ids_to_tokens(ids[i, targets]) == [*space, *answer, "</s>"]
-
-
-def test_batches_follow_from_seed_and_epoch_and_start_with_the_largest():
-    """An epoch must hold each row once, and pad little."""
-    rows = [([0] * random.Random(n).randint(10, 500), n) for n in range(1003)]
-    first, *others = (epoch_batches(rows, 8, *key) for key in [(0, 0), (0, 1), (1, 0)])
-    padded = [len(batch) * max(len(ids) for ids, _ in batch) for batch in first]
-    assert first == epoch_batches(rows, 8, 0, 0) and first not in others
-    assert sorted(sum(first, []), key=rows.index) == rows
-    assert padded[0] == max(padded) and sum(padded) < 1.1 * sum(len(ids) for ids, _ in rows)
-
-
-# --- train_math.py: loss, attention ---
-
-@cases("targets", ["q_proj", "lm_head"])
-def test_loss_and_gradients_equal_the_full_computation(targets, tiny, patch):
-    """Chunks at targets alone must give what labels of -100 and a mask give."""
-    patch(train_math, CHUNK=300)
-    model, examples = adapted(tiny, targets=targets)
-    ids, rows, columns = batch = collate(examples[:6], "cpu")
-    ours = [backward_loss(model, batch, 0.5), *gradients(model).values()]
-    model.zero_grad()
-    labels = torch.full_like(ids, -100)
-    labels[rows, columns] = ids[rows, columns]
-    loss = model(input_ids=ids, attention_mask=(ids > 0).long(), labels=labels).loss * len(rows)
-    (0.5 * loss).backward()
-    torch.testing.assert_close(ours, [loss.detach(), *gradients(model).values()],
-                               atol=1e-5, rtol=1e-4)
-
-
-def test_accumulation_equals_one_big_batch(tiny):
-    """8 x 1, 4 x 2 and 1 x 8 rows of unequal length must give one gradient, clipped."""
-    for size in (8, 4, 1):
-        last = run(tiny, "--nb-samples 8 --epochs 1 --dropout 0 --clip 0.01",
-                   f"--batch-size {size} --grad-accum {8 // size} --run-name {size}")
-        norm = sum(state["exp_avg"].square().sum() for state in moments(last)) ** 0.5
-        assert float(norm) == pytest.approx(0.1 * 0.01, rel=1e-3)
-        for key in ("loss", "grad_norm"):
-            assert metrics(size)[0][key] == pytest.approx(metrics(8)[0][key], rel=1e-5)
-
-
-@cases("kind, options, kept", [
-    ("gemma2", {}, False), ("granite", {"logits_scaling": 2.0}, False),
-    ("llama4_text", {"num_local_experts": 2}, False), ("llama", {"rms_norm_eps": math.nan}, False),
-    ("gemma2", {"final_logit_softcapping": None}, True),  # attention's cap of 50: hardly seen here
-    ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}, True),
-    ("gptj", {"rotary_dim": 8}, True)])
-def test_unusual_heads_are_refused_and_unusual_attention_is_kept(kind, options, kept):
-    """Logits must be the head's own; attention with caps or sinks must stay."""
-    model = causal(kind, attn_implementation="eager", **options)
-    if not kept:
-        return refused("not supported here", train_math.check_head, model, ROW)
-    before = logits(model)
-    train_math.check_head(model, ROW)
-    assert model.config._attn_implementation == "eager" and torch.equal(logits(model), before)
-
-
-@cases("dtype", DTYPES)
-@cases("kind, window", [("llama", None), ("mistral", 4)])
-def test_attention_is_transformers_own(kind, window, dtype):
-    """Logits and gradients must be eager attention's."""
-    model = causal(kind, attn_implementation="eager", sliding_window=window,
-                   attention_dropout=0.3, initializer_range=0.1).to(dtype)
-    results = []
-    for attention in ("eager", "lora_training"):
-        assert model.config._attn_implementation == attention
-        model.zero_grad()
-        torch.manual_seed(3)
-        output = model.train()(torch.tensor([ROW, ROW[::-1]])).logits.float()
-        output.square().sum().backward()
-        results.append([output, *(p.grad.float() for p in model.model.layers.parameters())])
-        train_math.check_head(model.eval(), ROW)
-    tolerance = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
-    assert all((a - b).norm() < tolerance * a.norm() for a, b in zip(*results))
-
-
-@cases("mask", [None, torch.ones(1, 1, 5, 5, dtype=torch.bool).tril().triu(-2)])
-def test_attention_is_the_same_off_the_cpu(mask):
-    """Its two ways must agree, on a CPU that says it is another device."""
-    class Elsewhere(torch.Tensor):
-        device = SimpleNamespace(type="cuda")
-    q, (k, v) = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 2, 5, 8)
-    here, there = (train_math.attention(None, x, k, v, mask, 0.9)[0]
-                   for x in (q, q.as_subclass(Elsewhere)))
-    close(here, there.as_subclass(torch.Tensor))
-
-
-@cases("kind", ["mamba", "mamba2", "falcon_mamba", "nemotron_h"])
-def test_state_space_models_train_in_half_precision(kind):
-    """fp32 logits or hidden states must break neither check nor loss."""
-    model = causal(kind, dtype=torch.float16, state_size=4, ssm_state_size=8, n_groups=1,
-                   num_heads=4, mamba_num_heads=4, mamba_head_dim=16, head_dim=16, chunk_size=8,
-                   layers_block_type=["mamba", "attention"])
-    train_math.check_head(model, ROW)
-    inject_lora(model, LoRAConfig(targets=["in_proj"]))
-    assert 40 < backward_loss(model.train(), collate([(ROW, 4)], "cpu"), 1 / 12) < 60
-    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
-
-
-# --- train_math.py: recomputation, the memory plan ---
-
-def test_recomputing_gives_the_same_gradients_and_keeps_block_inputs(tiny):
-    """With dropout, behind frozen embeddings, every A and B must be reached."""
-    grown, kept = [], []
-    for recompute in (False, True):
-        model, examples = adapted(tiny, dropout=0.1)
-        if recompute:
-            train_math.checkpoint_blocks(model)
-        torch.manual_seed(0)
-        kept.append(saved_for_backward(
-            lambda: backward_loss(model, collate(examples[:8], "cpu")), model.parameters()))
-        grown.append(gradients(model))
-    assert same_bits(*grown) and kept[1] < 0.15 * kept[0]
-    assert all(gradient.isfinite().all() and gradient.any() for gradient in grown[1].values())
-
-
-@cases("device, share, flags, recompute", [
-    ("cpu", 0.99, "", True), ("cpu", 1.01, "", False), ("cpu", 0, KEEP, False),
-    ("cpu", 9, RECOMPUTE, True), ("mps", 0, "", False)])
-def test_the_plan_chooses_and_flags_force_it(device, share, flags, recompute, tiny, patch):
-    """It must recompute where 1.25 times the need exceeds what is free."""
-    model, done = adapted(tiny)[0], []
-    need = (2 + 0.5) * 4 * 2**30  # 4 rows of 1 GiB in 2 blocks, and the gradients in one
-    patch(train_math, free_memory=lambda _: share * 1.25 * need,
-          kept_by_block=lambda *_: (0, 2**30), checkpoint_blocks=done.append)
-    patch(type(model), device=torch.device(device))
-    plan = train_math.plan_memory(model, parse_args(command(tiny, flags)), 40)
-    assert done == recompute * [model] and plan > 10 - 4 * recompute  # one block of two
-    if device == "mps":
-        args = parse_args(command(tiny, RECOMPUTE))
-        refused("cannot be used on mps", train_math.plan_memory, model, args, 40)
-
-
-def test_vram_limits_the_allocator_and_the_plan(tiny, patch):
-    """With --vram 4 the allocator must get 3.5 GiB, the plan what is left of them."""
-    GB, cuda, share = 2**30, torch.device("cuda"), [1.0]
-    patch(torch.cuda, mem_get_info=lambda _: (10 * GB, 16 * GB),
-          memory_reserved=lambda _: 2 * GB, memory_allocated=lambda _: GB,
-          set_per_process_memory_fraction=lambda value, _: share.append(value),
-          get_per_process_memory_fraction=lambda _: share[-1])
-    patch(train_math, pick_device=torch.device)
-    assert train_math.free_memory(cuda) == 11 * GB
-    refused("--data", run, tiny, f"--device cuda --vram 4 --data {tiny}/base/config.json")
-    assert share[-1] == 3.5 / 16 and train_math.free_memory(cuda) == 2.5 * GB
-    numbers = {"/proc/meminfo": 8, "/sys/fs/cgroup/memory.max": 5, "/proc/self/status": 2}
-    patch(train_math, read_number=lambda path, *_: numbers[path])
-    assert train_math.free_memory(CPU) == 3  # in a container
-
-
-@cases("flags", [KEEP, RECOMPUTE, RECOMPUTE + " --nf4"])
-def test_the_memory_plan_is_what_a_step_holds(flags, patch):
-    """The profiler's peak must be within 25% below the plan."""
-    patch(train_math, CHUNK=2**18, read_number=lambda *_: 0)
-    model = causal("llama", vocab_size=2048, hidden_size=256, intermediate_size=704, head_dim=64,
-                   num_hidden_layers=6, max_position_embeddings=128).train()
-    if "--nf4" in flags:
-        quantize_nf4(model)
-    train_math.use_attention(model)
-    inject_lora(model, LoRAConfig(r=64, targets="all-linear"))
-    plan = train_math.plan_memory(model, parse_args(f"--batch-size 4 {flags}".split()), 128)
-    with torch.profiler.profile(profile_memory=True) as profiler:
-        backward_loss(model, collate([(list(range(128)), 1)] * 4, "cpu"))
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    peak = max(itertools.accumulate(event.nbytes() for event in events))
-    moments = 8 * count_parameters(model)[0]  # two numbers in fp32
-    assert 0.75 < (peak + model.get_memory_footprint() + moments) / (plan * 2**30) < 1
-
-
-# --- train_math.py: loss scaling, schedule, numbers that go wrong ---
-
-@cases("scaler", [LossScaler, train_sst2.LossScaler])
-def test_loss_scaler_agrees_with_torch_s_grad_scaler(scaler):
-    """Scale and gradients must agree over good steps and overflows."""
-    ours, scales = scaler(True, scale=2.0**16, interval=3), set()
-    theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
-    mine, weight, unreached = [nn.Parameter(torch.ones(2)) for _ in range(3)]
-    for gradient in [1, 2, math.inf, 3, 1, 2, 3, math.nan, math.inf, 1, 1, 1, 1, 1, 1, 1]:
-        mine.grad, weight.grad = torch.full((2, 2), gradient * ours.scale)
-        theirs.scale(torch.ones(1))  # it wants to be asked first
-        theirs.unscale_(torch.optim.SGD([weight]))
-        theirs.update()
-        ours.unscale([mine, unreached])
-        ours.update(math.isfinite(gradient))
-        assert ours.scale == theirs.get_scale()
-        torch.testing.assert_close(mine.grad, weight.grad, equal_nan=True)
-        scales.add(ours.scale)
-    assert scales == {2.0**14, 2.0**15, 2.0**16}
-
-
-@cases("processes", [1, 2])
-def test_layers_that_the_text_does_not_reach_are_named_once(
-        processes, tiny, patch, capsys):
-    """As in a vision tower: the rest must train, these not decay."""
-    patch(train_math, WORLD=processes)
-    patch(torch.distributed, all_reduce=lambda tensor: None)
-    model, examples = adapted(tiny)
-    model.half().tower = LoRALinear(nn.Linear(4, 4), LoRAConfig(r=2, alpha=4))
-    before = bits(model)
-    flags = "--max-steps 2 --weight-decay 0.1"
-    train_math.train(model, examples, parse_args(command(tiny, flags)))
-    assert capsys.readouterr().out.count("2 weights had no gradient, such as tower.lora_A") == 1
-    trained = changed(bits(model), before)
-    assert trained and not any("tower" in name for name in trained)
-
-
-def test_schedule_warms_up_then_falls_to_zero():
-    """At most a tenth of the steps must rise, then half a cosine fall."""
-    rates = [learning_rate_at(step, 100, 1000, 1.0) for step in (0, 4, 9, 10, 55, 99)]
-    assert rates == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0], abs=1e-3)
-
-
-def test_a_skipped_step_changes_nothing_but_the_scale(tiny, patch):
-    """Weights, moments and schedule must stay, also seen by a resumed run."""
-    weights = []
-
-    def overflow(model, *rest):
-        assert model.training
-        weights.append(bits(model))
-        return backward_loss(model, *rest) + (math.inf if len(weights) == 2 else 0)
-
-    patch(train_math, backward_loss=overflow)
-    flags = "--dtype float16 --max-steps 3 --grad-accum 1 --warmup-steps 0 --save-every 1"
-    last = run(tiny, flags)
-    first, skipped, third = metrics()
-    assert [line["loss_scale"] for line in metrics()] == [2**16, 2**15, 2**15]
-    assert first["grad_norm"] < 99 and first["lr"] != skipped["lr"] == third["lr"]
-    assert skipped["loss"] is None
-    assert same_bits(weights[1], weights[2]) and not same_bits(weights[0], weights[1])
-    assert {int(state["step"]) for state in moments(last)} == {2}
-    shutil.rmtree(last)
-    run(tiny, flags, "--resume")
-    assert all(metrics()[2][key] == third[key] for key in ("lr", "loss_scale", "loss"))
-
-
-@cases("dtype, loss, step", [
-    ("float32", math.nan, 1), ("bfloat16", math.inf, 1), ("float16", math.nan, 20)])
-def test_a_run_that_diverges_says_what_may_help(dtype, loss, step, tiny, patch):
-    """NaN must stop fp32 and bf16 at once, fp16 after 20 skips."""
-    patch(train_math, backward_loss=lambda *_: torch.tensor(loss))
-    refused(f"^step {step}: loss {loss}.*--lr, or --dtype", run, tiny, "--dtype", dtype)
-
-
-# --- train_math.py: the run, its files, resuming ---
-
-def test_training_learns_and_writes_what_it_says(tiny, capsys):
-    """Facts must come first, and the loss fall."""
-    last = run(tiny, "--epochs 6 --max-length 38 --weight-decay 0.125 --save-every 9 --rslora",
-               "--run-name ..")
-    lines, out = metrics("_."), capsys.readouterr().out
-    losses = [line["loss"] for line in lines]
-    dropped = sum(len(ids) > 38 for ids, _ in adapted(tiny)[1])
-    facts = ("4 layers adapted", f" {dropped} dropped", "memory plan", "tok/s", "peak memory")
-    assert sorted(facts, key=out.index) == list(facts) and 0 < dropped < 64
-    assert " ".join(lines[0]) == ("step loss lr grad_norm loss_scale tokens tokens_per_s "
-                                  "peak_memory_gb skipped")
-    assert sum(losses[-8:]) < sum(losses[:8]) - 0.4 and Path("runs/_./loss.png").exists()
-    group, = torch.load(last / "trainer_state.pt")["optimizer"]["param_groups"]
-    assert group["weight_decay"] == 0.125 and lines[0]["peak_memory_gb"] > 0.05
-    assert json.loads((last / CONFIG).read_text())["use_rslora"]
-
-
-@cases("file, more", [("trainer_state.pt", ""), (WEIGHTS, "--nf4 --targets all-linear")])
-def test_resume_continues_bitwise(file, more, tiny):
-    """From the checkpoint before a damaged one it must lead to the same bits."""
-    flags = f"--nb-samples 7 --batch-size 1 --grad-accum 4 --dropout 0.1 --save-every 3 {more}"
-    last = run(tiny, flags)
-    whole, lines = weights(last), metrics()
-    os.truncate(last / file, 100)
-    with pytest.warns(match="step_000006 is passed over"):
-        assert run(tiny, flags, "--resume", RECOMPUTE) == last
-    assert same_bits(weights(last), whole)
-    for one, two in zip(lines, metrics(), strict=True):
-        assert [*one.items()][:6] == [*two.items()][:6]  # speed and memory vary
-    assert run(tiny, flags, "--resume") == last  # finished already
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    board = events.EventAccumulator("runs/run").Reload()
-    assert [event.step for event in board.Scalars("loss")] == [line["step"] for line in lines]
-
-
-def test_the_seed_reaches_dropout(tiny, patch):
-    """With A and the rows held, seeds must differ, also by 2**31; epochs differ in order."""
-    keys, losses = [], set()
-    patch(train_math, epoch_batches=lambda rows, *key: keys.append(key) or [rows[:1]])
-    for seed in (0, 1, 2**31):
-        model, examples = adapted(tiny, dropout=0.5)
-        train_math.train(model, examples, parse_args(command(tiny, f"--seed {seed}")))
-        losses.add(metrics()[0]["loss"])
-    assert len(losses) == 3
-    assert keys[:3] == [(4, 0, 0), (4, 0, 1), (4, 0, 2)]  # batch size, seed, epoch
-
-
-def test_resume_refuses_what_it_cannot_continue(tiny, patch):
-    """Another flag, base, data or process must be refused by name."""
-    copy, flags = Path(shutil.copytree(tiny, "copy")), "--max-steps 1 --resume"
-    refused("no whole checkpoint to continue from", run, copy, flags)
-    run(copy, "--max-steps 1")
-    refused("has checkpoints: add --resume", run, copy)
-    refused("--lr .*was 0.01, is 0.02", run, copy, flags, "--lr 0.02")
-    model = load(copy)[0]
-    model.model.norm.weight.data += 1
-    model.save_pretrained(copy / "base")
-    refused("base of this run was ", run, copy, flags)
-    shutil.copy(copy / "test.jsonl", copy / "train.jsonl")
-    refused("data of this run was ", run, copy, flags)
-    for key in ("--seed", "step"):  # rank 0 has another seed, or checkpoint
-        patch(train_math, gather=lambda value: [value | {key: 7}])
-        refused(f"{key} of this run was 7, is 0", run, tiny, "--run-name other")
-
-
-def test_a_full_disk_leaves_no_partial_checkpoint(tiny):
-    """It must be an OSError, and --resume go on."""
-    resource = pytest.importorskip("resource")
-    last = run(tiny, "--save-every 1")
-    size = (last / "trainer_state.pt").stat().st_size
-    shutil.rmtree(last)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, limits[1]))
-    try:
-        refused("File too large", run, tiny, "--save-every 1 --resume", error=OSError)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not last.exists() and run(tiny, "--save-every 1 --resume") == last
-
-
-@cases("signum", [signal.SIGTERM, signal.SIGINT])
-def test_interrupting_saves_and_says_how_to_go_on(signum, tiny, patch, capsys):
-    """The step must be finished and saved, the exit code be the signal's."""
-    def interrupt(step, *rest):
-        if step == 1:
-            signal.raise_signal(signum)
-            assert signal.getsignal(signum) == before[signum]  # a second one ends it
-        return learning_rate_at(step, *rest)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    patch(train_math, learning_rate_at=interrupt)
-    refused(f"^{128 + signum}$", run, tiny, "--max-steps 4", error=SystemExit)
-    assert "--resume goes on from checkpoints/run/step_000002" in capsys.readouterr().out
-    assert newest_state(Path("checkpoints/run"))[1]["step"] == len(metrics()) == 2
-    assert all(signal.getsignal(number) == handler for number, handler in before.items())
-
-
-def test_two_states_stay_whatever_lies_damaged_later():
-    """Only then can a resumed run be resumed once more."""
-    Path("step_000009").mkdir()
-    model = injected(llama)
-    for step in (1, 2, 3):
-        train_math.save_checkpoint(Path(f"step_00000{step}"), model, None, {})
-    states = [(folder / "trainer_state.pt").exists() for folder in checkpoints(".")]
-    assert states == [False, True, True, False]
-
-
-# --- train_math.py: command lines ---
-
-@cases("flags, message", [
-    ("--vram 4", "got: cpu"), ("--max-length 4", "4 leaves none of 64 rows"),
-    ("--targets q_porj", "'q_porj' matches no")])
-def test_wrong_input_is_one_line(flags, message, tiny):
-    """It must be named before anything is written."""
-    refused(message, run, tiny, flags)
-    assert not os.listdir()
 
 
 # --- train_sst2.py ---

@@ -1,18 +1,28 @@
-"""LoRA fine-tuning of TinyLlama-1.1B on MetaMathQA, planned for one 4 GB card.
+"""LoRA fine-tuning of TinyLlama-1.1B on MetaMathQA, sized for one 4 GB card.
 
     python train_math.py                                           # 10,000 problems, 3 epochs, r=8
     python train_math.py --demo                                    # about a minute, no download
     python train_math.py --model DIR --data train.jsonl --r 16     # your own model and data
+    python train_math.py --adapter DIR --data more.jsonl           # go on from an adapter
+    python train_math.py --run-name X --resume                     # after Ctrl-C or a kill
     python eval_gsm8k.py --adapter checkpoints/lora-r8-MetaMathQA  # score every checkpoint
     torchrun --nproc-per-node 2 -- train_math.py                   # the same run on two GPUs
 
-Written: checkpoints/RUN/step_000500/ (adapter in PEFT's format, trainer's state) and runs/RUN/
-(metrics.jsonl with a line per step, TensorBoard events, loss.png). Start reading at train().
+Data: rows of query/response, question/answer, prompt/completion, instruction (+ input or context)
+and output or response, or messages, as .jsonl, .json, .parquet, .csv or a data set of the Hub.
+
+Written: checkpoints/RUN/step_000375/ (an adapter in PEFT's format), state_000375.pt (optimizer) and
+run.json (flags) beside it, and runs/RUN/ (metrics.jsonl with a line per step, TensorBoard events,
+loss.png). Start reading at train().
 """
+import argparse
+import csv
+import gc
 import hashlib
 import io
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -20,7 +30,7 @@ import signal
 import sys
 import time
 import warnings
-from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
+from collections import namedtuple
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,79 +38,294 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-import eval_gsm8k
-from eval_gsm8k import (BASE_MODEL, RANK, WORLD, Parser, check_ids, checkpoints, encode_prompt,
-                        first_line, format_prompt, gather, join_processes, load_model, number,
-                        peak_memory, pick_device, pick_dtype, read_rows, run_script)
-from lora import LoRAConfig, count_parameters, inject_lora, load_adapter, save_adapter
+from lora import (LoRAConfig, count_parameters, inject_lora, load_adapter, lora_layers,
+                  quantize_nf4, save_adapter)
 
+# Huge pages for tensors (Linux), or training takes up to twice the memory.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+RANK = int(os.environ.get("RANK", 0))  # both from torchrun
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+BASE_MODEL = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 GiB = 2**30
 
 
-# --- command line ---
+# --- flags ---
+
+Parser = partial(argparse.ArgumentParser, usage=argparse.SUPPRESS,  # so that an error is one line
+                 formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite int or float in [low, high]."""
+    def parse(text):
+        value = kind(text)
+        if low <= value <= high and value < math.inf:
+            return value
+        raise ValueError
+
+    parse.__name__ = f"{kind.__name__} from {low:g} to {high:g}"
+    return parse
+
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    add, count = parser.add_argument, number(int, 1)
-    add("--model", default=BASE_MODEL, help="Hub id or folder of the base model")
-    add("--data", default="meta-math/MetaMathQA", help="Hub id, or .jsonl/.json/.parquet/.csv")
-    add("--nb-samples", type=count, default=10000, help="train on the first N rows")
-    add("--epochs", type=count, default=3)
-    add("--max-steps", type=count, help="stop after N steps, the schedule ending there")
-    add("--r", type=int, default=8, help="rank (Sec. 4.1)")
-    add("--alpha", type=float, default=16.0, help="the update is scaled by alpha / r")
-    add("--dropout", type=float, default=0.05, help="on the adapter's input")
-    add("--targets", nargs="+", default=["q_proj", "v_proj"], help="name endings, or all-linear")
-    add("--rslora", action="store_true", help="scale by alpha / sqrt(r)")
-    add("--lr", type=number(float, 1e-12, 1), default=3e-4, help="at the peak")
-    add("--warmup-steps", type=number(int, 0), default=100, help="at most a tenth of all steps")
-    add("--weight-decay", type=number(float, 0, 1), default=0.0)
-    add("--clip", type=number(float, 1e-6), default=1.0, help="largest gradient norm")
-    add("--batch-size", type=count, default=1, help="rows per micro-batch")
-    add("--grad-accum", type=count, default=8, help="micro-batches per step")
-    add("--max-length", type=number(int, 2), default=512, help="longer rows are dropped")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    add("--nf4", action="store_true", help="hold the base's linear layers in 4 bits (QLoRA)")
-    add("--checkpoint-activations", action=BooleanOptionalAction, help="default: as the plan says")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--vram", type=number(float, 0.6), help="act as a card of N GiB; CUDA takes 0.5")
-    add("--run-name", help="default: lora-r{r}-{data}")
-    add("--save-every", type=count, default=500, help="steps between checkpoints")
-    add("--resume", action="store_true", help="continue from the newest whole checkpoint")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="order of the data, A, dropout")
-    add("--demo", action="store_true", help="train and score a tiny model; takes --seed alone")
+    """Return the flags; args.given holds those of the command line alone, without defaults."""
+    parser, count = Parser(description=__doc__), number(int, 1)
+
+    def add(flag, default=None, help="", **options):
+        if default not in (None, False):
+            help += f" (default: {' '.join(default) if isinstance(default, list) else default})"
+        parser.add_argument(flag, default=default, help=help, **options)
+
+    add("--model", BASE_MODEL, "Hub id or folder of the base model")
+    add("--data", "meta-math/MetaMathQA", "Hub id, or .jsonl/.json/.parquet/.csv")
+    add("--chat", False, "prompts by the tokenizer's chat template", action="store_true")
+    add("--nb-samples", 10000, "train on the first N rows", type=count)
+    add("--val-samples", None, "hold out the N rows behind them, or the last ones (default: "
+        "200 or a tenth, whichever is less; 0 for none)", type=number(int, 0))
+    add("--epochs", 3, type=count)
+    add("--max-steps", None, "stop after N steps; the learning rate ends there too", type=count)
+    add("--adapter", None, "start from this adapter; it sets the five flags below", metavar="DIR")
+    add("--r", 8, "rank (Sec. 4.1)", type=int)
+    add("--alpha", 16.0, "the update is scaled by alpha / r", type=float)
+    add("--dropout", 0.05, "on the adapter's input", type=float)
+    add("--targets", ["q_proj", "v_proj"], "name endings, or all-linear", nargs="+")
+    add("--rslora", False, "scale by alpha / sqrt(r)", action="store_true")
+    add("--lr", 3e-4, "learning rate at the peak", type=number(float, 1e-12, 1))
+    add("--warmup-steps", 100, "at most a tenth of all steps", type=number(int, 0))
+    add("--weight-decay", 0.0, "of A and B", type=number(float, 0, 1))
+    add("--clip", 1.0, "largest gradient norm", type=number(float, 1e-6))
+    add("--batch-size", 1, "rows per micro-batch", type=count)
+    add("--grad-accum", 8, "micro-batches per step", type=count)
+    add("--max-length", 512, "tokens; longer rows are left out", type=number(int, 2))
+    add("--dtype", "auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--nf4", False, "hold the base's linear layers in 4 bits (QLoRA)", action="store_true")
+    add("--checkpoint-activations", None, "keep only each block's input, and recompute the rest in "
+        "backward (default: where memory runs out)", action=argparse.BooleanOptionalAction)
+    add("--device", "auto", "auto, cpu, cuda, cuda:1, mps")
+    add("--vram", None, "cap CUDA memory at N GiB, 0.5 of it for CUDA itself",
+        type=number(float, 0.6))
+    add("--run-name", None, "default: lora-r{r}-{data}")
+    add("--save-every", None, "steps between checkpoints (default: a tenth of the run)", type=count)
+    add("--resume", False, "continue from the newest checkpoint", action="store_true")
+    add("--seed", 0, "order of the data, A, dropout", type=number(int, 0, 2**31))
+    add("--demo", False, "train and score a tiny model", action="store_true")
     args = parser.parse_args(argv)
+    blank = argparse.Namespace(**dict.fromkeys(vars(args)))
+    given = vars(parser.parse_args(argv, blank))
+    args.given = {key: value for key, value in given.items() if value is not None}
+    if args.demo and args.given.keys() - {"demo", "seed"}:
+        raise ValueError("--demo takes no flag but --seed")
     name = args.run_name or f"lora-r{args.r}-{Path(args.data).stem}"
     args.run_name = re.sub(r"^\.|[^\w.-]", "_", name)  # no / and no leading dot
     return args
 
 
-# --- data: token ids, batches of like length ---
+def adopt(args, saved, whose):
+    """Take over flags that were saved. Raises ValueError if one was given and differs."""
+    for key, value in saved.items():
+        given = args.given.get(key, value)
+        if given != value and key not in MAY_CHANGE_ON_RESUME:
+            raise ValueError(f"--{key.replace('_', '-')} is {given}, but {value} in {whose}: "
+                             "leave it out")
+        setattr(args, key, given)
+
+
+# --- prompt and data: from a file to token ids ---
+
+# A question is a text, or the turns of a chat before the answer. Rows with one `original` ask the
+# same: MetaMathQA rephrases its problems.
+Row = namedtuple("Row", "question answer number original")
+
+COLUMNS = (("query", "response"), ("question", "answer"), ("prompt", "completion"),
+           ("instruction", "output"), ("instruction", "response"))
+
+
+FILES = (".jsonl", ".json", ".parquet", ".csv")
+
+
+def format_prompt(question):
+    """Return the prompt of training and evaluation. The answer follows after a space."""
+    return f"Question: {question}\nAnswer:"
+
+
+def read_rows(data, split, nb_samples=None):
+    """Return the first nb_samples [(question, answer)] of a file, or of a split on the Hub."""
+    return [(row.question, row.answer) for row in read_table(data, split, nb_samples)]
+
+
+def read_table(data, split, limit=None, chat=False):
+    """Return the first `limit` Rows of a file, or of a split on the Hub.
+
+    `messages` give a Row for each turn of the assistant. With chat, other rows are turns too.
+    """
+    rows, empty = [], 0
+    with loading("--data", data):
+        table = open_table(data, split)
+        for place, row in enumerate(table, 1):
+            try:
+                for question, answer in examples_of(row, chat):
+                    if answer.strip():
+                        original = str(row.get("original_question") or row.get("messages")
+                                       or question)
+                        rows.append(Row(question, answer, place, original))
+                    else:
+                        empty += 1
+            except (ValueError, TypeError, AttributeError, KeyError) as error:
+                raise ValueError(f"row {place}: {error}") from None
+            if limit and len(rows) >= limit:
+                break
+        if not rows:
+            raise ValueError("no row has an answer")
+    print(f"{data}: {len(table):,} rows{f', {empty:,} without an answer left out' * (empty > 0)}")
+    return rows[:limit]
+
+
+def open_table(data, split):
+    """Return the rows, {column: value}, of a file or of a data set on the Hub."""
+    path = Path(data)
+    if not path.exists() and path.suffix not in FILES:
+        import datasets  # takes seconds
+        subset = "main" if data.endswith("gsm8k") else None  # GSM8K has two
+        return datasets.load_dataset(data, subset, split=split)
+    # Files are read as they stand: datasets would turn "2024-01-01" into a date.
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+        return parquet.read_table(path).to_pylist()
+    if path.suffix not in FILES:
+        raise ValueError(f"expected a file that ends in {', '.join(FILES)}")
+    rows = []
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            if path.suffix == ".csv":
+                rows.extend(csv.DictReader(file, strict=True))
+                return rows
+            text = file.read()
+            if text.lstrip().startswith("["):
+                return json.loads(text)
+            for line in filter(str.strip, text.split("\n")):
+                rows.append(json.loads(line))
+        except (csv.Error, json.JSONDecodeError) as error:
+            raise ValueError(f"row {len(rows) + 1}: {error}") from None
+    return rows
+
+
+def examples_of(row, chat):
+    """Yield the (question, answer) of a row. Raises ValueError for what is not understood."""
+    def text(value, name):
+        if not isinstance(value, str):
+            raise ValueError(f"{name} is {value!r:.60}, expected text")
+        value.encode("utf8")  # an error for half of a character
+        return value
+
+    if "messages" in row:
+        turns = [{"role": text(turn["role"], "role"), "content": text(turn["content"], "content")}
+                 for turn in row["messages"]]
+        for i, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                yield turns[:i], turn["content"]
+        return
+    names = next((pair for pair in COLUMNS if set(pair) <= set(row)), None)
+    if names is None or None in row:  # None: more fields than columns, in a .csv file
+        raise ValueError(f"it has {[*row]}, expected messages or one of "
+                         f"{', '.join(map('/'.join, COLUMNS))}")
+    question, answer = text(row[names[0]], names[0]), text(row[names[1]] or "", names[1])
+    for name in ("input", "context"):
+        if names[0] == "instruction" and row.get(name):
+            question += "\n" + text(row[name], name)
+    # GSM8K's <<48/2=24>> goes. Other text between << and >> may be code.
+    answer = re.sub(r"<<[-+*/().,%\d]+=[-+*/().,%\d]+>>", "", answer)
+
+    turns = [{"role": "user", "content": question}]
+    for asked, said in reversed(row.get("history") or []):
+        turns = [{"role": "user", "content": text(asked, "history")},
+                 {"role": "assistant", "content": text(said, "history")}, *turns]
+    if row.get("system"):
+        turns = [{"role": "system", "content": text(row["system"], "system")}, *turns]
+    if len(turns) > 1 and not chat:
+        raise ValueError("its system text or history needs --chat")
+    yield turns if chat else question, answer
+
+
+def hold_out(rows, nb_samples, val_samples):
+    """Return (training rows, held-out rows, how many were passed over).
+
+    The held-out rows are those behind nb_samples, in a shorter list the last ones. Passed over
+    are those that ask what a training row asks.
+    """
+    n = min(nb_samples, len(rows) - val_samples)
+    if n < 1:
+        raise ValueError(f"--val-samples {val_samples} leaves nothing to train on: there are "
+                         f"{len(rows)} rows")
+    asked, held_out, passed = {row.original for row in rows[:n]}, [], 0
+    for row in rows[n:]:
+        if len(held_out) == val_samples:
+            break
+        if row.original in asked:
+            passed += 1
+        else:
+            held_out.append(row)
+    return rows[:n], held_out, passed
+
+
+def encode_prompt(tokenizer, prompt):
+    """Return the token ids of a text, with the tokenizer's BOS and no EOS, or of a chat's turns."""
+    if isinstance(prompt, list):
+        return tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False).input_ids
+    ids = tokenizer(prompt, split_special_tokens=True).input_ids  # <s> in a text is three letters
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
+
+
+def chat_text(tokenizer, turns):
+    """Return the turns as the tokenizer's chat template writes them, ready for the next one."""
+    ask = turns[-1]["role"] != "assistant"
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+
+
+def encode_row(tokenizer, question, answer):
+    """Return (ids of the prompt, ids of prompt and answer with EOS)."""
+    if isinstance(question, list):  # the template brings its own BOS and EOS
+        turns = [*question, {"role": "assistant", "content": answer}]
+        for token in tokenizer.added_tokens_decoder.values():
+            if token.special and any(token.content in turn["content"] for turn in turns):
+                raise ValueError(f"a turn contains the special token {token.content}")
+        start, whole = chat_text(tokenizer, question), chat_text(tokenizer, turns)
+        if not whole.startswith(start):
+            raise ValueError("the chat template rewrites what stands before the answer")
+        prompt = encode_prompt(tokenizer, question)
+        rest, end = whole[len(start):], []
+        ids = tokenizer(whole, add_special_tokens=False).input_ids
+    else:
+        prompt, rest = format_prompt(question), f" {answer}"
+        ids, end = encode_prompt(tokenizer, prompt + rest), [tokenizer.eos_token_id]
+        prompt = encode_prompt(tokenizer, prompt)
+    if ids[:len(prompt)] != prompt:  # a token straddles prompt and answer: none will be generated
+        ids = prompt + tokenizer(rest, add_special_tokens=False).input_ids
+    return prompt, ids + end
+
 
 def encode(rows, tokenizer, max_length):
-    """Return [(token ids, how many of them are prompt)].
+    """Return [(token ids, how many of them are prompt)] of Rows, or of (question, answer) pairs.
 
-    Rows over max_length are dropped, not cut: without its EOS a row would teach not to stop.
+    Rows over max_length are left out, not cut: without its EOS a row would teach not to stop.
     """
     examples = []
-    for question, answer in rows:
-        text = format_prompt(question)
-        prompt = encode_prompt(tokenizer, text)
-        ids = encode_prompt(tokenizer, f"{text} {answer}")
-        if ids[:len(prompt)] != prompt:  # a token spans both: generation cannot produce it
-            ids = prompt + tokenizer(f" {answer}", add_special_tokens=False).input_ids
-        if len(ids) < max_length:
-            examples.append(([*ids, tokenizer.eos_token_id], len(prompt)))
-    if not examples:
-        raise ValueError(f"--max-length {max_length} leaves none of {len(rows)} rows")
+    for place, (question, answer, *more) in enumerate(rows, 1):
+        try:
+            prompt, ids = encode_row(tokenizer, question, answer)
+        except Exception as error:  # a chat template is a program, which may raise anything
+            row = more[0] if more else place
+            raise ValueError(f"--data: row {row}: {first_line(error)}") from None
+        if len(ids) <= max_length:
+            examples.append((ids, len(prompt)))
     return examples
 
 
@@ -119,10 +344,9 @@ def epoch_batches(examples, batch_size, seed, epoch):
         pool = sorted(order[start:start + size], key=length)
         batches += [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
     rng.shuffle(batches)
-    # The largest first: out-of-memory comes at once, not in the third hour.
-    largest = max(batches, key=lambda batch: len(batch) * max(map(length, batch)))
-    place = batches.index(largest)
-    batches[0], batches[place] = largest, batches[0]
+    # The largest first: the trial before step 0 and the bar's first estimate see the worst.
+    first = max(range(len(batches)), key=lambda i: len(batches[i]) * max(map(length, batches[i])))
+    batches[0], batches[first] = batches[first], batches[0]
     return batches
 
 
@@ -140,14 +364,95 @@ def collate(examples, device):
     return torch.tensor(padded, device=device), rows, columns
 
 
-# --- loss scaling, schedule ---
+def count_targets(examples):
+    return sum(len(ids) - prompt for ids, prompt in examples)
+
+
+# --- device and model ---
+
+def pick_device(name):
+    """Return the device. Under torchrun, "cuda" is this process's own GPU."""
+    if name == "auto":
+        name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    if WORLD > 1 and name.startswith("cuda"):  # "cuda" alone would also take memory on GPU 0
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch's ways to say no
+        raise ValueError(f"--device {name}: {first_line(error)}") from None
+
+
+def cap_memory(device, vram):
+    """Let CUDA's allocator fail at --vram, or at what is free, where Windows would swap."""
+    if device.type != "cuda":
+        if vram:
+            raise ValueError(f"--vram {vram:g} needs a CUDA device, and this is {device}")
+        return
+    free, total = torch.cuda.mem_get_info(device)
+    limit = min(free, (vram - 0.5) * GiB) if vram else free
+    torch.cuda.set_per_process_memory_fraction(min(1, limit / total), device)
+
+
+def pick_dtype(name, device):
+    """Return (dtype, the reason for it)."""
+    slow = device.type == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16")
+    if slow and name.endswith("16"):
+        warnings.warn(f"--dtype {name} is slower than float32 on this CPU")
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if slow or device.type == "mps":
+        return torch.float32, "half precision is slow or untested here"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
+        return torch.float16, "this GPU has no bfloat16"
+    return torch.bfloat16, "native here"
+
+
+def load_model(name, dtype, device, nf4=False):
+    """Return (causal language model in eval mode, tokenizer)."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    with loading("--model", name):
+        if Path(name, "adapter_config.json").exists():  # transformers would put it on, unasked
+            raise ValueError("this folder holds an adapter: give its base as --model, and the "
+                             "folder as --adapter")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        # dtype= always: transformers 5 otherwise takes the checkpoint's
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, output_loading_info=True)
+        missing = sorted(info["missing_keys"])[:3]  # they would be random
+        if missing or tokenizer.eos_token_id is None:
+            raise ValueError(f"{missing or 'an EOS token'} is missing")
+    if nf4:  # on the CPU: the device never holds the layers dense
+        quantize_nf4(model)
+        for parameter in model.parameters():  # views of the mapped file, which keep all of it
+            parameter.data = parameter.data.clone()
+    return model.to(device).eval(), tokenizer
+
+
+def check_ids(model, encoded, more=0):
+    """Refuse ids without an embedding, and rows that, with `more` tokens, exceed the context."""
+    longest, largest = max(map(len, encoded)) + more, max(map(max, encoded))
+    positions = getattr(model.config, "max_position_embeddings", None) or longest
+    embeddings = len(model.get_input_embeddings().weight)
+    if longest > positions or largest >= embeddings:
+        raise ValueError(f"{longest} tokens, ids up to {largest}: the model has {embeddings} "
+                         f"embeddings and {positions} positions; lower --max-length, "
+                         "--max-new-tokens or --shots")
+
+
+# --- precision, schedule ---
+#
+# The base's weights and activations are in --dtype; A, B, their gradients and AdamW's moments are
+# in float32, and so is the loss. float16 has 5 bits of exponent: gradients on their way down to A
+# and B would vanish below 6e-8, so the loss is scaled up first, and the gradients down afterwards.
+# bfloat16 has float32's 8 bits of exponent, and needs no scaling. It has fewer digits, which is why
+# what sums up small steps, A and B, is not held in it.
 
 class LossScaler:
-    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740, Sec. 3.2).
+    """Dynamic loss scaling for float16 (Micikevicius et al. 2018, arXiv:1710.03740, Sec. 3.2).
 
-    Gradients below 6e-8 vanish in fp16: the loss is multiplied by `scale`, and the adapter's fp32
-    gradients are divided by it. If one is not finite, the step is skipped and the scale halves;
-    after `interval` good steps in a row it doubles. In bf16 and fp32 it is 1.
+    The loss is multiplied by `scale`, and the gradients are divided by it. If one is not finite,
+    the step is skipped and the scale halves; after `interval` good steps in a row it doubles.
     """
 
     def __init__(self, enabled, scale=2.0**16, interval=2000):
@@ -159,7 +464,7 @@ class LossScaler:
     def unscale(self, parameters):
         for parameter in parameters:
             if parameter.grad is not None:
-                parameter.grad.mul_(1 / self.scale)  # in fp32: nothing underflows here
+                parameter.grad.mul_(1 / self.scale)  # in float32: nothing underflows here
 
     def update(self, finite):
         self.skipped += not finite
@@ -179,7 +484,44 @@ def learning_rate_at(step, steps, warmup, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-# --- the loss: attention, logits in chunks ---
+# --- the loss ---
+
+LOGITS_AT_ONCE = 2**22  # 131 positions of a 32,000-word vocabulary, whatever the batch
+
+
+def batch_loss(model, batch):
+    """Return the loss summed over the targets, in float32.
+
+    Logits exist at the targets alone, and a chunk at a time: backward computes them again.
+    """
+    ids, rows, columns = batch
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = hidden[rows, columns - 1]  # (batch, longest, width) -> (targets, width)
+    head = model.get_output_embeddings()
+    size = LOGITS_AT_ONCE // len(head.weight)
+
+    def chunk_loss(h, targets):
+        logits = head(h.to(head.weight.dtype)).float()  # (chunk, width) -> (chunk, vocabulary)
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+    return sum(checkpoint(chunk_loss, h, targets, use_reentrant=False)
+               for h, targets in zip(hidden.split(size), ids[rows, columns].split(size)))
+
+
+@torch.no_grad()
+def validation_loss(model, examples, batch_size):
+    """Return the loss per target of held-out examples, in nats, without dropout."""
+    model.eval()
+    examples = sorted(examples, key=length)
+    batches = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
+    losses = {i: float(batch_loss(model, collate(batches[i], model.device)))
+              for i in range(RANK, len(batches), WORLD)}
+    for others in gather(losses):
+        losses |= others
+    model.train()
+    # In the order of the batches: one process and several get the same sum, to the bit.
+    return sum(losses[i] for i in range(len(batches))) / count_targets(examples)
+
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
     """Return (softmax(scaling Q K^T + causal bias) V, None): (b, n, h, c), and no weights.
@@ -221,64 +563,59 @@ def use_attention(model):
     model.set_attn_implementation("lora_training")
 
 
-CHUNK = 2**22  # logits at once: 131 positions of a 32,000-word vocabulary, whatever the batch
-
-
-def backward_loss(model, batch, weight=1.0):
-    """Add the gradients of weight * loss; return the loss: a sum over the targets, in fp32.
-
-    Logits exist only at targets, a chunk at a time: each chunk goes forward and backward through
-    the output head, down to its hidden states. Their gradient then goes through the blocks at once.
-    """
-    ids, rows, columns = batch
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    hidden = hidden[rows, columns - 1]  # (batch, longest, width) -> (targets, width)
-    targets = ids[rows, columns]
-    head = model.get_output_embeddings()
-    size = CHUNK // len(head.weight)
-    total, gradients = 0.0, []
-    for h, t in zip(hidden.detach().split(size), targets.split(size)):
-        h.requires_grad_()
-        logits = head(h.to(head.weight.dtype)).float()  # (chunk, width) -> (chunk, vocabulary)
-        loss = F.cross_entropy(logits, t, reduction="sum")
-        (loss * weight).backward()
-        gradients.append(h.grad)
-        total = total + loss.detach()
-    if hidden.requires_grad:  # not where only the head is adapted
-        hidden.backward(torch.cat(gradients))
-    return total
-
-
-@torch.no_grad()
-def check_head(model, ids):
-    """Raise ValueError unless the loss above sees this model's logits.
-
-    Then set the attention above, unless that changes them. ids: the longest row, so that sliding
-    windows take effect.
-    """
+def last_logits(model, ids):
+    """Return what batch_loss takes for the logits, at the last 16 positions, in float32."""
     ids = torch.tensor([ids], device=model.device)
-    own = model(input_ids=ids, use_cache=False).logits[:, -16:].float()
     head = model.get_output_embeddings()
-    fp32 = model.dtype == torch.float32
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -16:]
+        return head(hidden.to(head.weight.dtype)).float()
 
-    def agrees(tolerance):
-        try:
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -16:]
-        except (AttributeError, NotImplementedError):  # no hidden states; a cap or sinks
-            return False
-        logits = head(hidden.to(head.weight.dtype)).float()
-        return bool((logits - own).norm() <= tolerance * own.norm())  # False for NaN
 
-    if not agrees(1e-5 if fp32 else 0.01):  # the rounding of one product
+def agree(logits, others, tolerance):
+    return bool((logits - others).norm() <= tolerance * others.norm())  # False for NaN
+
+
+def check_head(model, ids):
+    """Raise ValueError unless batch_loss sees this model's logits, and none sees a later token.
+
+    ids: the longest row, so that sliding windows take effect.
+    """
+    rounding = 1e-5 if model.dtype == torch.float32 else 0.01  # of one product
+    try:
+        with torch.no_grad():
+            inputs = torch.tensor([ids], device=model.device)
+            own = model(input_ids=inputs, use_cache=False).logits[:, -16:].float()
+        seen = last_logits(model, ids)
+        changed = last_logits(model, [*ids[:-1], (ids[-1] + 1) % len(model.get_input_embeddings().weight)])
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{type(model).__name__} is not supported here: {first_line(error)}"
+                         ) from None
+    if not agree(seen, own, rounding):
         raise ValueError(f"{type(model).__name__} scales or caps its logits or shows no hidden "
                          f"states (not supported here), or overflows in {model.dtype}")
-    before = model.config._attn_implementation
-    use_attention(model)
-    if not agrees(1e-4 if fp32 else 0.05):  # of all blocks: 0.01 in bf16 over 30 of them
-        model.set_attn_implementation(before)
+    if not agree(changed[:, :-1], seen[:, :-1], max(1e-4, rounding)):
+        raise ValueError(f"{type(model).__name__} is not causal: its logits see later tokens")
 
 
-# --- memory: recomputation, the plan ---
+def try_attention(model, ids):
+    """Set the attention above, unless it would change the model's logits."""
+    own, logits = model.config._attn_implementation, last_logits(model, ids)
+    rounding = 1e-4 if model.dtype == torch.float32 else 0.05  # of all blocks: 0.01 over 30
+    try:
+        use_attention(model)
+        same = agree(last_logits(model, ids), logits, rounding)
+    except Exception as error:  # a mask of another kind, a cap, sinks
+        if is_out_of_memory(error):
+            raise
+        same = False
+    if not same:
+        model.set_attn_implementation(own)
+
+
+# --- memory ---
 
 def blocks(model):
     """Return the transformer blocks: the model's module list with most weights."""
@@ -286,126 +623,167 @@ def blocks(model):
     return max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))
 
 
-def checkpoint_blocks(model):
-    """Keep each block's input alone, and run the block again in backward (arXiv:1604.06174)."""
+def recompute_blocks(model):
+    """Keep only each block's input, and run the block again in backward (arXiv:1604.06174)."""
     for block in blocks(model):  # with use_reentrant=True nothing trains behind frozen embeddings
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def kept_by_block(model, length):
-    """Return bytes of (a block's input, all that it keeps for backward) for a row of `length`."""
-    block, calls, kept = blocks(model)[0], [], {}
-    hook = block.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
-    ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
-    with torch.no_grad():
-        model.base_model(input_ids=ids, use_cache=False)
-    hook.remove()
-    hidden, *shared = [x for x in tree_leaves(calls[0]) if isinstance(x, torch.Tensor)]
+def fits(model, batch, room):
+    """Run a batch forward and backward beside `room` bytes; return False if memory runs out.
 
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    args, kwargs = calls[0]
-    hidden.requires_grad_()
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        block.forward(*args, **kwargs)
-    for tensor in [*shared, *model.parameters()]:  # shared by all blocks, such as the mask
-        kept.pop(tensor.untyped_storage().data_ptr(), None)
-    return hidden.nbytes, sum(kept.values())
+    Afterwards gradients are None and the RNG is as before, and nothing of a failure stays alive.
+    """
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+        try:
+            taken = torch.empty(room, dtype=torch.uint8, device=model.device)
+            batch_loss(model, batch).backward()
+            return taken.numel() == room
+        except torch.OutOfMemoryError:  # without `as error`: its traceback holds the activations
+            return False
+        finally:
+            model.zero_grad(set_to_none=True)
 
 
-def plan_memory(model, args, longest):
-    """Make the blocks recompute if flags or plan say so; print and return the planned GiB."""
-    n = len(blocks(model))
-    free = free_memory(model.device)
-    # All blocks count as the first: too low where later ones are larger (experts).
-    block_input, kept = (args.batch_size * size for size in kept_by_block(model, longest))
-    plan = {"gradients and AdamW's moments": 12 * count_parameters(model)[0],  # three in fp32
-            "activations": n * kept,
-            # A chunk's logits at 20 bytes each, or half of what a block keeps.
-            "other gradients": max(20 * CHUNK, kept // 2)}
-    need = sum(plan.values())
-    recompute = args.checkpoint_activations
-    mps = model.device.type == "mps"  # torch would recompute with other dropout masks there
-    if recompute and mps:
-        raise ValueError("--checkpoint-activations cannot be used on mps")
-    if recompute is None:
-        recompute = 1.25 * need > free and not mps
+def make_it_fit(model, batch, recompute):
+    """Try the largest batch; if memory runs out and recompute is None, recompute and try again.
+
+    Return whether blocks are recomputed. Raises ValueError if it does not fit.
+    """
+    moments = 8 * count_parameters(model)[0]  # AdamW's two, in float32
     if recompute:
-        checkpoint_blocks(model)
-        plan["activations"] = (n - 1) * block_input + kept
-    plan["weights"] = model.get_memory_footprint()
-    if model.device.type != "cuda":
-        process = read_number("/proc/self/status", "VmRSS:", 1024)
-        plan["Python and libraries"] = max(0, process - plan["weights"])
-    total = sum(plan.values()) / GiB
-    print("memory plan, GiB:")
-    for what, size in plan.items():
-        print(f"{size / GiB:9.3f} {what}")
-    print(f"{total:9.3f} in all, with activations {'recomputed' if recompute else 'kept'}: keeping "
-          f"takes {need / GiB:.2f} beside the weights, of {free / GiB:.2f} free", flush=True)
-    return total
+        recompute_blocks(model)
+    if fits(model, batch, moments):
+        return bool(recompute)
+    gc.collect()
+    if recompute is None:
+        recompute_blocks(model)
+        if fits(model, batch, moments):
+            return True
+    raise ValueError("out of memory in the largest batch: try --nf4, --dtype float16, a smaller "
+                     "--batch-size or --max-length, --checkpoint-activations")
 
 
-def free_memory(device):
-    """Return the bytes that can still be allocated, or 0 if that is unknown."""
+def settle_memory(model, batch, recompute):
+    """Decide whether blocks are recomputed, and print what a step takes."""
+    device, (rows, longest) = model.device, batch[0].shape
+    if device.type != "cuda":  # nothing fails there in time to choose
+        if recompute and device.type == "mps":  # torch would draw other dropout masks
+            raise ValueError("--checkpoint-activations cannot be used on mps")
+        if recompute:
+            recompute_blocks(model)
+        print("activations are recomputed" if recompute else
+              "activations are kept: --checkpoint-activations takes less memory, and longer",
+              flush=True)
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    recompute = make_it_fit(model, batch, recompute)
+    peak = torch.cuda.max_memory_allocated(device)
+    adapter = 16 * count_parameters(model)[0]
+    weights = model.get_memory_footprint() - adapter // 4
+    print(f"memory, measured on the largest batch of {rows} x {longest} tokens, GiB:\n"
+          f"{weights / GiB:9.3f} weights\n"
+          f"{adapter / GiB:9.3f} adapter, gradients, AdamW's moments\n"
+          f"{(peak - weights - adapter) / GiB:9.3f} activations, "
+          f"{'recomputed' if recompute else 'kept'}\n{peak / GiB:9.3f} peak", flush=True)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device):
+    """Return the peak bytes of CUDA's allocator, or of the process; 0 on Windows."""
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)  # --vram
-        within = min(free + torch.cuda.memory_reserved(device), limit)
-        return within - torch.cuda.memory_allocated(device)
-    free = read_number("/proc/meminfo", "MemAvailable:", 1024)
-    limit = read_number("/sys/fs/cgroup/memory.max")  # of a container
-    used = read_number("/proc/self/status", "VmRSS:", 1024)
-    return min(free, limit - used) if limit else free
-
-
-def read_number(path, name="", unit=1):
-    """Return a number that Linux tells in a file, 0 if there is none."""
-    match = re.search(rf"{name}\s*(\d+)", Path(path).read_text()) if Path(path).exists() else None
-    return unit * int(match[1]) if match else 0
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # --- checkpoints ---
+#
+# A resumed run repeats the interrupted one to the bit. The batches follow from --seed and the
+# epoch, and dropout from --seed and the number of the micro-batch, so no random state is saved.
+# What is left is A and B, AdamW's moments, the loss scale and the step, written in full before a
+# rename makes them visible. run.json says what must be the same: flags, rows, base.
 
-MAY_CHANGE_ON_RESUME = {"device", "vram", "save_every", "resume", "checkpoint_activations"}
+MAY_CHANGE_ON_RESUME = {"model", "data", "device", "vram", "save_every", "resume", "run_name",
+                        "checkpoint_activations"}  # the contents of model and data are compared
 
 
-def save_checkpoint(folder, model, config, state):
-    """Write adapter and trainer_state.pt to FOLDER.part, then rename: never a partial checkpoint.
+def checkpoints(run):
+    """Return a run's checkpoints, sorted as numbers: 999,999 before 1,000,000."""
+    steps = [path for path in Path(run).glob("step_*") if path.name[5:].isdecimal()]
+    return sorted(steps, key=lambda path: int(path.name[5:]))
+
+
+def state_of(folder):
+    """Return the file of the training state that belongs to a checkpoint."""
+    return folder.with_name(f"state_{folder.name[5:]}.pt")
+
+
+def save_checkpoint(folder, model, state, metadata):
+    """Write the adapter to a folder and the training state beside it: never a part of one.
 
     Every adapter is kept, but the state, twice as large, for the newest two alone.
     """
-    part = folder.with_name(folder.name + ".part")
-    save_adapter(model, part)
-    content = io.BytesIO()  # to a file, torch.save would hide that a disk is full
-    torch.save(state, content)
-    (part / "trainer_state.pt").write_bytes(content.getvalue())
+    part, state_part = folder.with_name(folder.name + ".part"), Path(f"{state_of(folder)}.part")
+    save_adapter(model, part, metadata)
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one, after --resume
     part.rename(folder)
+    content = io.BytesIO()  # to a file, torch.save would hide that a disk is full
+    torch.save(state, content)
+    state_part.write_bytes(content.getvalue())
+    state_part.replace(state_of(folder))
     steps = checkpoints(folder.parent)
     for old in steps[:steps.index(folder)][:-1]:  # not the one before
-        (old / "trainer_state.pt").unlink(missing_ok=True)
+        state_of(old).unlink(missing_ok=True)
 
 
-def newest_state(folder):
-    """Return (folder, trainer state) of the newest checkpoint that can be read."""
-    for path in reversed(checkpoints(folder)):
+def newest_state(run):
+    """Return (folder, training state) of the newest checkpoint that can be read."""
+    for path in reversed(checkpoints(run)):
         try:
             load_file(path / "adapter_model.safetensors")
             json.loads((path / "adapter_config.json").read_bytes())
-            return path, torch.load(path / "trainer_state.pt", "cpu", weights_only=True)
+            return path, torch.load(state_of(path), "cpu", weights_only=True)
         except Exception as error:  # damaged, or an older one without its state
-            warnings.warn(f"{path} is passed over ({first_line(error)})")
-    raise ValueError(f"--resume: {folder} has no whole checkpoint to continue from")
+            warnings.warn(f"skipping damaged checkpoint {path} ({first_line(error)})")
+    raise ValueError(f"--resume: {run} has no whole checkpoint to continue from")
+
+
+def hash_of(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
+def begin_run(run, args, examples, model):
+    """Write run.json, or compare it on --resume. Raises ValueError if rows or base differ."""
+    # Of the base, 64 weights of each tensor.
+    sample = [tensor.flatten()[:64].tolist() for tensor in [*model.parameters(), *model.buffers()]]
+    hashes = {"data": hash_of(examples), "base": hash_of(sample)}
+    began = gather(hashes)[0]  # every process must have what rank 0 has
+    path = run / "run.json"
+    if args.resume:
+        began = json.loads(path.read_text())
+    for name, value in hashes.items():
+        if began[name] != value:
+            flag = {"data": "data", "base": "model"}[name]
+            raise ValueError(f"--{flag} {getattr(args, flag)}: not the {name} that this run began "
+                             "with. Restore it, or begin another run with --run-name")
+    if RANK == 0 and not args.resume:
+        flags = {key: value for key, value in vars(args).items() if key not in ("given", "demo")}
+        versions = {library.__name__: library.__version__ for library in (torch, transformers)}
+        run.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").write_text(
+            json.dumps({"flags": flags, **hashes, "versions": versions}, indent=2))
+        path.with_suffix(".part").replace(path)
 
 
 # --- training ---
 
-def train(model, examples, args, config=None, state=None):
-    """Train what requires grad, from a state if given; with a config, save checkpoints."""
-    state = state or {"step": 0}
+def train(model, examples, args, held_out=(), state=None, metadata=None):
+    """Train what requires grad, from a state if given; with metadata, save checkpoints."""
     names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad])
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     scaler = LossScaler(enabled=model.dtype == torch.float16)
@@ -413,14 +791,16 @@ def train(model, examples, args, config=None, state=None):
     for epoch in range(args.epochs):
         batches += epoch_batches(examples, args.batch_size, args.seed, epoch)
     steps = min(math.ceil(len(batches) / args.grad_accum), args.max_steps or math.inf)
-    step = state["step"]
-    if step:
+    tenths = {round(steps * tenth / 10) for tenth in range(1, 11)}
+    begun = step = state["step"] if state else 0
+    if state:
         optimizer.load_state_dict(state["optimizer"])
         vars(scaler).update(state["scaler"])
-    stop = False
-    log = open_log(Path("runs", args.run_name, "metrics.jsonl"), step)
+    stop, log = False, open_log(Path("runs", args.run_name, "metrics.jsonl"), step)
     with (catch_signals() as caught,
           tqdm(total=steps, initial=step, unit="step", disable=RANK > 0 or None) as bar):
+        if held_out and step == 0:
+            log({"step": 0, "val_loss": validation_loss(model, held_out, args.batch_size)})
         while step < steps and not stop:
             start = time.perf_counter()
 
@@ -432,19 +812,19 @@ def train(model, examples, args, config=None, state=None):
             #    targets of the whole window, so 8 x 1 or 1 x 8 of the same rows give one gradient.
             first = step * args.grad_accum
             window = batches[first:first + args.grad_accum]
-            targets = sum(len(ids) - prompt for batch in window for ids, prompt in batch)
-            loss = 0.0
+            targets = sum(map(count_targets, window))
+            total = 0.0
             for n in range(RANK, len(window), WORLD):
-                # Dropout follows from seed and micro-batch. A CPU's generator takes 32 bits.
-                torch.manual_seed(random.Random(f"{args.seed} {first + n}").getrandbits(32))
-                batch = collate(window[n], model.device)
-                loss += backward_loss(model, batch, scaler.scale / targets)
-            loss, stop = sum_over_processes(parameters, float(loss) / targets, bool(caught))
+                seed_dropout(args.seed, first + n)
+                loss = batch_loss(model, collate(window[n], model.device))
+                (loss * (scaler.scale / targets)).backward()
+                total += loss.detach()
+            loss, stop = sum_over_processes(parameters, float(total) / targets, bool(caught))
             idle = [name for name, p in zip(names, parameters) if p.grad is None]
-            if idle and step == state["step"]:  # what the text does not reach: a vision tower
+            if idle and step == begun:  # what the text does not reach: a vision tower
                 bar.write(f"{len(idle)} weights had no gradient, such as {idle[0]}")
 
-            # 3. Unscale and clip, in fp32.
+            # 3. Unscale and clip, in float32.
             scaler.unscale(parameters)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
 
@@ -459,28 +839,37 @@ def train(model, examples, args, config=None, state=None):
                 raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}: try a lower "
                                  "--lr, or --dtype float32, and another --run-name")
 
-            # 5. Log and save.
+            # 5. Log, validate and save.
             tokens = sum(len(ids) for batch in window for ids, _ in batch)
             speed = tokens / (time.perf_counter() - start)
-            peak = peak_memory(model.device) / GiB
-            log({"step": step, "loss": loss, "lr": lr, "grad_norm": norm,
-                 "loss_scale": scaler.scale, "tokens": tokens, "tokens_per_s": speed,
-                 "peak_memory_gb": peak, "skipped": not finite})
+            line = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm,
+                    "loss_scale": scaler.scale, "tokens": tokens, "tokens_per_s": speed,
+                    "peak_memory_gib": peak_memory(model.device) / GiB, "skipped": not finite}
+            if held_out and step in tenths:
+                line["val_loss"] = validation_loss(model, held_out, args.batch_size)
+            log(line)
             bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}  lr {lr:.1e}  {speed:.0f} tok/s  {peak:.2f} GiB")
-            if step % max(1, steps // 10) == 0:
-                bar.write(f"step {step:5d}/{steps}  {bar.postfix}")
-            if config and (step % args.save_every == 0 or step == steps or stop):
+            bar.set_postfix_str(f"loss {loss:.3f}  lr {lr:.1e}  {speed:.0f} tok/s")
+            if step in tenths:
+                val = f"  held-out loss {line['val_loss']:.3f}" if held_out else ""
+                bar.write(f"step {step:5d}/{steps}  {bar.postfix}{val}")
+            due = step % args.save_every == 0 if args.save_every else step in tenths
+            if metadata and (due or step == steps or stop):
                 folder = Path("checkpoints", args.run_name, f"step_{step:06d}")
                 if RANK == 0:
-                    save_checkpoint(folder, model, config, {
-                        **state, "step": step, "scaler": vars(scaler),
-                        "optimizer": optimizer.state_dict()})
+                    save_checkpoint(folder, model, {
+                        "step": step, "scaler": vars(scaler),
+                        "optimizer": optimizer.state_dict()}, metadata)
     gather(None)  # rank 0 may still be saving, and torchrun ends all when one exits
     if stop and step < steps:
-        if config:
-            print(f"stopped: the same command with --resume goes on from {folder}")
+        if metadata:
+            print(f"stopped: --run-name {args.run_name} --resume goes on from {folder}")
         sys.exit(128 + (caught or [signal.SIGTERM])[0])  # 130 for Ctrl-C, 143 for SIGTERM
+
+
+def seed_dropout(seed, micro_batch):
+    """Seed torch per micro-batch, so that a resumed run draws the same dropout masks."""
+    torch.manual_seed(random.Random(f"{seed} {micro_batch}").getrandbits(32))
 
 
 def sum_over_processes(parameters, loss, stop):
@@ -498,13 +887,24 @@ def sum_over_processes(parameters, loss, stop):
     return loss, stop
 
 
+def read_log(path):
+    """Return the lines of metrics.jsonl, up to one that a kill cut short."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
 def open_log(path, step):
-    """Return log(line): to TensorBoard and metrics.jsonl, cut back to its first `step` lines."""
+    """Return log(line): to TensorBoard and metrics.jsonl, which is cut back to its first steps."""
     if RANK > 0:
         return lambda line: None
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(lines[:step]))
+    kept = [line for line in read_log(path) if line["step"] <= step and step > 0]
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
     try:
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(path.parent, purge_step=step + 1)  # hides what it has of later steps
@@ -523,26 +923,40 @@ def open_log(path, step):
     return log
 
 
+def lowest(lines):
+    """Return (held-out loss, step) where it is lowest, or None."""
+    return min(((line["val_loss"], line["step"]) for line in lines
+                if line.get("val_loss") is not None), default=None)
+
+
 def plot_loss(path):
-    """Draw the losses of metrics.jsonl and their running mean, where matplotlib is installed."""
+    """Draw training and held-out loss of metrics.jsonl, where matplotlib is installed."""
     try:
         import pandas  # comes with datasets
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return
-    lines = map(json.loads, open(path))
-    losses = pandas.Series([line["loss"] for line in lines if not line["skipped"]], dtype=float)
-    axes = Figure().subplots()
-    axes.plot(losses, color="0.8")
-    axes.plot(losses.ewm(alpha=0.05).mean())
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per target)")
-    axes.figure.savefig(path.with_name("loss.png"))
+    table = pandas.DataFrame(read_log(path)).set_index("step")
+    axes = Figure(figsize=(7, 4), layout="constrained").subplots()
+    training = table.loss.dropna()
+    axes.plot(training, color="0.85")
+    axes.plot(training.ewm(alpha=0.1).mean(), color="C0", label="training, running mean")
+    if best := lowest(read_log(path)):
+        axes.plot(table.val_loss.dropna(), "o-", color="C1", label="held out")
+        axes.plot(best[1], best[0], "o", color="C3", label=f"lowest: {best[0]:.3f}, step {best[1]}")
+    axes.set(title=path.parent.name, xlabel="optimizer step", ylabel="loss (nats per target)",
+             xlim=(0 if best else 1, table.index.max()))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+    axes.figure.savefig(path.with_name("loss.png"), dpi=150)
 
 
 @contextmanager
 def catch_signals():
     """Yield a list that notes Ctrl-C and SIGTERM, for train() to stop. A second one ends it."""
     def note(signum, _):
+        os.write(2, b"\nfinishing this step, then saving; once more ends at once\n")
         caught.append(signum)
         signal.signal(signum, before[signum])
 
@@ -561,67 +975,72 @@ def main(args):
     """Run the experiment and return the last checkpoint's folder, or run the demo."""
     if args.demo:
         return demo(args.seed)
-    config = LoRAConfig(args.r, args.alpha, args.dropout, args.targets, rslora=args.rslora)
-    folder = Path("checkpoints", args.run_name)
-    state = {"step": 0}
+    run, state = Path("checkpoints", args.run_name), None
     if args.resume:
-        begun, state = newest_state(folder)
-    elif checkpoints(folder):
-        raise ValueError(f"{folder} has checkpoints: add --resume, or give another --run-name")
+        folder, state = newest_state(run)
+        with loading("--resume", run / "run.json"):
+            adopt(args, json.loads((run / "run.json").read_text())["flags"], "the run so far")
+    elif checkpoints(run):
+        raise ValueError(f"{run} has checkpoints: add --resume, or give another --run-name")
+    config = LoRAConfig(args.r, args.alpha, args.dropout, args.targets, rslora=args.rslora)
     device = join_processes(pick_device(args.device))
-    if args.vram:  # a big card runs out of memory where a small one would
-        share = (args.vram - 0.5) * GiB / torch.cuda.mem_get_info(device)[1]
-        torch.cuda.set_per_process_memory_fraction(share, device)
+    cap_memory(device, args.vram)
     dtype, reason = pick_dtype(args.dtype, device)
     args.dtype = str(dtype)[6:]
-    rows = read_rows(args.data, "train", args.nb_samples)
+
+    val_samples = 200 if args.val_samples is None else args.val_samples
+    rows = read_table(args.data, "train", args.nb_samples + 10 * val_samples, args.chat)
+    if args.val_samples is None:
+        val_samples = min(200, min(len(rows), args.nb_samples) // 10)
+    rows, held_out, passed = hold_out(rows, args.nb_samples, val_samples)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
-    examples = encode(rows, tokenizer, args.max_length)
-    encoded = [ids for ids, _ in examples]
+    examples, held_out_examples = (encode(part, tokenizer, args.max_length)
+                                   for part in (rows, held_out))
+    if not examples:
+        raise ValueError(f"--max-length {args.max_length} leaves none of {len(rows)} rows")
+    encoded = [ids for ids, _ in examples + held_out_examples]
     longest = max(encoded, key=len)
     check_ids(model, encoded)
     check_head(model, longest)
+    try_attention(model, longest)
+    begin_run(run, args, examples + held_out_examples, model)
 
-    state["identity"] = check_identity(model, examples, args, state)
     torch.manual_seed(args.seed)
-    names = inject_lora(model, config)
-    if args.resume:
-        load_adapter(model, begun)
-
+    if args.resume or args.adapter:
+        config = load_adapter(model, folder if args.resume else args.adapter)
+        if not args.resume:
+            adopt(args, {key: list(value) if key == "targets" else value
+                         for key, value in vars(config).items() if key != "also_train"},
+                  args.adapter)
+    else:
+        inject_lora(model, config)
     trainable, total = count_parameters(model)
+    left_out = len(rows) + len(held_out) - len(encoded)
+    ids, prompt = examples[0]
     print(f"{args.model} in {args.dtype}{' over NF4' * args.nf4} on {device} ({reason})\n"
-          f"{len(names)} layers adapted: {trainable:,} of {total:,} parameters train "
-          f"({trainable / total:.2%}), in float32\n"
-          f"{len(encoded):,} rows, {len(rows) - len(encoded):,} dropped: over {args.max_length}")
+          f"{len(dict(lora_layers(model)))} layers adapted: {trainable:,} of {total:,} parameters "
+          f"train ({trainable / total:.2%}), in float32\n"
+          f"{len(examples):,} rows train, {len(held_out_examples):,} are held out; left out: "
+          f"{left_out:,} longer than {args.max_length} tokens, {passed:,} that ask what a training "
+          f"row asks\nthe first row, prompt | target: {tokenizer.decode(ids[:prompt])!r} | "
+          f"{tokenizer.decode(ids[prompt:])!r}")
     model.train()
-    planned = plan_memory(model, args, len(longest))
-    train(model, examples, args, config, state)
-    last = checkpoints(folder)[-1]
-    metrics = Path("runs", args.run_name, "metrics.jsonl")
-    print(f"peak memory {peak_memory(device) / GiB:.2f} GiB, planned {planned:.2f}. Written: "
-          f"{last}/, {metrics}")
+    batches = (epoch_batches(examples, args.batch_size, args.seed, epoch)[0]
+               for epoch in range(args.epochs))
+    largest = max((collate(batch, device) for batch in batches), key=lambda batch: batch[0].numel())
+    settle_memory(model, largest, args.checkpoint_activations)
+    metadata = {"model": args.model, "chat": str(args.chat), "nf4": str(args.nf4)}
+    train(model, examples, args, held_out_examples, state, metadata)
+
+    last, metrics = checkpoints(run)[-1], Path("runs", args.run_name, "metrics.jsonl")
+    print(f"peak memory {peak_memory(device) / GiB:.2f} GiB. Written: {last}/, {metrics}")
+    if best := lowest(read_log(metrics)):
+        folder = run / f"step_{best[1]:06d}"
+        print(f"the held-out loss is lowest, {best[0]:.3f}, at step {best[1]}"
+              f"{f': {folder}' if folder.exists() else ''}")
     if RANK == 0:
         plot_loss(metrics)
     return last
-
-
-def check_identity(model, examples, args, state):
-    """Return what must not change on resuming: flags, data, 64 weights of each base tensor.
-
-    Raises ValueError if it is not what rank 0 has, or had when the resumed run began.
-    """
-    identity = {f"--{key.replace('_', '-')}": value for key, value in vars(args).items()
-                if key not in MAY_CHANGE_ON_RESUME}
-    weights = [tensor.flatten()[:64].tolist() for tensor in [*model.parameters(), *model.buffers()]]
-    for name, value in (("data", examples), ("base", weights)):
-        identity[name] = hashlib.sha256(repr(value).encode()).hexdigest()[:12]
-    run = {**identity, "step": state["step"]}
-    begun_as = gather(run | state.get("identity", {}))[0]
-    for key, value in run.items():
-        if begun_as[key] != value:
-            raise ValueError(f"{key} of this run was {begun_as[key]}, is {value}: go back, or "
-                             "give another --run-name")
-    return identity
 
 
 # --- the demo: everything above, on a model and problems made here ---
@@ -663,9 +1082,10 @@ def demo_base(texts, seed=0):
 
 def demo(seed):
     """Pretrain a base on one-step problems, adapt it to two-step ones, score it on both, merge."""
+    import eval_gsm8k
     if Path("demo/one-step-train.jsonl").exists():  # the last demo's
-        shutil.rmtree("demo/merged", ignore_errors=True)
-        shutil.rmtree("checkpoints/demo", ignore_errors=True)
+        for folder in ("demo/merged", "checkpoints/demo"):
+            shutil.rmtree(folder, ignore_errors=True)
     Path("demo").mkdir(exist_ok=True)
     rng = random.Random(seed)
     for task in ("one-step", "two-step"):
@@ -697,6 +1117,77 @@ def demo(seed):
                  f"--batch-size 200 --max-new-tokens 40 {cpu}")
         print(f"3. Score held-out {task} problems: eval_gsm8k.py {flags}")
         eval_gsm8k.main(eval_gsm8k.parse_args(flags.split()))
+    print("The one-step task falls with the adapter on, which has learned to do two steps whatever "
+          "is asked; with the adapter off, the base is what it was.")
+
+
+# --- processes, and the edge of a script ---
+
+def join_processes(device):
+    """Join torchrun's group, and silence all ranks but 0. Return the device."""
+    if WORLD > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def gather(value):
+    """Return the values of all processes, by rank."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def loading(flag, name):
+    """Turn a failure to load into one line that names the flag."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = first_line(error)
+        if not Path(name).exists():
+            silent = re.search("connect|reach|offline|resolve", reason, re.IGNORECASE)
+            reason = (f"no such file or folder{', and the Hub cannot be reached' * bool(silent)} "
+                      f"({reason})")
+        raise ValueError(f"{flag} {name}: {reason}") from None
+
+
+def first_line(error):
+    """Return the first line of an error's message, with the error's kind unless it is ours."""
+    kind = "" if type(error) is ValueError and str(error) else f"{type(error).__name__}: "
+    return kind + str(error).strip().split("\n")[0]
+
+
+def is_out_of_memory(error):
+    words = "out of memory|OutOfMemory|allocate|ALLOC_FAILED"
+    return isinstance(error, (RuntimeError, MemoryError)) and re.search(words, repr(error))
+
+
+def run_script(name, main, parse_args):
+    """End in one line on stderr and exit code 2 for what a flag or a file can cause."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        main(parse_args())
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk
+        message = " ".join(str(error).split()) or first_line(error)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        message = (f"out of memory ({first_line(error)}): try --nf4, --dtype float16, a smaller "
+                   "--batch-size; in training --checkpoint-activations, a smaller --max-length")
+    print(f"{name}{f' (rank {RANK})' * (WORLD > 1)}: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

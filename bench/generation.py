@@ -38,7 +38,8 @@ def harness_completions(model, tokenizer, prompts, args):
 
 def main(args):
     import torch
-    from eval_gsm8k import complete, format_prompt, load_model, pick_device, pick_dtype, read_rows
+    from eval_gsm8k import complete
+    from train_math import format_prompt, load_model, pick_device, pick_dtype, read_rows
     from lora import LoRAConfig, inject_lora, lora_layers, merge_lora, strip_lora, unmerge_lora
 
     device = pick_device("auto")

@@ -4,7 +4,7 @@
 
 Random weights show what needs no trained ones: that everything runs, what it takes, and how fast.
 Made: a model folder and its checkpoints in --work. Printed, each line as soon as it is known:
-    training    20 steps of train_math.py's defaults under --vram 4, in each precision: the plan
+    training    20 steps of train_math.py's defaults under --vram 4, in each precision: the trial
                 against the allocator's peak, tokens/s, the loss, steps skipped by the loss scaling
     resuming    from the checkpoint at half of these steps: is the adapter the same to the bit
     scoring     base, adapter and merged export of 32 problems, by eval_gsm8k.py
@@ -56,18 +56,18 @@ def train(flags, name, args):
     """Train under --vram 4; print the plan, the peak and what the log says."""
     printed = run("train_math.py", f"--model model --data {args.data} --nb-samples 160 --epochs 1 "
                   f"--save-every 10 --vram 4 --run-name {name} {flags}", args.work)
-    found = re.search(r"peak memory (.*) GiB, planned (.*)\. Written", printed)
+    found = re.search(r"(\S+) peak\n.*peak memory (.*) GiB\.", printed, re.DOTALL)
     if not found:
         return
-    peak, planned = map(float, found.groups())
+    trial, peak = map(float, found.groups())
     kept = re.search(r"activations (kept|recomputed)", printed)[1]
     log = [json.loads(line) for line in open(args.work / f"runs/{name}/metrics.jsonl")]
     later = log[5:]  # the first steps load kernels
     seconds = sum(line["tokens"] / line["tokens_per_s"] for line in later)
     speed = sum(line["tokens"] for line in later) / seconds
     skipped = sum(line["skipped"] for line in log)
-    print(f"{flags:84} {kept:10} planned {planned:.2f}, peak {peak:.2f} GiB "
-          f"({planned / peak - 1:+.0%}), {speed:,.0f} tokens/s, loss {log[0]['loss']:.3f} to "
+    print(f"{flags:84} {kept:10} trial {trial:.2f}, run {peak:.2f} GiB "
+          f"({trial / peak - 1:+.0%}), {speed:,.0f} tokens/s, loss {log[0]['loss']:.3f} to "
           f"{log[-1]['loss']:.3f}, {skipped} skipped", flush=True)
 
 
@@ -94,7 +94,7 @@ def score(flags, name, args):
 
 def merging(args):
     """Compare merged and unmerged logits; unmerge and compare the base with what it was."""
-    from eval_gsm8k import load_model
+    from train_math import load_model
     from lora import LoRAConfig, inject_lora, lora_layers, merge_lora, unmerge_lora
     for dtype, nf4 in ((torch.float32, False), (torch.bfloat16, False), (torch.float16, False),
                        (torch.float16, True)):

@@ -75,28 +75,20 @@ def describe_completions(path):
 
 
 def describe_losses(args):
-    import torch
-    from eval_gsm8k import load_model, pick_device, pick_dtype, read_rows
     from lora import load_adapter
-    from train_math import collate, encode
+    from train_math import (encode, load_model, pick_device, pick_dtype, read_rows,
+                            validation_loss)
 
     device = pick_device("auto")
     dtype, _ = pick_dtype(args.dtype, device)
     model, tokenizer = load_model(args.model, dtype, device)
     examples = encode(read_rows(args.held_out, "train"), tokenizer, 512)
-    examples.sort(key=lambda example: len(example[0]))
     targets = sum(len(ids) - prompt for ids, prompt in examples)
     for adapter in [None, *args.adapter]:
         if adapter:
             load_adapter(model, adapter)
-        loss = 0.0
-        with torch.no_grad():
-            for start in range(0, len(examples), 8):
-                ids, rows, columns = collate(examples[start:start + 8], device)
-                logits = model(input_ids=ids).logits[rows, columns - 1].float()
-                loss += torch.nn.functional.cross_entropy(
-                    logits, ids[rows, columns], reduction="sum").item()
-        print(f"{adapter or 'base'}: {loss / targets:.4f} nats a target token, "
+        loss = validation_loss(model, examples, 8)
+        print(f"{adapter or 'base'}: {loss:.4f} nats a target token, "
               f"{len(examples)} problems, {targets:,} targets", flush=True)
 
 

@@ -1,7 +1,7 @@
-"""Memory: the plan against the measured peak, and what a step of larger models holds on a GPU.
+"""Memory: the trial before step 0 against the run's peak, and what larger models hold on a GPU.
 
     python bench/memory.py --shapes                               # two minutes, no GPU
-    python bench/memory.py --model DIR --data gsm8k_train.jsonl   # the plan against the peak
+    python bench/memory.py --model DIR --data gsm8k_train.jsonl   # on a CUDA device
 
 --shapes counts the tensors alive in two steps of TinyLlama, Llama-3.2-3B and Llama-3-8B on a GPU
 that is not there, with fake tensors: they have shape, dtype and device, but no data. It needs g++.
@@ -57,7 +57,7 @@ def alive(shape, dtype, nf4, recompute, targets, r=16, length=512):
     from torch.utils._pytree import tree_leaves
     from transformers import LlamaConfig, LlamaForCausalLM
     from lora import LoRAConfig, NF4Linear, inject_lora, replace_modules
-    from train_math import backward_loss, checkpoint_blocks, collate, use_attention
+    from train_math import batch_loss, collate, recompute_blocks, use_attention
 
     class Live(TorchDispatchMode):
         now = peak = 0
@@ -92,7 +92,7 @@ def alive(shape, dtype, nf4, recompute, targets, r=16, length=512):
         inject_lora(model, LoRAConfig(r=r, dropout=0.05, targets=targets))
         use_attention(model)
         if recompute:
-            checkpoint_blocks(model)
+            recompute_blocks(model)
         live = Live()
         for tensor in [*model.parameters(), *model.buffers()]:
             live.add(tensor)
@@ -101,7 +101,7 @@ def alive(shape, dtype, nf4, recompute, targets, r=16, length=512):
         batch = collate([([5] * length, length // 5)], "cuda")
         with live:
             for _ in range(2):
-                backward_loss(model, batch)
+                batch_loss(model, batch).backward()
                 optimizer.step()
                 optimizer.zero_grad()
     return rest / 2**30, live.peak / 2**30
@@ -120,19 +120,20 @@ def shapes():
         print(f"{name:16}{kind:17}{kept:12}{rest:6.2f} / {peak:5.2f}  {card}", flush=True)
 
 
-def plans(args):
+def trials(args):
     for flags in SETTINGS:
         with tempfile.TemporaryDirectory() as work:
             command = [sys.executable, str(ROOT / "train_math.py"), "--model", args.model, "--data",
                        args.data, "--nb-samples", "24", "--epochs", "1", "--batch-size", "8",
                        "--grad-accum", "1", "--no-checkpoint-activations", *flags.split()]
             done = subprocess.run(command, capture_output=True, text=True, cwd=work)
-        found = re.search(r"peak memory (.*) GiB, planned (.*)\. Written", done.stdout)
+        found = re.search(r"(\S+) peak\n.*peak memory (.*) GiB\.", done.stdout, re.DOTALL)
         if not found:
-            sys.exit(f"memory.py: train_math.py {flags} failed:\n{done.stderr[-500:]}")
-        peak, planned = map(float, found.groups())
-        print(f"{flags or 'defaults':42} planned {planned:5.2f}  peak {peak:5.2f} GiB  "
-              f"{planned / peak - 1:+.0%}", flush=True)
+            sys.exit(f"memory.py: train_math.py {flags} failed, or found no CUDA device:\n"
+                     f"{done.stderr[-500:]}")
+        trial, peak = map(float, found.groups())
+        print(f"{flags or 'defaults':42} trial {trial:5.2f}  run {peak:5.2f} GiB  "
+              f"{trial / peak - 1:+.0%}", flush=True)
 
 
 if __name__ == "__main__":
@@ -145,6 +146,6 @@ if __name__ == "__main__":
     if args.shapes:
         shapes()
     elif args.model and args.data:
-        plans(args)
+        trials(args)
     else:
         parser.error("give --shapes, or --model and --data")

@@ -26,7 +26,7 @@ def measure(batch, length, r, layers):
     import transformers
     from eval_gsm8k import peak_memory, pick_dtype
     from lora import LoRAConfig, inject_lora
-    from train_math import backward_loss, collate, use_attention
+    from train_math import batch_loss, collate, use_attention
 
     device = torch.device("cpu")
     dtype, _ = pick_dtype("auto", device)
@@ -43,7 +43,8 @@ def measure(batch, length, r, layers):
     rows = [(torch.randint(49152, (length,)).tolist(), prompt) for _ in range(batch)]
 
     def step():
-        backward_loss(model, collate(rows, device), 1 / (batch * (length - prompt)))
+        loss = batch_loss(model, collate(rows, device))
+        (loss / (batch * (length - prompt))).backward()
         optimizer.step()
         optimizer.zero_grad()
 

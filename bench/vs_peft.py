@@ -44,7 +44,7 @@ def examples(args, tokenizer):
 def run_peft(args):
     """Run in a process of its own. Print one line of JSON."""
     import torch
-    from eval_gsm8k import peak_memory
+    from train_math import peak_memory
     from peft import LoraConfig, get_peft_model
     from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer,
                               TrainingArguments)
@@ -94,7 +94,7 @@ def run_ours(args):
     seconds = sum(step["tokens"] / step["tokens_per_s"] for step in steps)
     return {"tokens_per_s": sum(step["tokens"] for step in steps) / seconds,
             "loss": statistics.fmean(step["loss"] for step in steps),
-            "peak_gib": steps[-1]["peak_memory_gb"]}
+            "peak_gib": steps[-1]["peak_memory_gib"]}
 
 
 def run_child(kind, args):
