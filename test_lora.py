@@ -172,7 +172,8 @@ def same_bits(a, b):
 
 
 def changed(a, b):
-    return {name for name in a if not torch.equal(a[name], b[name])}
+    return {name for name in a
+            if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])}
 
 
 def logits(model):
@@ -739,9 +740,9 @@ def test_hooks_fire_once_a_call_in_every_state(dtype):
     assert not fired() and not [merge_lora(model), fired()][1]
 
 
-class Half(nn.Linear):
+class Louder(nn.Linear):
     def forward(self, x):
-        return 0.5 * super().forward(x)
+        return 1.015 * super().forward(x)
 
 
 class Pair(nn.Linear):
@@ -755,7 +756,7 @@ def doubled():
     return layer
 
 
-@cases("base", [lambda: Half(16, 16), lambda: Pair(16, 16), doubled,
+@cases("base", [lambda: Louder(16, 16), lambda: Pair(16, 16), doubled,
                 lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
                 lambda: nn.Linear(16, 16, device="meta")])
 def test_merging_refuses_what_is_no_plain_product(base):
@@ -764,6 +765,17 @@ def test_merging_refuses_what_is_no_plain_product(base):
     wrappers(model)[1].base = base()
     refused("cannot merge into this", merge_lora, model)
     assert len(wrappers(model)) == 2 and not lora.stashed(model, "waiting")
+
+
+def test_a_base_of_zeros_is_a_plain_product():
+    """Its output is x W^T, all zero: merging must give the update alone."""
+    base = nn.Linear(16, 16, bias=False)
+    nn.init.zeros_(base.weight)
+    model = nn.Sequential(base)
+    inject_lora(model, LoRAConfig(r=2, targets="0"))
+    shake(model)
+    update = model[0].delta()
+    assert torch.equal(merge_lora(model)[0].weight, update)
 
 
 @cases("dtype", [torch.float32, "nf4"])
@@ -1091,6 +1103,9 @@ def test_lora_over_nf4_trains_and_goes_back(build):
     """Only A and B must move; stripped or dequantised, the layers are plain."""
     model, plain, config = build(), build(), LoRAConfig(r=4, targets="all-linear")
     names, base = quantize_nf4(model), logits(model)
+    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    assert len(packed) == len(names) and not any(p.requires_grad for layer in packed
+                                                 for p in layer.parameters())
     assert count_parameters(model)[1] == count_parameters(plain)[1]
     assert inject_lora(model, config) == names
     before = bits(model)

@@ -653,15 +653,14 @@ def make_it_fit(model, batch, recompute):
     moments = 8 * count_parameters(model)[0]  # AdamW's two, in float32
     if recompute:
         recompute_blocks(model)
-    if fits(model, batch, moments):
-        return bool(recompute)
-    gc.collect()
-    if recompute is None:
+    while not fits(model, batch, moments):
+        if recompute is not None:
+            raise ValueError("out of memory in the largest batch: try --nf4, --dtype float16, a "
+                             "smaller --batch-size or --max-length, --checkpoint-activations")
+        recompute = True
+        gc.collect()
         recompute_blocks(model)
-        if fits(model, batch, moments):
-            return True
-    raise ValueError("out of memory in the largest batch: try --nf4, --dtype float16, a smaller "
-                     "--batch-size or --max-length, --checkpoint-activations")
+    return bool(recompute)
 
 
 def settle_memory(model, batch, recompute):
@@ -784,12 +783,12 @@ def begin_run(run, args, examples, model):
 
 def train(model, examples, args, held_out=(), state=None, metadata=None):
     """Train what requires grad, from a state if given; with metadata, save checkpoints."""
-    names, parameters = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad])
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = list(trained.values())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     scaler = LossScaler(enabled=model.dtype == torch.float16)
-    batches = []
-    for epoch in range(args.epochs):
-        batches += epoch_batches(examples, args.batch_size, args.seed, epoch)
+    batches = [batch for epoch in range(args.epochs)
+               for batch in epoch_batches(examples, args.batch_size, args.seed, epoch)]
     steps = min(math.ceil(len(batches) / args.grad_accum), args.max_steps or math.inf)
     tenths = {round(steps * tenth / 10) for tenth in range(1, 11)}
     begun = step = state["step"] if state else 0
@@ -797,8 +796,8 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
         optimizer.load_state_dict(state["optimizer"])
         vars(scaler).update(state["scaler"])
     stop, log = False, open_log(Path("runs", args.run_name, "metrics.jsonl"), step)
-    with (catch_signals() as caught,
-          tqdm(total=steps, initial=step, unit="step", disable=RANK > 0 or None) as bar):
+    bar = tqdm(total=steps, initial=step, unit="step", disable=RANK > 0 or None)
+    with bar, catch_signals() as caught:
         if held_out and step == 0:
             log({"step": 0, "val_loss": validation_loss(model, held_out, args.batch_size)})
         while step < steps and not stop:
@@ -820,8 +819,7 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
                 (loss * (scaler.scale / targets)).backward()
                 total += loss.detach()
             loss, stop = sum_over_processes(parameters, float(total) / targets, bool(caught))
-            idle = [name for name, p in zip(names, parameters) if p.grad is None]
-            if idle and step == begun:  # what the text does not reach: a vision tower
+            if step == begun and (idle := [n for n, p in trained.items() if p.grad is None]):
                 bar.write(f"{len(idle)} weights had no gradient, such as {idle[0]}")
 
             # 3. Unscale and clip, in float32.
@@ -845,21 +843,21 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
             line = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm,
                     "loss_scale": scaler.scale, "tokens": tokens, "tokens_per_s": speed,
                     "peak_memory_gib": peak_memory(model.device) / GiB, "skipped": not finite}
+            shown = f"loss {loss:.3f}  lr {lr:.1e}  {speed:.0f} tok/s"
             if held_out and step in tenths:
                 line["val_loss"] = validation_loss(model, held_out, args.batch_size)
+                shown += f"  held-out loss {line['val_loss']:.3f}"
             log(line)
             bar.update()
-            bar.set_postfix_str(f"loss {loss:.3f}  lr {lr:.1e}  {speed:.0f} tok/s")
+            bar.set_postfix_str(shown)
             if step in tenths:
-                val = f"  held-out loss {line['val_loss']:.3f}" if held_out else ""
-                bar.write(f"step {step:5d}/{steps}  {bar.postfix}{val}")
+                bar.write(f"step {step:5d}/{steps}  {shown}")
             due = step % args.save_every == 0 if args.save_every else step in tenths
             if metadata and (due or step == steps or stop):
                 folder = Path("checkpoints", args.run_name, f"step_{step:06d}")
+                state = {"step": step, "scaler": vars(scaler), "optimizer": optimizer.state_dict()}
                 if RANK == 0:
-                    save_checkpoint(folder, model, {
-                        "step": step, "scaler": vars(scaler),
-                        "optimizer": optimizer.state_dict()}, metadata)
+                    save_checkpoint(folder, model, state, metadata)
     gather(None)  # rank 0 may still be saving, and torchrun ends all when one exits
     if stop and step < steps:
         if metadata:
