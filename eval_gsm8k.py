@@ -1,90 +1,162 @@
-"""GSM8K: prompt, data, answer extraction, batched greedy generation, scores with intervals.
+"""Ask a model and its adapters, score them on GSM8K with intervals, or export W0 + s B A.
 
-    python eval_gsm8k.py --adapter checkpoints/lora-r8-MetaMathQA    # all its checkpoints
-    python eval_gsm8k.py --model DIR --data test.jsonl               # the base alone, from files
-    python eval_gsm8k.py --adapter DIR --save-merged merged          # export W0 + s B A
-    torchrun --nproc-per-node 2 -- eval_gsm8k.py --adapter DIR       # on two GPUs
+    python eval_gsm8k.py --adapter DIR --ask "What is 7 + 5?"        # what base and adapter say
+    python eval_gsm8k.py --adapter checkpoints/lora-r8-MetaMathQA    # score all its checkpoints
+    python eval_gsm8k.py --model DIR --data test.jsonl               # score the base, from files
+    python eval_gsm8k.py --adapter DIR --save-merged merged          # write one plain model
+    torchrun --nproc-per-node 2 -- eval_gsm8k.py --adapter DIR       # score on two GPUs
 
-The base is always scored, and each adapter compared with it. In --out: NAME-DATA.json (scores),
-NAME-DATA.jsonl (every completion) and, with matplotlib, a chart.
+Scores compare each adapter with the base. In --out: NAME-DATA-N.json (scores of N problems),
+NAME-DATA-N.jsonl (every completion) and, with matplotlib, a chart. A score that is there already,
+of the same settings, is read and not made again.
 
 Completions that end in "#### n" score as in lm-evaluation-harness (gsm8k, strict and flexible).
-Different on purpose: "The answer is n" (MetaMathQA) counts too, and wins over "#### n"; flexible
-takes the last number where neither stands; numbers compare by value: $29.00 is 29, 0.5 is 1/2.
---shots takes rows of the same file.
+Different on purpose: "The answer is n" (MetaMathQA) counts too, and the later of two markers wins;
+flexible takes the last number where no marker stands; numbers compare by value: $29.00 is 29,
+0.5 is 1/2. --shots takes rows of the same file.
 """
+import argparse
 import json
 import math
 import os
 import re
 import sys
 import time
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import safe_open
 from tqdm import tqdm
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lora import dequantize_nf4, load_adapter, merge_lora, strip_lora
-from train_math import (BASE_MODEL, RANK, WORLD, Parser, check_ids, checkpoints, encode_prompt,
-                        format_prompt, gather, join_processes, load_model, loading, number,
-                        pick_device, pick_dtype, read_rows, run_script)
+from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, check_ids, checkpoints, encode_prompt,
+                        format_prompt, gather, join_processes, load_model, loading,
+                        number, pick_device, pick_dtype, read_table, run_script)
 
 
-# --- command line ---
+# --- flags ---
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__)
-    add, count = parser.add_argument, number(int, 1)
-    add("--model", default=BASE_MODEL, help="Hub id or folder of the base model")
+    parser, count = Parser(description=__doc__), number(int, 1)
+    add, either = parser.add_argument, argparse.BooleanOptionalAction
+    add("--model", help="Hub id or folder of the base (default: the adapter's own)")
     add("--adapter", nargs="+", action="extend", default=[], metavar="DIR", help="adapters or runs")
-    add("--data", default="openai/gsm8k", help="Hub id, or .jsonl/.json/.parquet/.csv")
+    add("--ask", nargs="+", metavar="TEXT", help="print what base and adapters say, and no more")
+    add("--save-merged", metavar="DIR", help="write base and adapter as one model, and no more")
+    add("--data", default="openai/gsm8k", help="Hub id or file (default: openai/gsm8k)")
     add("--nb-samples", type=count, help="the first N problems (default: all)")
-    add("--batch-size", type=count, default=16, help="problems at once")
-    add("--max-new-tokens", type=count, default=256, help="longest completion")
+    add("--batch-size", type=count, default=16, help="problems at once (default: 16)")
+    add("--max-new-tokens", type=count, default=256, help="longest completion (default: 256)")
     add("--shots", type=number(int, 0), default=0, help="first rows, shown as examples")
+    add("--chat", action=either, help="prompts by the chat template (default: as trained)")
+    add("--nf4", action=either, help="hold the base in 4 bits (default: as trained)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    add("--nf4", action="store_true", help="hold the base's linear layers in 4 bits (QLoRA)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of torch; greedy draws nothing")
-    add("--save-merged", metavar="DIR", help="write the merged model, and score it")
-    add("--out", default="eval_results", help="folder for the scores")
+    add("--out", default="eval_results", help="folder for the scores (default: eval_results)")
     return parser.parse_args(argv)
+
+
+def list_adapters(folders):
+    """Return {name: folder} of adapters, and of every checkpoint of a run."""
+    adapters = {}
+    for folder in folders:
+        for path in checkpoints(folder) or [Path(folder)]:
+            run, name = path.resolve().parts[-2:]
+            name = f"{run}-{name}" if name.startswith("step_") else name
+            if name in adapters or name == "base":
+                raise ValueError(f"--adapter: {name} is there twice: rename a folder")
+            adapters[name] = path
+    return adapters
+
+
+def adopt_training(args, adapters):
+    """Set --model, --chat and --nf4, where they are not given, to what the adapters say."""
+    given = vars(args).copy()
+    args.chat, args.nf4 = bool(args.chat), bool(args.nf4)
+    for i, folder in enumerate(adapters.values()):
+        with loading("--adapter", folder):
+            config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf8"))
+            with safe_open(Path(folder, "adapter_model.safetensors"), "pt") as file:
+                trained = file.metadata() or {}
+        if i == 0:
+            model = trained.get("model") or config.get("base_model_name_or_path")
+            args.model = given["model"] or model
+        for name in ("chat", "nf4"):
+            was = trained.get(name, str(getattr(args, name))) == "True"
+            if i == 0 and given[name] is None:
+                setattr(args, name, was)
+            if was != getattr(args, name):
+                warnings.warn(f"{folder} was trained {'with' if was else 'without'} --{name}, and "
+                              f"runs {'without' if was else 'with'} it here")
+    args.model = args.model or BASE_MODEL
 
 
 # --- answers ---
 
+NUMBER = re.compile(r"""
+    (\\[dt]?frac[{]?)?                          # LaTeX that is not understood
+    ((?<![\w)])-)? (?:[$€£](-)?)?               # a sign: in 10-5 the minus is an operator
+    (?:([0-9]+)[ ](?=[0-9]+[ ]?/[ ]?[0-9]))?    # the whole part of 1 1/2
+    ([0-9]*\.?[0-9]+)                           # 12, 1.5, .5
+    (?:[ ]?/[ ]?([0-9]+))?                      # a denominator
+    ((?:[ ]?[/^][ ]?|[ ]?(?:×|\\times|\\cdot|\*)[ ]?(?=10\^)|[.eE{])[-+]?[0-9.{}]+)*  # more of it
+    """, re.VERBOSE)
+sys.set_int_max_str_digits(0)  # a model may repeat one digit thousands of times
+
+
+def find_numbers(text):
+    """Return every number in a text, exact, and None for one that is understood in part."""
+    text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\$", "$")
+    text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac)", " ", text)  # 1\frac{1}{2} is mixed
+    text = re.sub(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
+    text = re.sub(r"\\[dt]?frac\{[^}]*\}\{[^}]*\}", r"\\frac1", text)  # x/4: not understood
+    # 1,234 is one number, 1,2 are two; thin spaces group digits too
+    text = re.sub(r"(?<=[0-9])(?:,|\\,|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))", "", text)
+    values = []
+    for latex, sign, inner, whole, digits, denominator, more in NUMBER.findall(text):
+        if latex or more or denominator and not int(denominator):
+            values.append(None)
+        else:
+            value = int(whole or 0) + Fraction(digits) / int(denominator or 1)
+            values.append(-value if sign or inner else value)
+    return values
+
+
 def extract_answer(completion, flexible=False):
     """Return the number that a completion answers, a Fraction, or None.
 
-    Strict: the first number in the line of text after the last "The answer is", else the first
-    "#### n".
-    Flexible: the last "#### n" instead, else the last number.
+    Strict: the first number behind a marker, "The answer is" (the last one) or "####" (the first
+    one), whichever comes later. Flexible: the last "#### n" instead, else the last number.
     """
     text = completion.split("Question:")[0]  # what follows is a question of its own
     # The lookahead leaves the rest of the line to the next match.
-    said = re.findall(r"the answer is[: \n]*(?=(.*))", text, re.IGNORECASE)
-    hashed = re.findall(r"####\s*([^\s#]+)", text)
-    if flexible:
-        hashed.reverse()
-    for place in said[-1:] + hashed:
+    said = [*re.finditer(r"the answer is[: \n]*(?=(.*))", text, re.IGNORECASE)][-1:]
+    hashed = [match for match in re.finditer(r"####\s*([^\s#]+)", text) if find_numbers(match[1])]
+    marked = said + (hashed[-1:] if flexible else hashed[:1])
+    for match in sorted(marked, key=lambda match: -match.start()):
+        # behind #### the harness drops all commas
+        place = match[1].replace(",", "") if match in hashed else match[1]
         if numbers := find_numbers(place):
             return numbers[0]
     numbers = find_numbers(text) if flexible else []
     return numbers[-1] if numbers else None
 
 
-# A sign (in 10-5 the minus is an operator), a number, a denominator: a whole number, not 0.
-NUMBER = re.compile(r"((?<![\w)])-)?\$?([0-9]*\.?[0-9]+)(?: ?/ ?(0*[1-9][0-9]*)(?!\.?[0-9]))?")
-sys.set_int_max_str_digits(0)  # a model may repeat one digit thousands of times
-
-
-def find_numbers(text):
-    """Return every number in a text, exact."""
-    text = re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", "", text)  # 1,234 is one number, 1,2 are two
-    return [Fraction(sign + number) / int(denominator or 1)
-            for sign, number, denominator in NUMBER.findall(text)]
+def reference(row):
+    """Return the number that a row of the data asks for. Raises ValueError if there is none."""
+    value = extract_answer(row.answer)
+    if value is None and not re.search("####|the answer is", row.answer, re.IGNORECASE):
+        numbers = find_numbers(row.answer)
+        bare = not re.search("[A-Za-z0-9]", NUMBER.sub("", row.answer))
+        value = numbers[0] if len(numbers) == 1 and bare else None
+    if value is None:
+        raise ValueError(f"row {row.number}: expected an answer that ends in #### and a number, or "
+                         f"is a number, found {row.answer[-40:]!r}")
+    return value
 
 
 # --- generation ---
@@ -100,6 +172,9 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
     # The tokenizer's EOS pads: decoding skips it.
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, eos_token_id=eos, pad_token_id=eos[0], return_dict_in_generate=True)
+    if batch_size > 1 and len(encoded) > 1 and padding_matters(model, encoded[0], eos[0]):
+        print("padding changes what this model computes: one prompt at a time", flush=True)
+        batch_size = 1
     # Like lengths share a batch, to save padding. The longest first: out-of-memory comes soon.
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     starts = range(0, len(order), batch_size)[RANK::WORLD]
@@ -113,19 +188,37 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
     return [completions[i] for i in range(len(prompts))]
 
 
+def pad_left(rows, pad, device):
+    """Return (ids, attention mask), the mask by lengths: ids cannot tell padding from an EOS."""
+    width = max(map(len, rows))
+    ids = [[pad] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+@torch.no_grad()
+def padding_matters(model, row, pad):
+    """True if the logits behind a row change with padding before it, tried over four tokens."""
+    logits = []
+    for rows in ([row], [row, [pad] * (len(row) + 3)]):
+        ids, mask = pad_left(rows, pad, model.device)
+        out = model.generate(ids, attention_mask=mask, min_new_tokens=4, max_new_tokens=4,
+                             output_logits=True)
+        logits.append(torch.stack([step[0].float() for step in out.logits]))
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+    return not (logits[0] - logits[1]).norm() <= tolerance * logits[0].norm()
+
+
 def complete_batch(model, tokenizer, prompts, eos, max_new_tokens):
     """Complete {i: token ids} as {i: (text, cut off)}.
 
     Every 16 tokens, rows that have ended leave the batch: kept, they would cost as much as the
-    longest. A state (Mamba) has no rows that could leave.
+    longest. Only a plain cache of keys and values has rows that can leave.
     """
-    piece = max_new_tokens if model._is_stateful else 16
-    # The mask comes from the lengths: ids cannot tell padding from an EOS.
-    width = max(map(len, prompts.values()))
-    ids = [[eos[0]] * (width - len(prompt)) + prompt for prompt in prompts.values()]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts.values()]
-    ids, mask = torch.tensor([ids, mask], device=model.device)
-    rows, cache, completions = list(prompts), None, {}
+    ids, mask = pad_left(list(prompts.values()), eos[0], model.device)
+    width, piece, rows, cache, completions = ids.shape[1], 16, list(prompts), None, {}
+    if not has_plain_cache(model, ids[:1, -1:]):
+        piece = max_new_tokens
     while rows:
         length = min(ids.shape[1] + piece, width + max_new_tokens)
         out = model.generate(ids, attention_mask=mask, max_length=length, past_key_values=cache)
@@ -144,6 +237,16 @@ def complete_batch(model, tokenizer, prompts, eos, max_new_tokens):
             cache = out.past_key_values
             cache.reorder_cache(torch.tensor(keep, device=model.device))
     return completions
+
+
+@torch.no_grad()
+def has_plain_cache(model, ids):
+    """True if the model's cache is layers of keys and values that can be reordered and cut."""
+    if model._is_stateful:
+        return False
+    cache = getattr(model(ids, use_cache=True), "past_key_values", None)
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers)
 
 
 # --- scores ---
@@ -167,22 +270,22 @@ def mcnemar_p(first, second):
     return min(1.0, 2 * tail / 2**n)
 
 
-def answer(model, tokenizer, rows, shots=0, batch_size=16, max_new_tokens=256):
+def answer(model, tokenizer, rows, shots=0, batch_size=16, max_new_tokens=256, chat=False):
     """Return a record per problem. The first `shots` rows are worked examples in every prompt."""
-    examples = "".join(f"{format_prompt(q)} {a}\n\n" for q, a in rows[:shots])
+    rows = [row if isinstance(row, Row) else Row(*row, place, row[0])
+            for place, row in enumerate(rows, 1)]
+    references = [reference(row) for row in rows[shots:]]
+    examples = "".join(f"{format_prompt(row.question)} {row.answer}\n\n" for row in rows[:shots])
     rows = rows[shots:]
-    references = [extract_answer(solution, flexible=True) for _, solution in rows]
-    if not rows or None in references:
-        raise ValueError("--data needs a problem after --shots, and a number in each answer")
-    prompts = [examples + format_prompt(question) for question, _ in rows]
+    prompts = [row.question if chat else examples + format_prompt(row.question) for row in rows]
     completions = complete(model, tokenizer, prompts, batch_size, max_new_tokens)
     records = []
-    for (question, _), reference, (text, cut_off) in zip(rows, references, completions):
+    for row, wanted, (text, cut_off) in zip(rows, references, completions):
         strict, flexible = extract_answer(text), extract_answer(text, flexible=True)
         records.append(dict(
-            question=question, completion=text, reference=reference, answer=strict,
-            answer_flexible=flexible, correct=strict == reference,
-            correct_flexible=flexible == reference, truncated=cut_off))
+            question=row.question, completion=text, reference=wanted, answer=strict,
+            answer_flexible=flexible, correct=strict == wanted,
+            correct_flexible=flexible == wanted, truncated=cut_off))
     return records
 
 
@@ -212,87 +315,133 @@ def describe(name, result):
     return line
 
 
-# --- a run of evaluations ---
+# --- ask, export, score ---
 
-def plan(args, settings):
-    """Return {score file: (name, settings)} of base, adapters or checkpoints, merged model."""
-    evaluations = [("base", None)]
-    for folder in args.adapter:
-        for path in checkpoints(folder) or [Path(folder)]:
-            run, name = path.resolve().parts[-2:]
-            evaluations.append((f"{run}-{name}" if name.startswith("step_") else name, str(path)))
-    if args.save_merged:
-        if len(evaluations) != 2 or Path(args.save_merged).exists():
-            raise ValueError("--save-merged takes exactly one adapter, and a new folder")
-        name, folder = evaluations[-1]
-        evaluations.append((f"{name}-merged", folder))
-    runs = {}
-    for name, folder in evaluations:
-        path = Path(args.out, f"{name}-{Path(args.data).stem}.json")
-        result = settings | {"adapter": folder}
-        old = result
+def ask(args, model, tokenizer, adapters):
+    """Print what the base and each adapter say to each text, one under the other."""
+    prompts = [[{"role": "user", "content": text}] if args.chat else format_prompt(text)
+               for text in args.ask]
+    said = {}
+    for name, folder in {"base": None, **adapters}.items():
+        if folder:
+            load_adapter(model, folder)
+        said[name] = complete(model, tokenizer, prompts, args.batch_size, args.max_new_tokens)
+    for i, text in enumerate(args.ask):
+        print(f"\n{text}")
+        for name, completions in said.items():
+            completion, cut_off = completions[i]
+            print(f"--- {name}\n{completion.split('Question:')[0].strip()}{' ...' * cut_off}")
+
+
+def save_merged(args, model, tokenizer, adapters):
+    """Write base and adapter as one model, with tokenizer and generation settings."""
+    (folder,) = adapters.values()
+    load_adapter(model, folder)
+    dequantize_nf4(strip_lora(merge_lora(model)))  # with --nf4, the layers without an adapter
+    if RANK == 0:
+        model.save_pretrained(args.save_merged)
+        tokenizer.save_pretrained(args.save_merged)
+    print(f"written: {args.save_merged}/, a plain model of {folder} in {model.dtype}")
+
+
+def score(args, model, tokenizer, adapters, rows, settings):
+    """Score the base and each adapter, or read their scores; write them and a chart."""
+    base, results = None, {}
+    for name, folder in {"base": None, **adapters}.items():
+        path = score_file(args, name, len(rows) - args.shots)
+        result, records = settings | {"adapter": folder and str(folder)}, None
+        if path.exists():
+            records = [json.loads(line) for line in open(path.with_suffix(".jsonl"))]
+            result = json.loads(path.read_text())
+        else:
+            if folder:
+                load_adapter(model, folder)
+            start = time.perf_counter()
+            records = answer(model, tokenizer, rows, args.shots, args.batch_size,
+                             args.max_new_tokens, args.chat)
+            result |= summarise(records, base) | {
+                "seconds": round(time.perf_counter() - start, 1)}
+            if RANK == 0:
+                lines = [json.dumps(record, default=str) + "\n" for record in records]
+                path.with_suffix(".jsonl").write_text("".join(lines))
+                path.write_text(json.dumps(result, indent=2) + "\n")
+        base, results[name] = base or records, result
+        print(describe(name, result), flush=True)
+    if RANK == 0:
+        plot(score_file(args, name, len(rows) - args.shots).with_suffix(".png"), results)
+
+
+def score_file(args, name, n):
+    return Path(args.out, f"{name}-{Path(args.data).stem}-{n}.json")
+
+
+def refuse_other_scores(args, adapters, settings):
+    """Raise ValueError if a score of other settings stands where one would be written."""
+    for name, folder in {"base": None, **adapters}.items():
+        path = score_file(args, name, settings["n"])
         if path.exists():
             with loading("--out", path):
-                old = dict(json.loads(path.read_text()))
-        if path in runs or not result.items() <= old.items():
-            raise ValueError(f"{path} is another evaluation's: rename a folder, or change --out")
-        runs[path] = name, result
-    return runs
+                found = json.loads(path.read_text())
+            for key, value in (settings | {"adapter": folder and str(folder)}).items():
+                if found.get(key) != value:
+                    raise ValueError(f"{path} was made with {key} = {found.get(key)}, now it is "
+                                     f"{value}: choose another --out, or rename a folder")
 
 
 def main(args):
-    """Score the base, each adapter, and the merged model."""
-    torch.manual_seed(args.seed)
+    """Ask, export, or score."""
+    adapters = list_adapters(args.adapter)
+    adopt_training(args, adapters)
+    if args.save_merged and (len(adapters) != 1 or Path(args.save_merged).exists()):
+        raise ValueError(f"--save-merged {args.save_merged}: it takes one --adapter, and a folder "
+                         "that does not exist")
+    if args.chat and args.shots:
+        raise ValueError("--shots stand in a plain prompt: leave them out with --chat")
     device = join_processes(pick_device(args.device))
     dtype, reason = pick_dtype(args.dtype, device)
-    rows = read_rows(args.data, "test", args.nb_samples and args.nb_samples + args.shots)
-    settings = dict(
-        model=args.model, data=args.data, dtype=str(dtype)[6:], nf4=args.nf4, shots=args.shots,
-        max_new_tokens=args.max_new_tokens, n=len(rows) - args.shots)
-    runs = plan(args, settings)
-    os.makedirs(args.out, exist_ok=True)
+    if not args.ask and not args.save_merged:
+        limit = args.nb_samples and args.nb_samples + args.shots
+        with loading("--data", args.data):
+            rows = read_table(args.data, "test", limit, args.chat)
+            for row in rows[args.shots:]:
+                reference(row)
+        settings = dict(
+            model=args.model, data=args.data, dtype=str(dtype)[6:], nf4=args.nf4, chat=args.chat,
+            shots=args.shots, max_new_tokens=args.max_new_tokens, n=len(rows) - args.shots)
+        if settings["n"] < 1:
+            raise ValueError(f"--shots {args.shots} leaves none of {len(rows)} problems")
+        refuse_other_scores(args, adapters, settings)
+        os.makedirs(args.out, exist_ok=True)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
-    for _, result in runs.values():  # a broken adapter ends the run now, not after an hour
-        if result["adapter"]:
-            load_adapter(model, result["adapter"])
+    for folder in adapters.values():  # a broken adapter ends the run now, not after an hour
+        load_adapter(model, folder)
     strip_lora(model)
-
-    print(f"{args.model} on {device} in {dtype} ({reason}): {settings['n']} problems, "
-          f"scores in {args.out}/", flush=True)
-    base, last = None, [*runs][-1]
-    for path, (name, result) in runs.items():
-        if result["adapter"]:
-            load_adapter(model, result["adapter"])
-        if args.save_merged and path == last:
-            model = strip_lora(merge_lora(model))
-            dequantize_nf4(model)  # with --nf4, the layers without an adapter
-            if RANK == 0:
-                model.save_pretrained(args.save_merged)
-                tokenizer.save_pretrained(args.save_merged)
-        start = time.perf_counter()
-        records = answer(model, tokenizer, rows, args.shots, args.batch_size, args.max_new_tokens)
-        result |= summarise(records, base) | {"seconds": round(time.perf_counter() - start, 1)}
-        base = base or records
-        print(describe(name, result), flush=True)
-        if RANK == 0:
-            lines = [json.dumps(record, default=str) + "\n" for record in records]
-            path.with_suffix(".jsonl").write_text("".join(lines))
-            path.write_text(json.dumps(result, indent=2) + "\n")
-    if RANK == 0:
-        plot(last.with_suffix(".png"), runs.values())
+    print(f"{args.model}{' over NF4' * args.nf4} on {device} in {dtype} ({reason})", flush=True)
+    if args.ask:
+        ask(args, model, tokenizer, adapters)
+    elif args.save_merged:
+        save_merged(args, model, tokenizer, adapters)
+    else:
+        print(f"{settings['n']} problems, scores in {args.out}/", flush=True)
+        score(args, model, tokenizer, adapters, rows, settings)
 
 
-def plot(path, runs):
+def plot(path, results):
     """Draw the accuracies with their intervals, the base lowest."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
     except ImportError:
         return
-    axes = Figure(figsize=(8, len(runs) / 2 + 1), layout="constrained").subplots()
-    for name, result in runs:
-        axes.plot([*result["ci95"], result["accuracy"]], [name] * 3, "|-", color="C0")
-    axes.set_title(f"{path.stem}: strict accuracy of {result['n']}, 95% intervals")
-    axes.figure.savefig(path, dpi=120)
+    axes = Figure(figsize=(8, len(results) / 2 + 1.5), layout="constrained").subplots()
+    for name, result in results.items():
+        axes.plot(result["ci95"], [name] * 2, "|-", color="C0")
+        axes.plot(result["accuracy"], name, "o", color="C0")
+    axes.set(title=f"{result['n']} problems of {Path(result['data']).stem}, with 95% intervals",
+             xlabel="strict accuracy")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.margins(y=0.5 / len(results))
+    axes.figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

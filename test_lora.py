@@ -361,7 +361,7 @@ def test_a_merged_model_is_a_plain_one():
 def test_rank_r_reaches_the_best_change_of_rank_r(r):
     """Trained to a change of W, the rest must be its smaller singular values: at full rank, none.
 
-    That is the least possible (Eckart and Young 1936). At full rank B A can be any change (Sec. 4.1).
+    That is the least possible (Eckart and Young 1936); at full rank B A is any change (Sec. 4.1).
     """
     torch.manual_seed(0)
     layer, change = LoRALinear(nn.Linear(6, 8), LoRAConfig(r=r)), torch.randn(8, 6)
@@ -918,8 +918,10 @@ BROKEN = {
     "peft_type = 'IA3'": lambda: edit_config(peft_type="IA3"),
     r"\(4, 32\) in adapter_model.*\(8, 32\)": lambda: edit_config(r=8),
     f"\\({10**12}, 32\\) in the model": lambda: edit_config(r=10**12),  # and nothing is allocated
-    "x.base_model.*missing in the model": lambda: edit_tensors(lambda t: t.update({f"x.{KEY}": t[KEY] + 1})),
-    "q_proj.lora_B.*missing in adapter_model": lambda: edit_tensors(lambda t: t.pop(KEY.replace("_A", "_B"))),
+    "x.base_model.*missing in the model": lambda: edit_tensors(
+        lambda t: t.update({f"x.{KEY}": t[KEY] + 1})),
+    "q_proj.lora_B.*missing in adapter_model": lambda: edit_tensors(
+        lambda t: t.pop(KEY.replace("_A", "_B"))),
     "not finite": lambda: edit_tensors(lambda t: t[KEY].fill_(math.inf)),
     "int64": lambda: edit_tensors(lambda t: t.update({KEY: t[KEY].long()}))}
 
@@ -1236,6 +1238,7 @@ def test_empty_answers_are_left_out_and_only_calculator_marks_removed(capsys):
     ("x.json", '[{"question": "a", "answer": "b", "system": "c"}]', "row 1: .*--chat"),
     ("x.json", '[{"question": "a", "answer": "b", "history": [["c", "d"]]}]', "row 1: .*--chat"),
     ("x.json", '[{"messages": "hello"}]', "row 1: "),
+    ("x.json", '[{"messages": [{"role": "assistant", "content": "a"}]}]', "row 1: .*no prompt"),
     ("x.json", '[{"messages": [{"role": "assistant", "content": null}]}]', "row 1: content is Non"),
     ("x.json", "[1]", "row 1: "), ("nothere.jsonl", None, "no such file")])
 def test_bad_data_is_one_clear_error(name, text, message):
@@ -1296,7 +1299,7 @@ def test_a_row_s_original_question_is_what_metamathqa_calls_so():
 @cases("merges, space", [([], "▁"), ([(":", "▁")], "▁▁")])
 def test_training_masks_exactly_what_generation_is_given(merges, space):
     """A row must be the prompt's ids, the answer's and EOS, without a second space before it."""
-    words = ["<s>", "</s>", *sorted(set("Question:▁1+1?\nAnswer:▁2")), ":▁"]
+    words = ["<s>", "</s>", *sorted(set("Question:▁1+1?\nAnswer:▁2</s>")), ":▁"]
     inner = tokenizers.Tokenizer(tokenizers.models.BPE({w: i for i, w in enumerate(words)}, merges))
     inner.normalizer = tokenizers.normalizers.Sequence([
         tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
@@ -1304,7 +1307,7 @@ def test_training_masks_exactly_what_generation_is_given(merges, space):
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, eos_token="</s>", pad_token="</s>")  # pad == eos hides no target
-    texts = [("1+1?", "2"), ("1+1+1?", "2+1")]
+    texts = [("1+1?", "2"), ("1+1+1?", "2</s>1")]
     ids, rows, columns = collate(encode(texts, tokenizer, 512), "cpu")
     for i, (question, answer) in enumerate(texts):
         targets = columns[rows == i]
@@ -1752,7 +1755,7 @@ def test_a_skipped_step_changes_nothing_but_the_scale(tiny, patch):
     flags = "--dtype float16 --max-steps 3 --grad-accum 1 --warmup-steps 0 --save-every 1"
     last = run(tiny, flags)
     first, skipped, third = metrics()
-    assert [line["loss_scale"] for line in metrics()] == [2**16, 2**15, 2**15]
+    assert [line["loss_scale"] for line in metrics()] == [2**16, 2**16, 2**15]
     assert first["grad_norm"] < 99 and first["lr"] != skipped["lr"] == third["lr"]
     assert skipped["loss"] is None
     assert same_bits(weights[1], weights[2]) and not same_bits(weights[0], weights[1])
@@ -1829,10 +1832,13 @@ def test_an_adapter_can_be_gone_on_from(tiny):
     assert found == wanted and found["lora_alpha"] == 7
     assert changed(weights(more), weights(first)) == weights(first).keys()
     assert {int(moment["step"]) for moment in moments(more)} == {1}
-    assert json.loads(Path("checkpoints/more/run.json").read_text())["flags"]["adapter"] == str(first)
+    flags = json.loads(Path("checkpoints/more/run.json").read_text())["flags"]
+    assert (flags["adapter"], flags["targets"], flags["alpha"]) == (str(first), ["k_proj"], 7)
     base += ["--run-name", "third"]
-    refused("--r is 8, but 4 in", train_math.main, parse_args([*base, "--r", "8"]))
-    refused("--targets is .*v_proj", train_math.main, parse_args([*base, "--targets", "v_proj"]))
+    for flags, words in ((["--r", "8"], "--r is 8, but 4 in"),
+                         (["--targets", "v_proj"], "--targets is .*v_proj")):
+        refused(words, parse_args, [*base, *flags])
+    assert parse_args(["--adapter", str(first), "--data", "x.jsonl"]).run_name == "lora-r4-x"
 
 
 @cases("file, more", [("state", ""), (WEIGHTS, "--nf4 --targets all-linear")])
@@ -1855,12 +1861,12 @@ def test_resume_continues_bitwise(file, more, tiny):
 
 def test_the_name_of_a_run_is_enough_to_resume_it(tiny):
     """All other flags must come from run.json; other spellings of the same files are the same."""
-    flags = "--max-steps 4 --save-every 2 --dropout 0.1"
+    flags = "--max-steps 4 --save-every 2 --dropout 0.1 --run-name a/b"
     whole = weights(run(tiny, flags))
     for spelled in ([], ["--data", f"{tiny}/../{tiny.name}/train.jsonl", "--lr", "1e-2"]):
-        shutil.rmtree("checkpoints/run/step_000004")
-        last = train_math.main(parse_args(["--run-name", "run", "--resume", *spelled]))
-        assert same_bits(weights(last), whole)
+        shutil.rmtree("checkpoints/a_b/step_000004")
+        last = train_math.main(parse_args(["--run-name", "a/b", "--resume", *spelled]))
+        assert same_bits(weights(last), whole) and os.listdir("checkpoints") == ["a_b"]
 
 
 def test_the_seed_reaches_dropout(tiny, patch):
@@ -1878,10 +1884,10 @@ def test_the_seed_reaches_dropout(tiny, patch):
 def test_resume_refuses_what_it_cannot_continue(tiny, patch):
     """Another flag, base, data or process must be refused by name."""
     copy, flags = Path(shutil.copytree(tiny, "copy")), "--max-steps 1 --resume"
-    refused("no whole checkpoint to continue from", run, copy, flags)
+    refused("--resume checkpoints/run/run.json: no such file", run, copy, flags)
     run(copy, "--max-steps 1")
     refused("has checkpoints: add --resume", run, copy)
-    refused("--lr is 0.02, but 0.01 in the run so far: leave it out", run, copy, flags, "--lr 0.02")
+    refused("--lr is 0.02, but 0.01 in the run run: leave it out", run, copy, flags, "--lr 0.02")
     model = load(copy)[0]
     model.model.norm.weight.data += 1
     model.save_pretrained(copy / "base")
@@ -1949,7 +1955,7 @@ def test_a_log_that_a_kill_cut_short_is_read_up_to_there():
     ("--vram 4", "--vram 4 needs a CUDA device, and this is cpu"),
     ("--max-length 4", "4 leaves none of 64 rows"), ("--targets q_porj", "'q_porj' matches no"),
     ("--val-samples 64", "leaves nothing to train on"), ("--demo", "--demo takes no flag but"),
-    ("--adapter nowhere", "nowhere is no adapter")])
+    ("--adapter nowhere", "--adapter nowhere: no such file or folder")])
 def test_wrong_input_is_one_line(flags, message, tiny):
     """It must be named, and no checkpoint be written."""
     refused(message, run, tiny, flags)
@@ -1968,11 +1974,18 @@ def test_help_shows_the_defaults(capsys):
 
 @cases("text, answers", [
     ("#### 1,234", "1234"), ("The answer is: $29.00.", "29"), ("#### -$5", "-5"),
-    ("#### .5", "1/2"), ("#### 1/0", "1"), (r"the answer is \boxed{6/8}", "3/4"),
-    ("The answer is 3. The answer is:\n4,2", "4"), ("#### none\n#### 5,0123", "5 5"),
+    ("#### .5", "1/2"), ("#### 1/0", "-"), (r"the answer is \boxed{6/8}", "3/4"),
+    ("The answer is 3. The answer is:\n4,2", "4"), ("#### none\n#### 5,0123", "50123"),
+    ("The answer is 3\n#### 4", "4"), ("#### 4\nThe answer is 3", "3"),
+    ("The answer is \u22125.", "-5"), ("#### -\u20ac5", "-5"), ("#### $-5", "-5"),
+    (r"The answer is: -\frac{1}{2}", "-1/2"), (r"The answer is $2\frac{3}{4}$", "11/4"),
+    (r"The answer is \$1{,}000", "1000"), (r"The answer is $1\,000$.", "1000"),
+    ("The answer is 1\u202f000.", "1000"), ("The answer is 1 1/2.", "3/2"),
+    ("The answer is 1e5.", "-"), ("The answer is 1.5 \u00d7 10^6.", "-"), ("#### 1.2.3", "-"),
+    (r"The answer is \frac12", "-"), ("The answer is 10^6", "-"), ("#### 3/4/2024", "-"),
     ("#### 7\nThe answer is: 8\n\nQuestion: next\nAnswer: The answer is 9", "8"),
     ("10-5=5, 20-30", "- 30"), ("20 - 30", "- 30"),
-    ("it is -3.", "- -3"), ("Question: #### 5", "-"), ("48/2.5", "- 2.5"), ("(9)-5", "- 5"),
+    ("it is -3.", "- -3"), ("Question: #### 5", "-"), ("48/2.5", "-"), ("(9)-5", "- 5"),
     pytest.param(f"#### -0.{'9' * 5000}", f"-0.{'9' * 5000}", id="no digit is rounded away")])
 def test_strict_answers_need_a_marker_and_flexible_ones_do_not(text, answers):
     """A number behind a marker must win; else, flexible, the last one counts."""
@@ -1997,6 +2010,18 @@ def test_scores_equal_lm_evaluation_harness():
             text, reference = f"{steps}so\n#### {ending}", f"#### {other}"
             same = extract_answer(text, mode) == extract_answer(reference)
             assert same == (harness(text, mode) == harness(reference, False)), (text, other, mode)
+
+
+@cases("text, value", [
+    ("so\n#### 1,234", 1234), ("The answer is: 5", 5), ("18", 18), ("$1,250.50", "1250.5"),
+    ("it makes 18", None), ("#### none", None), (r"The answer is: \frac{x}{4}", None),
+    ("3 of 4", None), ("1e5", None), ("7%", 7)])
+def test_a_reference_has_a_marker_or_is_a_bare_number(text, value):
+    """Any other row must be refused by its number: 57 of 175 Alpaca answers hold a digit."""
+    row = Row("q", text, 9, "q")
+    if value is None:
+        return refused("^row 9: expected an answer that ends in ####", eval_gsm8k.reference, row)
+    assert eval_gsm8k.reference(row) == Fraction(value)
 
 
 # --- eval_gsm8k.py: generation ---
@@ -2029,11 +2054,46 @@ def test_a_batch_says_what_each_row_says_alone_and_rows_that_have_ended_leave_it
     model.register_forward_hook(lambda _, args, out: widths.append(len(out.logits)))
     assert complete(model, tokenizer, prompts, 8, 40) == wanted
     assert {cut_off for _, cut_off in wanted} == {True, False} and "Question:" in str(wanted)
-    assert widths[0] == 8 and (widths[-1] < 8) == (kind == "llama")
+    assert max(widths) == 8 and (widths[-1] < 8) == (kind == "llama")
     assert own.items() <= vars(model.generation_config).items()  # kept, for --save-merged
 
 
-# --- eval_gsm8k.py: scores, and a run of evaluations ---
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, eos_token_id=1)
+
+
+@cases("kind, options", [
+    ("rwkv", dict(attention_hidden_size=32, intermediate_size=48, context_length=256)),
+    ("bart", dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
+                  max_position_embeddings=128, pad_token_id=0, forced_eos_token_id=None)),
+    ("minimax", dict(intermediate_size=48, num_key_value_heads=2, head_dim=8, num_local_experts=4,
+                     num_experts_per_tok=2, max_position_embeddings=128, pad_token_id=0,
+                     layer_types=["linear_attention", "full_attention"])),
+    ("openai-gpt", dict(n_embd=32, n_layer=2, n_head=4, n_positions=128))])
+def test_no_model_s_completions_depend_on_the_batch(kind, options, tiny, patch):
+    """Where padding moves the logits, or a cache cannot be cut, another way must be taken."""
+    _, tokenizer = load(tiny)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        kind, **SIZES | dict(vocab_size=len(tokenizer)) | options)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    prompts = ["Ann has 3 eggs .", "Ann has 3 eggs . Ann gets 2 more . Ann gets 5 more .", "Ben"]
+    decode = tokenizer.decode
+
+    def early(ids, **options):  # one row asks on after a few tokens, the others go on
+        text = decode(ids, **options)
+        return text + " Question:" if ids[0] == first else text
+    first = None
+    alone = complete(model, tokenizer, prompts, 1, 40)
+    first = tokenizer(alone[0][0]).input_ids[0]
+    tokenizer.decode = early
+    wanted = [completion for prompt in prompts
+              for completion in complete(model, tokenizer, [prompt], 1, 40)]
+    assert complete(model, tokenizer, prompts, 3, 40) == wanted
+
+
+# --- eval_gsm8k.py: scores, questions, export ---
 
 def evaluation(tiny, *flags):
     common = (f"--model {tiny}/base --data {tiny}/test.jsonl --max-new-tokens 8 --dtype float32 "
@@ -2045,8 +2105,8 @@ def evaluate(tiny, *flags):
     eval_gsm8k.main(eval_gsm8k.parse_args(evaluation(tiny, *flags)))
 
 
-def records_of(name, out="eval_results"):
-    return [json.loads(line) for line in open(f"{out}/{name}-test.jsonl")]
+def records_of(name, out="eval_results", n=16):
+    return [json.loads(line) for line in open(f"{out}/{name}-test-{n}.jsonl")]
 
 
 def test_intervals_and_exact_test_give_published_values():
@@ -2062,7 +2122,7 @@ def test_shots_stand_in_the_prompt_and_answers_are_counted_by_kind(patch):
     """Shots must not be scored; each count must be its own, worked out by hand."""
     said, asked = [("#### 1", False), ("2", False), ("", True), ("9", False)], []
     patch(eval_gsm8k, complete=lambda _, __, prompts, *rest: asked.extend(prompts) or said)
-    rows = [("a?", "#### 7"), *(("q", str(n)) for n in (1, 2, 3, 4))]
+    rows = [Row("a?", "#### 7", 1, "a?"), *(Row("q", str(n), n, "q") for n in (1, 2, 3, 4))]
     result = eval_gsm8k.summarise(eval_gsm8k.answer(None, None, rows, shots=1))
     assert asked == 4 * ["Question: a?\nAnswer: #### 7\n\nQuestion: q\nAnswer:"]
     wanted = dict(n=4, correct=1, accuracy=0.25, correct_flexible=2, accuracy_flexible=0.5,
@@ -2081,7 +2141,7 @@ def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, ca
     done = torchrun(HERE / "eval_gsm8k.py", evaluation(tiny, *flags, "two"))
     assert done.stdout.count("16 problems, scores in two/") == 1, done.stderr
     for name in names:
-        one, two = (json.load(open(f"{out}/{name}-test.json")) for out in ("one", "two"))
+        one, two = (json.load(open(f"{out}/{name}-test-16.json")) for out in ("one", "two"))
         assert one == two | {"seconds": one["seconds"]}
         assert ("p_value" in one) == (one["adapter"] is not None) == (name != "base")
         assert records_of(name, "one") == records_of(name, "two")
@@ -2090,30 +2150,84 @@ def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, ca
 
 
 @cases("flags", [[], ["--nf4"]])
-def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny):
-    """What transformers loads must answer as base and adapter do."""
+def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny, patch):
+    """Export must score nothing; transformers and pipeline must open it and answer alike."""
     saved("adapter", lambda: load(tiny)[0], also_train="lm_head")
-    evaluate(tiny, "--adapter", "adapter", "--save-merged", "merged", *flags)
+    evaluate(tiny, "--adapter", "adapter", *flags)
+    with pytest.MonkeyPatch.context() as only:
+        only.setattr(eval_gsm8k, "complete", lambda *_: pytest.fail("generated"))
+        evaluate(tiny, "--adapter", "adapter", "--save-merged", "merged", "--data", "none", *flags)
     evaluate(tiny, "--model", "merged", "--out", "again")
-    answers = records_of("adapter")
-    assert answers == records_of("adapter-merged") == records_of("base", "again")
-    assert answers != records_of("base")
+    assert records_of("adapter") == records_of("base", "again") != records_of("base")
     evaluate(tiny, "--out", "alone", *flags)
     assert records_of("base") == records_of("base", "alone")  # the head of the adapter is gone
+    say = transformers.pipeline("text-generation", "merged", device="cpu")
+    assert say("Question: Ann", max_new_tokens=3)[0]["generated_text"].startswith("Question: Ann")
+
+
+def test_asking_prints_base_and_adapters_and_writes_nothing(tiny, capsys):
+    """Completions must be those of complete(), in the order of the texts."""
+    saved("adapter", lambda: load(tiny)[0], also_train="lm_head")
+    before = sorted(os.listdir())
+    evaluate(tiny, "--adapter", "adapter", "--ask", "Ann has 3 eggs .", "Ben has 4 pens .")
+    out = capsys.readouterr().out
+    model, tokenizer = load(tiny)
+    prompts = [format_prompt(text) for text in ("Ann has 3 eggs .", "Ben has 4 pens .")]
+    base = complete(model, tokenizer, prompts, 2, 8)
+    load_adapter(model, "adapter")
+    wanted = [text.strip() for pair in zip(base, complete(model, tokenizer, prompts, 2, 8))
+              for text, _ in pair]
+    found = re.findall("--- (?:base|adapter)\n(.*)", out)
+    assert [text.removesuffix(" ...") for text in found] == wanted and wanted[0] != wanted[1]
+    assert out.index("Ann has") < out.index("Ben has") and sorted(os.listdir()) == before
+
+
+def test_an_adapter_says_how_it_was_trained(tiny, patch):
+    """Base, chat and NF4 must come from it, unless given; a contradiction must be told."""
+    save_adapter(injected(lambda: load(tiny)[0]), "a", {
+        "model": f"{tiny}/base", "chat": "True", "nf4": "True"})
+    read = []
+    patch(eval_gsm8k, load_model=lambda *found: read.append(found) or load(tiny), ask=lambda *_: 0)
+    for flags in ("", "--no-nf4 --no-chat", "--model other"):
+        args = eval_gsm8k.parse_args(f"--adapter a --ask x --device cpu {flags}".split())
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            eval_gsm8k.main(args)
+        assert read[-1][0] == ("other" if "other" in flags else f"{tiny}/base")
+        assert (read[-1][3], args.chat) == 2 * ("--no" not in flags,)
+        words = [str(warning.message) for warning in told if "was trained" in str(warning.message)]
+        assert len(words) == 2 * ("--no" in flags)
+
+
+def test_a_chat_adapter_is_asked_in_its_format(tiny):
+    """The prompt must be the template's, as in training."""
+    tokenizer = letters(CHATML)
+    turns = [dict(role="user", content="1+1?")]
+    text = "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
+    assert encode_prompt(tokenizer, turns) == tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_a_score_is_read_not_made_again(tiny, patch):
+    """Of the same settings; another number of problems has files of its own."""
+    evaluate(tiny, "--nb-samples", "3")
+    evaluate(tiny, "--nb-samples", "2", "--shots", "1", "--out", "b")
+    patch(eval_gsm8k, complete=lambda *_: pytest.fail("generated"))
+    evaluate(tiny, "--nb-samples", "3")
+    assert len(records_of("base", n=3)) == 3 and len(records_of("base", "b", n=2)) == 2
+    refused("was made with shots = 0, now it is 1", evaluate, tiny, "--nb-samples", "3", "--shots",
+            "1")
 
 
 @cases("flags, message", [
-    ("--nb-samples 4", "base-test.json is another"), ("--adapter a --adapter a --out b", "a-test"),
-    ("--adapter nowhere --out b", "is no adapter"), ("--data x.json", "a number"),
-    ("--adapter a --save-merged eval_results", "a new folder"),
-    ("--adapter a b --save-merged c", "exactly one")])
-def test_bad_runs_never_reach_generation(flags, message, tiny, patch):
-    """Another evaluation's scores must stay; the same one may be repeated."""
-    for _ in range(2):
-        evaluate(tiny, "--nb-samples", "3", "--shots", "1")
-    assert len(records_of("base")) == 3
-    Path("x.json").write_text('{"question": "q", "answer": "none"}')
-    patch(eval_gsm8k, complete=lambda *_: pytest.fail("generated"))
+    ("--adapter a --adapter a", "a is there twice"), ("--adapter nowhere", "--adapter nowhere: "),
+    ("--data x.jsonl", "--data x.jsonl: row 2: expected an answer that ends in ####"),
+    ("--adapter a --save-merged a", "a folder that does not exist"),
+    ("--save-merged c", "it takes one --adapter"), ("--shots 16", "--shots 16 leaves none of 16")])
+def test_bad_runs_end_before_a_model_is_loaded(flags, message, tiny, patch):
+    """Each must be one line that names flag and value."""
+    saved("a", lambda: load(tiny)[0])
+    write_rows("x.jsonl", dict(question="q", answer="5"), dict(question="q", answer="Paris 2024"))
+    patch(eval_gsm8k, load_model=lambda *_: pytest.fail("loaded"))
     refused(message, evaluate, tiny, *flags.split())
 
 
@@ -2397,8 +2511,9 @@ for dtype, nf4 in ((torch.float16, True), (torch.bfloat16, False)):
 
 # --- the README ---
 
-def test_every_command_in_the_readme_parses():
+def test_every_command_in_the_readme_parses(patch):
     """Each `python x.py --flag` must go through that script's parser."""
+    patch(train_math, saved_flags=lambda args: {})  # the run and the adapter are not there
     shell = "".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
     commands = re.findall(r"(train_math|eval_gsm8k|train_sst2)\.py([^#\n]*)", shell)
     assert len(commands) > 10

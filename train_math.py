@@ -77,18 +77,18 @@ def number(kind, low, high=math.inf):
 
 
 def parse_args(argv=None):
-    """Return the flags; args.given holds those of the command line alone, without defaults."""
+    """Return the flags. With --resume or --adapter, those that were saved are the defaults."""
     parser, count = Parser(description=__doc__), number(int, 1)
 
     def add(flag, default=None, help="", **options):
-        if default not in (None, False):
+        if default is not None and default is not False:
             help += f" (default: {' '.join(default) if isinstance(default, list) else default})"
         parser.add_argument(flag, default=default, help=help, **options)
 
     add("--model", BASE_MODEL, "Hub id or folder of the base model")
     add("--data", "meta-math/MetaMathQA", "Hub id, or .jsonl/.json/.parquet/.csv")
     add("--chat", False, "prompts by the tokenizer's chat template", action="store_true")
-    add("--nb-samples", 10000, "train on the first N rows", type=count)
+    add("--nb-samples", 10000, "train on the first N rows, or turns of messages", type=count)
     add("--val-samples", None, "hold out the N rows behind them, or the last ones (default: "
         "200 or a tenth, whichever is less; 0 for none)", type=number(int, 0))
     add("--epochs", 3, type=count)
@@ -119,24 +119,43 @@ def parse_args(argv=None):
     add("--seed", 0, "order of the data, A, dropout", type=number(int, 0, 2**31))
     add("--demo", False, "train and score a tiny model", action="store_true")
     args = parser.parse_args(argv)
-    blank = argparse.Namespace(**dict.fromkeys(vars(args)))
-    given = vars(parser.parse_args(argv, blank))
-    args.given = {key: value for key, value in given.items() if value is not None}
-    if args.demo and args.given.keys() - {"demo", "seed"}:
+    if args.demo and vars(args) != vars(parser.parse_args(["--demo", "--seed", str(args.seed)])):
         raise ValueError("--demo takes no flag but --seed")
-    name = args.run_name or f"lora-r{args.r}-{Path(args.data).stem}"
-    args.run_name = re.sub(r"^\.|[^\w.-]", "_", name)  # no / and no leading dot
+    args.run_name = name_run(args)
+    saved = saved_flags(args)
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    for key in saved.keys() - MAY_CHANGE_ON_RESUME:
+        now, then = getattr(args, key), saved[key]
+        if now != then and not (key == "targets" and sorted(now) == sorted(then)):
+            whose = f"the run {args.run_name}" if args.resume else args.adapter
+            raise ValueError(f"--{key.replace('_', '-')} is {now}, but {then} in {whose}: "
+                             "leave it out")
+    args.run_name = name_run(args)
     return args
 
 
-def adopt(args, saved, whose):
-    """Take over flags that were saved. Raises ValueError if one was given and differs."""
-    for key, value in saved.items():
-        given = args.given.get(key, value)
-        if given != value and key not in MAY_CHANGE_ON_RESUME:
-            raise ValueError(f"--{key.replace('_', '-')} is {given}, but {value} in {whose}: "
-                             "leave it out")
-        setattr(args, key, given)
+def name_run(args):
+    name = args.run_name or f"lora-r{args.r}-{Path(args.data).stem}"
+    return re.sub(r"^\.|[^\w.-]", "_", name)  # no / and no leading dot
+
+
+def saved_flags(args):
+    """Return the flags that hold because a run or an adapter was begun with them."""
+    if args.resume:
+        path = Path("checkpoints", args.run_name, "run.json")
+        with loading("--resume", path):
+            return json.loads(path.read_text())["flags"]
+    if args.adapter:
+        with loading("--adapter", args.adapter):
+            path = Path(args.adapter, "adapter_config.json")
+            config = json.loads(path.read_text(encoding="utf8"))
+            targets = config["target_modules"]
+            return {"r": config["r"], "alpha": float(config["lora_alpha"]),
+                    "dropout": float(config.get("lora_dropout", 0)),
+                    "rslora": bool(config.get("use_rslora")),
+                    "targets": targets if isinstance(targets, list) else [targets]}
+    return {}
 
 
 # --- prompt and data: from a file to token ids ---
@@ -147,8 +166,6 @@ Row = namedtuple("Row", "question answer number original")
 
 COLUMNS = (("query", "response"), ("question", "answer"), ("prompt", "completion"),
            ("instruction", "output"), ("instruction", "response"))
-
-
 FILES = (".jsonl", ".json", ".parquet", ".csv")
 
 
@@ -185,7 +202,8 @@ def read_table(data, split, limit=None, chat=False):
                 break
         if not rows:
             raise ValueError("no row has an answer")
-    print(f"{data}: {len(table):,} rows{f', {empty:,} without an answer left out' * (empty > 0)}")
+    left_out = f", {empty:,} without an answer left out" if empty else ""
+    print(f"{data}: {len(table):,} rows{left_out}")
     return rows[:limit]
 
 
@@ -231,6 +249,8 @@ def examples_of(row, chat):
                  for turn in row["messages"]]
         for i, turn in enumerate(turns):
             if turn["role"] == "assistant":
+                if i == 0:
+                    raise ValueError("its messages begin with the assistant: there is no prompt")
                 yield turns[:i], turn["content"]
         return
     names = next((pair for pair in COLUMNS if set(pair) <= set(row)), None)
@@ -265,15 +285,15 @@ def hold_out(rows, nb_samples, val_samples):
     if n < 1:
         raise ValueError(f"--val-samples {val_samples} leaves nothing to train on: there are "
                          f"{len(rows)} rows")
-    asked, held_out, passed = {row.original for row in rows[:n]}, [], 0
+    asked, held_out, repeated = {row.original for row in rows[:n]}, [], 0
     for row in rows[n:]:
         if len(held_out) == val_samples:
             break
         if row.original in asked:
-            passed += 1
+            repeated += 1
         else:
             held_out.append(row)
-    return rows[:n], held_out, passed
+    return rows[:n], held_out, repeated
 
 
 def encode_prompt(tokenizer, prompt):
@@ -308,7 +328,8 @@ def encode_row(tokenizer, question, answer):
         ids, end = encode_prompt(tokenizer, prompt + rest), [tokenizer.eos_token_id]
         prompt = encode_prompt(tokenizer, prompt)
     if ids[:len(prompt)] != prompt:  # a token straddles prompt and answer: none will be generated
-        ids = prompt + tokenizer(rest, add_special_tokens=False).input_ids
+        ids = prompt + tokenizer(rest, add_special_tokens=False,
+                                 split_special_tokens=bool(end)).input_ids
     return prompt, ids + end
 
 
@@ -486,7 +507,7 @@ def learning_rate_at(step, steps, warmup, peak):
 
 # --- the loss ---
 
-LOGITS_AT_ONCE = 2**22  # 131 positions of a 32,000-word vocabulary, whatever the batch
+LOGITS_AT_ONCE = 2**22  # 131 positions with 32,000 tokens to choose from, whatever the batch
 
 
 def batch_loss(model, batch):
@@ -587,7 +608,8 @@ def check_head(model, ids):
             inputs = torch.tensor([ids], device=model.device)
             own = model(input_ids=inputs, use_cache=False).logits[:, -16:].float()
         seen = last_logits(model, ids)
-        changed = last_logits(model, [*ids[:-1], (ids[-1] + 1) % len(model.get_input_embeddings().weight)])
+        other = (ids[-1] + 1) % len(model.get_input_embeddings().weight)
+        changed = last_logits(model, [*ids[:-1], other])
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -636,9 +658,9 @@ def fits(model, batch, room):
     """
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         try:
-            taken = torch.empty(room, dtype=torch.uint8, device=model.device)
+            room = torch.empty(room, dtype=torch.uint8, device=model.device)  # held to the end
             batch_loss(model, batch).backward()
-            return taken.numel() == room
+            return True
         except torch.OutOfMemoryError:  # without `as error`: its traceback holds the activations
             return False
         finally:
@@ -736,7 +758,7 @@ def save_checkpoint(folder, model, state, metadata):
     state_part.write_bytes(content.getvalue())
     state_part.replace(state_of(folder))
     steps = checkpoints(folder.parent)
-    for old in steps[:steps.index(folder)][:-1]:  # not the one before
+    for old in steps[:steps.index(folder)][:-1]:  # all before this one but the last
         state_of(old).unlink(missing_ok=True)
 
 
@@ -771,11 +793,10 @@ def begin_run(run, args, examples, model):
             raise ValueError(f"--{flag} {getattr(args, flag)}: not the {name} that this run began "
                              "with. Restore it, or begin another run with --run-name")
     if RANK == 0 and not args.resume:
-        flags = {key: value for key, value in vars(args).items() if key not in ("given", "demo")}
         versions = {library.__name__: library.__version__ for library in (torch, transformers)}
         run.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".part").write_text(
-            json.dumps({"flags": flags, **hashes, "versions": versions}, indent=2))
+            json.dumps({"flags": vars(args), **hashes, "versions": versions}, indent=2))
         path.with_suffix(".part").replace(path)
 
 
@@ -827,27 +848,27 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
 
             # 4. Step, or skip after an overflow, leaving weights and moments untouched.
-            finite = math.isfinite(loss + norm)
+            finite, scale = math.isfinite(loss + norm), scaler.scale
             if finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             scaler.update(finite)
             step += 1
-            if scaler.skipped_in_a_row == (20 if scaler.enabled else 1):
-                raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}: try a lower "
-                                 "--lr, or --dtype float32, and another --run-name")
 
             # 5. Log, validate and save.
             tokens = sum(len(ids) for batch in window for ids, _ in batch)
             speed = tokens / (time.perf_counter() - start)
             line = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm,
-                    "loss_scale": scaler.scale, "tokens": tokens, "tokens_per_s": speed,
+                    "loss_scale": scale, "tokens": tokens, "tokens_per_s": speed,
                     "peak_memory_gib": peak_memory(model.device) / GiB, "skipped": not finite}
             shown = f"loss {loss:.3f}  lr {lr:.1e}  {speed:.0f} tok/s"
             if held_out and step in tenths:
                 line["val_loss"] = validation_loss(model, held_out, args.batch_size)
                 shown += f"  held-out loss {line['val_loss']:.3f}"
             log(line)
+            if scaler.skipped_in_a_row == (20 if scaler.enabled else 1):
+                raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}: try a lower "
+                                 "--lr, or --dtype float32, and another --run-name")
             bar.update()
             bar.set_postfix_str(shown)
             if step in tenths:
@@ -897,7 +918,10 @@ def read_log(path):
 
 
 def open_log(path, step):
-    """Return log(line): to TensorBoard and metrics.jsonl, which is cut back to its first steps."""
+    """Return log(line): to TensorBoard and metrics.jsonl, which first loses the lines after `step`.
+
+    A new run, at step 0, starts an empty file.
+    """
     if RANK > 0:
         return lambda line: None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -952,9 +976,9 @@ def plot_loss(path):
 
 @contextmanager
 def catch_signals():
-    """Yield a list that notes Ctrl-C and SIGTERM, for train() to stop. A second one ends it."""
+    """Yield a list that notes Ctrl-C and SIGTERM, for train() to stop after the step."""
     def note(signum, _):
-        os.write(2, b"\nfinishing this step, then saving; once more ends at once\n")
+        os.write(2, b"\nfinishing this step; a second signal ends at once\n")
         caught.append(signum)
         signal.signal(signum, before[signum])
 
@@ -973,11 +997,9 @@ def main(args):
     """Run the experiment and return the last checkpoint's folder, or run the demo."""
     if args.demo:
         return demo(args.seed)
-    run, state = Path("checkpoints", args.run_name), None
+    run, adapter, state = Path("checkpoints", args.run_name), args.adapter, None
     if args.resume:
-        folder, state = newest_state(run)
-        with loading("--resume", run / "run.json"):
-            adopt(args, json.loads((run / "run.json").read_text())["flags"], "the run so far")
+        adapter, state = newest_state(run)
     elif checkpoints(run):
         raise ValueError(f"{run} has checkpoints: add --resume, or give another --run-name")
     config = LoRAConfig(args.r, args.alpha, args.dropout, args.targets, rslora=args.rslora)
@@ -990,7 +1012,7 @@ def main(args):
     rows = read_table(args.data, "train", args.nb_samples + 10 * val_samples, args.chat)
     if args.val_samples is None:
         val_samples = min(200, min(len(rows), args.nb_samples) // 10)
-    rows, held_out, passed = hold_out(rows, args.nb_samples, val_samples)
+    rows, held_out, repeated = hold_out(rows, args.nb_samples, val_samples)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
     examples, held_out_examples = (encode(part, tokenizer, args.max_length)
                                    for part in (rows, held_out))
@@ -1004,24 +1026,21 @@ def main(args):
     begin_run(run, args, examples + held_out_examples, model)
 
     torch.manual_seed(args.seed)
-    if args.resume or args.adapter:
-        config = load_adapter(model, folder if args.resume else args.adapter)
-        if not args.resume:
-            adopt(args, {key: list(value) if key == "targets" else value
-                         for key, value in vars(config).items() if key != "also_train"},
-                  args.adapter)
+    if adapter:
+        load_adapter(model, adapter)
     else:
         inject_lora(model, config)
     trainable, total = count_parameters(model)
+    over = " over NF4" if args.nf4 else ""
     left_out = len(rows) + len(held_out) - len(encoded)
     ids, prompt = examples[0]
-    print(f"{args.model} in {args.dtype}{' over NF4' * args.nf4} on {device} ({reason})\n"
+    print(f"{args.model} in {args.dtype}{over} on {device} ({reason})\n"
           f"{len(dict(lora_layers(model)))} layers adapted: {trainable:,} of {total:,} parameters "
           f"train ({trainable / total:.2%}), in float32\n"
-          f"{len(examples):,} rows train, {len(held_out_examples):,} are held out; left out: "
-          f"{left_out:,} longer than {args.max_length} tokens, {passed:,} that ask what a training "
-          f"row asks\nthe first row, prompt | target: {tokenizer.decode(ids[:prompt])!r} | "
-          f"{tokenizer.decode(ids[prompt:])!r}")
+          f"{len(examples):,} rows train, {len(held_out_examples):,} are held out\n"
+          f"left out: {left_out:,} longer than {args.max_length} tokens, {repeated:,} that ask what "
+          "a training row asks\nthe first row, prompt | target: "
+          f"{tokenizer.decode(ids[:prompt])!r} | {tokenizer.decode(ids[prompt:])!r}")
     model.train()
     batches = (epoch_batches(examples, args.batch_size, args.seed, epoch)[0]
                for epoch in range(args.epochs))
@@ -1034,8 +1053,8 @@ def main(args):
     print(f"peak memory {peak_memory(device) / GiB:.2f} GiB. Written: {last}/, {metrics}")
     if best := lowest(read_log(metrics)):
         folder = run / f"step_{best[1]:06d}"
-        print(f"the held-out loss is lowest, {best[0]:.3f}, at step {best[1]}"
-              f"{f': {folder}' if folder.exists() else ''}")
+        where = f": {folder}" if folder.exists() else ""
+        print(f"the held-out loss is lowest, {best[0]:.3f}, at step {best[1]}{where}")
     if RANK == 0:
         plot_loss(metrics)
     return last
@@ -1081,8 +1100,10 @@ def demo_base(texts, seed=0):
 def demo(seed):
     """Pretrain a base on one-step problems, adapt it to two-step ones, score it on both, merge."""
     import eval_gsm8k
+    if WORLD > 1:
+        raise ValueError("--demo runs in one process: start it without torchrun")
     if Path("demo/one-step-train.jsonl").exists():  # the last demo's
-        for folder in ("demo/merged", "checkpoints/demo"):
+        for folder in ("demo/merged", "demo/scores", "demo/scores-merged", "checkpoints/demo"):
             shutil.rmtree(folder, ignore_errors=True)
     Path("demo").mkdir(exist_ok=True)
     rng = random.Random(seed)
@@ -1110,10 +1131,14 @@ def demo(seed):
     print(f"2. Adapt it to two-step problems: train_math.py {flags}")
     last = main(parse_args(flags.split()))
 
-    for task, merge in (("two-step", "--save-merged demo/merged"), ("one-step", "")):
-        flags = (f"--model demo/base --adapter {last} --data demo/{task}-test.jsonl {merge} "
-                 f"--batch-size 200 --max-new-tokens 40 {cpu}")
-        print(f"3. Score held-out {task} problems: eval_gsm8k.py {flags}")
+    # 3. Score held-out problems of both tasks, and the merged model
+    score = f"--batch-size 200 --max-new-tokens 40 {cpu}"
+    for flags in (f"--adapter {last} --data demo/two-step-test.jsonl --out demo/scores {score}",
+                  f"--adapter {last} --data demo/one-step-test.jsonl --out demo/scores {score}",
+                  f"--adapter {last} --save-merged demo/merged {cpu}",
+                  f"--model demo/merged --data demo/two-step-test.jsonl --out demo/scores-merged "
+                  f"{score}"):
+        print(f"3. eval_gsm8k.py {flags}")
         eval_gsm8k.main(eval_gsm8k.parse_args(flags.split()))
     print("The one-step task falls with the adapter on, which has learned to do two steps whatever "
           "is asked; with the adapter off, the base is what it was.")
@@ -1150,9 +1175,9 @@ def loading(flag, name):
             raise
         reason = first_line(error)
         if not Path(name).exists():
-            silent = re.search("connect|reach|offline|resolve", reason, re.IGNORECASE)
-            reason = (f"no such file or folder{', and the Hub cannot be reached' * bool(silent)} "
-                      f"({reason})")
+            offline = re.search("connect|reach|offline|resolve", reason, re.IGNORECASE)
+            hub = ", and the Hub cannot be reached" if offline else ""
+            reason = f"no such file or folder{hub} ({reason})"
         raise ValueError(f"{flag} {name}: {reason}") from None
 
 
@@ -1170,6 +1195,7 @@ def is_out_of_memory(error):
 def run_script(name, main, parse_args):
     """End in one line on stderr and exit code 2 for what a flag or a file can cause."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    sys.stdout.reconfigure(errors="backslashreplace")  # a console may not show a name
     try:
         main(parse_args())
         if dist.is_initialized():
