@@ -93,11 +93,12 @@ class LoRAConfig:
 class LoRALinear(nn.Module):
     """h = W0 x + scaling * B A x (Eq. 3): a low-rank update beside a frozen linear layer.
 
-    Maps (..., k) to (..., d). A and B are fp32 whatever the base's dtype, because small updates
-    round away in 16 bits: in bf16, 0.02 + 3e-5 is 0.02 again.
+    Maps (..., k) to (..., d), in x's dtype. A and B are kept in fp32 whatever the base's dtype,
+    because small updates round away in 16 bits: in bf16, 0.02 + 3e-5 is 0.02 again.
 
     A variant is a subclass: it overrides forward() and merged_weight(), adds its tensors to
-    adapter_parameters(), and lists in `options` what it adds to adapter_config.json.
+    adapter_parameters(), and lists in `options` what it adds to adapter_config.json. Loading also
+    builds it over an nn.Linear on the meta device, for the shapes of its tensors.
     """
     options = {}
 
@@ -116,7 +117,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))        # (..., k) -> (..., r)
         update = F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        # W0 x comes last: with activation checkpointing, recomputing stops before this product.
+        # W0 x last: where this layer ends a checkpointed block, it is not computed again.
         return self.base(x) + update
 
     def delta(self):
@@ -153,7 +154,7 @@ def features(layer):
     """Return (d, k), the sizes of output and input."""
     if hasattr(layer, "out_features"):
         return layer.out_features, layer.in_features
-    return tuple(reversed(layer.weight.shape))
+    return tuple(reversed(layer.weight.shape))  # Conv1D
 
 
 def is_transposed(layer):
@@ -173,12 +174,11 @@ def device_of(module):
 
 # --- injection ---
 #
-# There are no flags: the modules that stand in the model say what an adapter is doing. It is on
-# while wrappers stand there. While it is merged or off, plain layers stand in their places; each
-# keeps its wrapper in an attribute `waiting`, as (wrapper, W0) or (wrapper, None). A module that
-# trains in full keeps its other weights, the base's or the trained ones, in `base_weights`. Both
-# are tuples, because nn.Module does not register what is in a tuple: parameters(), state_dict()
-# and .to() do not see it.
+# The state of an adapter is which modules stand in the model; there are no flags. While it is on,
+# these are the wrappers. While it is merged or off, plain layers stand in their places, and each
+# holds its wrapper in `waiting`: (wrapper, W0) if merged, (wrapper, None) if off. A module that
+# trains in full holds its other weights, the base's or the trained ones, in `base_weights`.
+# nn.Module does not register what is in a tuple, so that state_dict() and .to() do not see these.
 
 def inject_lora(model, config, layer=LoRALinear):
     """Freeze the model, wrap the targets, train also_train (Sec. 4.2); return the wrapped names.
@@ -203,7 +203,7 @@ def inject_lora(model, config, layer=LoRALinear):
 def install(model, wrappers, heads):
     """Freeze the model, place {base: wrapper}, and give the heads weights of their own to train."""
     model.requires_grad_(False)
-    model.zero_grad()  # an optimizer would move the base by gradients from before
+    model.zero_grad()  # gradients of pretraining would let an older optimizer move the base
     replace_modules(model, wrappers)
     for module in set(chain.from_iterable(head.modules() for head in heads.values())):
         copies = {name: nn.Parameter(p.detach().clone())
@@ -416,9 +416,10 @@ def linear_layers(model):
     layers, modules = {}, named(model)
     for name, module in modules.items():
         parent = modules[name.rpartition(".")[0]]
-        # These read their children's weights and do not call them: an adapter has no effect.
+        # These read weights of their children, in inference at least, without calling them.
+        mamba = "Mamba" in type(parent).__name__ and "transformers" in type(parent).__module__
         bypassed = (isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
-                    or "Mamba" in type(parent).__name__ and ends_in(name, ["dt_proj"]))
+                    or mamba and ends_in(name, ["dt_proj"]))
         linear = isinstance(module, nn.Linear) or hasattr(module, "to_dense")
         if name and not bypassed and (linear or is_transposed(module)):
             layers[name] = module
@@ -430,7 +431,7 @@ def match(modules, endings):
     for ending in endings:
         if not any(ends_in(name, [ending]) for name in modules):
             existing = ", ".join(sorted({name.split(".")[-1] for name in modules} - {""}))
-            raise ValueError(f"{ending!r} matches no layer among: {existing}")
+            raise ValueError(f"{ending!r} matches no layer among: {existing or 'none'}")
     return {name: module for name, module in modules.items() if ends_in(name, endings)}
 
 
@@ -488,8 +489,9 @@ def save_adapter(model, folder, metadata=None):
         raise ValueError(f"an adapter has one config, but this model has {len(configs)}")
     config, last = configs.pop(), list(layers.values())[-1]
     parameters = file_parameters(layers, heads)
+    saved = set(parameters.values())
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter not in set(parameters.values()):
+        if parameter.requires_grad and parameter not in saved:
             raise ValueError(f"{name} trains but is not saved: inject with it in also_train")
     for key, parameter in parameters.items():
         if not parameter.isfinite().all():
@@ -706,8 +708,9 @@ class NF4Linear(nn.Module):
 
 
 def share_hooks(layer, other):
-    """Give a layer the forward and backward hooks of the one whose place it takes; return it."""
-    vars(layer).update({name: hooks for name, hooks in vars(other).items() if "ward_" in name})
+    """Give a layer the hooks of the one whose place it takes; return it."""
+    vars(layer).update({name: hooks for name, hooks in vars(other).items()
+                        if name.startswith(("_forward_", "_backward_", "_is_full_backward"))})
     return layer
 
 

@@ -54,6 +54,9 @@ from train_math import (
     newest_state, parse_args, read_rows, read_table)
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "bench"))
+import section7
+
 CPU = torch.device("cpu")
 cases = pytest.mark.parametrize
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -1415,19 +1418,12 @@ def test_a_process_of_torchrun_touches_its_own_gpu_alone(monkeypatch, patch):
 
 def test_half_precision_without_units_is_the_user_s_choice(patch):
     """There auto must be float32; another dtype by name must warn and obey."""
-    def settled(name, *flags):
-        args = train_sst2.parse_args(["--device", "cpu", "--dtype", name, *flags])
-        train_sst2.settle(args)
-        return getattr(torch, args.dtype)
-
     patch(torch.cpu, get_capabilities=dict)
-    for pick in (lambda name: train_math.pick_dtype(name, CPU)[0], settled):
-        assert pick("auto") == torch.float32
-        with pytest.warns(match="--dtype bfloat16 is slow"):
-            assert pick("bfloat16") == torch.bfloat16
-    mps = SimpleNamespace(device=torch.device("mps"))
-    patch(torch, zeros=lambda *_, device: mps)
-    refused("on MPS", settled, "auto", "--checkpoint-activations")
+    assert train_math.pick_dtype("auto", CPU)[0] == torch.float32
+    with pytest.warns(match="--dtype bfloat16 is slow"):
+        assert train_math.pick_dtype("bfloat16", CPU)[0] == torch.bfloat16
+    patch(train_sst2, pick_device=lambda _: torch.device("mps"))
+    refused("on MPS", train_sst2.main, train_sst2.parse_args(["--checkpoint-activations"]))
 
 
 def test_models_are_loaded_as_asked_or_refused(tiny):
@@ -1701,10 +1697,9 @@ def test_vram_caps_what_the_allocator_may_take(patch):
 
 # --- train_math.py: loss scaling, schedule, numbers that go wrong ---
 
-@cases("scaler", [LossScaler, train_sst2.LossScaler])
-def test_loss_scaler_agrees_with_torch_s_grad_scaler(scaler):
+def test_loss_scaler_agrees_with_torch_s_grad_scaler():
     """Scale and gradients must agree over good steps and overflows."""
-    ours, scales = scaler(True, scale=2.0**16, interval=3), set()
+    ours, scales = LossScaler(True, scale=2.0**16, interval=3), set()
     theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
     mine, weight, unreached = [nn.Parameter(torch.ones(2)) for _ in range(3)]
     for gradient in [1, 2, math.inf, 3, 1, 2, 3, math.nan, math.inf, 1, 1, 1, 1, 1, 1, 1]:
@@ -2247,12 +2242,9 @@ def test_errors_end_in_one_line(error, word, patch, capsys):
     """Also one without a message must not break its handler."""
     def fails(*_):
         raise error
-    patch(train_sst2, parse_args=fails)
     patch(warnings, formatwarning=None)
-    common = lambda: train_math.run_script("train_sst2.py", fails, lambda: None)
-    for run in (common, train_sst2.run_script):
-        refused("^2$", run, error=SystemExit)
-        assert re.fullmatch(f"train_sst2.py: .*{word}.*\n", capsys.readouterr().err)
+    refused("^2$", train_math.run_script, "x.py", fails, lambda: None, error=SystemExit)
+    assert re.fullmatch(f"x.py: .*{word}.*\n", capsys.readouterr().err)
 
 
 # --- train_sst2.py ---
@@ -2276,7 +2268,8 @@ def sst2(encoder, flags=""):
 
 
 def prepared(encoder, flags=""):
-    train_sst2.settle(args := sst2(encoder, flags))
+    args = sst2(encoder, flags)
+    args.device = CPU
     return args, {split: train_sst2.read_data(args, split) for split in ("train", "validation")}
 
 
@@ -2287,14 +2280,16 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, caps
     assert [(run["r"], run["seed"], run["adapter_parameters"]) for run in runs] == [
         (1, 0, 512), (1, 1, 512), (2, 0, 1024), (2, 1, 1024), (None, 0, 0), (None, 1, 0)]
     assert [run["trainable"] for run in runs[::5]] == [512 + 64 * 2 + 2, runs[5]["total"]]
-    assert len({run["loss"] for run in runs}) == 6
+    assert len({run["val_loss"] for run in runs}) == 6
     train_sst2.report([run | {"accuracy": n / 10} for n, run in enumerate(runs)], "curves.png")
-    assert re.search(r"r=2 +1024 +1154 .* 0.25 +0.07071 +2\n", capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert re.search(r"r=2 +1024 +1154 .* 0.25 +0.07071 +2\n", out)
+    assert re.search("adapter_weights +trained +seconds +val_loss +accuracy +std +seeds", out)
     path = Path("runs/sst2/sst2.jsonl")
     assert path.with_suffix(".png").exists()
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     again = train_sst2.main(args)
-    assert again[:-1] == runs[:-1] and again[-1]["loss"] == runs[-1]["loss"]
+    assert again[:-1] == runs[:-1] and again[-1]["val_loss"] == runs[-1]["val_loss"]
     refused("--lr was 0.005, is 0.1; .*--grad-accum was 1, is 2; give another --out",
             train_sst2.main, sst2(encoder, "--lr 0.1 --grad-accum 2"))
     path.write_text(path.read_text()[:-30])
@@ -2308,8 +2303,65 @@ def test_an_adapter_with_its_head_scores_the_same_elsewhere(encoder):
     assert len(run["history"]) == 6  # of six steps; else four an epoch
     flags = "--adapter demo-sst2/r4-s1 --data demo-sst2 --device cpu --dtype float32"
     scores = train_sst2.main(train_sst2.parse_args(flags.split()))
-    assert scores == (run["accuracy"], run["loss"])
+    assert scores == (run["accuracy"], run["val_loss"])
     assert run["ci95"] == pytest.approx(wilson_interval(round(40 * scores[0]), 40), abs=1e-4)
+
+
+def test_a_run_at_chance_says_so(encoder, patch, capsys):
+    """With what may help; a better one must not."""
+    args, data = prepared(encoder, "--ranks 1 --lr 1e-9")
+    for right in (0.5, 0.95):
+        patch(train_sst2, evaluate=lambda *_: (right, 0.5))
+        train_sst2.train(args, data, 1, 0)
+        assert ("r=1, seed 0 is within chance" in capsys.readouterr().out) == (right == 0.5)
+
+
+def test_predictions_are_the_adapter_s(encoder, capsys):
+    """Label and probability of each sentence must be the model's own."""
+    os.chdir(encoder.parent)
+    texts = ["superb music but dull story", "dull music but superb story"]
+    args = train_sst2.parse_args([*"--adapter demo-sst2/r4-s1 --device cpu --dtype float32".split(),
+                                  "--predict", *texts])
+    shares = train_sst2.main(args)
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    for share, line, text in zip(shares, lines, texts):
+        label = "positive" if share > 0.5 else "negative"
+        assert line == f"{label} {max(share, 1 - share):.1%}  {text}"
+    model = train_sst2.load_adapted(args)
+    ids = train_sst2.encode(args, texts[:1])
+    assert shares[0] == pytest.approx(float(model(torch.tensor(ids)).logits.softmax(-1)[0, 1]))
+
+
+def test_a_decoder_as_classifier_is_padded_with_its_own_id(patch):
+    """A batch must score as each row alone; one that does not is refused."""
+    model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(
+        **SMALL | dict(pad_token_id=2, num_labels=2))).eval()
+    rows = [([5, 6, 7, 8, 9, 10], 1), ([11, 12, 13], 0), ([14, 15, 16, 17], 1)]
+    with torch.no_grad():
+        batch, *alone = (float(train_sst2.classify(model, part, "float32")[0])
+                         for part in (rows, *([row] for row in rows)))
+    assert batch == pytest.approx(sum(alone), abs=1e-4)
+    train_sst2.check_padding(model, rows)
+    patch(train_sst2, logits_of=lambda model, rows, dtype: torch.ones(len(rows), 2) * len(rows))
+    refused("scores a padded row unlike the row alone", train_sst2.check_padding, model, rows)
+
+
+def test_weight_decay_leaves_biases_and_norms_alone(encoder, patch):
+    """In full fine-tuning too."""
+    groups = []
+
+    class Recorded(torch.optim.AdamW):
+        def __init__(self, parameters, **options):
+            groups.extend(parameters)
+            super().__init__(parameters, **options)
+
+    patch(torch.optim, AdamW=Recorded)
+    args, data = prepared(encoder, "--nb-samples 16")
+    _, model = train_sst2.train(args, data, None, 0)
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        plain = name.endswith("bias") or "LayerNorm" in name
+        assert decays[id(parameter)] == (0 if plain else 0.01), name
 
 
 def test_four_batches_of_eight_are_one_of_thirty_two(encoder):
@@ -2424,17 +2476,24 @@ def test_sentences_are_read_as_they_stand():
 
 
 @cases("flags, message", [
-    ("--data /", "train.jsonl"), ("--data text", "--data text: .*sentence"),
-    ("--data labels", "label 0 or 1"), ("--adapter nowhere", "nowhere"), ("--device x", "e x: ")])
+    ("--data /", "--data /: expected a folder with train.jsonl"),
+    ("--data text/train.jsonl", "expected a folder with train.jsonl"),
+    ("--data text", "--data text: train, row 1: expected sentence"),
+    ("--data labels", "row 1: .*label 0 or 1"), ("--adapter nowhere", "--adapter nowhere: "),
+    ("--device x", "--device x: "), ("--model three", "--model three: a classifier of 3 classes")])
 def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder):
     """Folders, columns, labels, adapters, devices must be named."""
     for name, row in [("text", '{"text": "a"}'), ("labels", '{"sentence": "a", "label": -1}')]:
         Path(name).mkdir()
         Path(name, "train.jsonl").write_text(row)
+    config = transformers.BertConfig.from_pretrained(encoder / "base")
+    config.num_labels = 3
+    transformers.BertForSequenceClassification(config).save_pretrained("three")
+    transformers.AutoTokenizer.from_pretrained(encoder / "base").save_pretrained("three")
     refused(message, train_sst2.main, sst2(encoder, flags))
 
 
-# --- train_sst2.py: Section 7 of the paper ---
+# --- bench/section7.py ---
 
 def basis(rows, width, seed=0):
     torch.manual_seed(seed)
@@ -2443,7 +2502,7 @@ def basis(rows, width, seed=0):
 
 def test_subspace_similarity_is_one_zero_or_chance():
     """One subspace in another must be 1, orthogonal 0, random near max(i, j) / k."""
-    phi, rows = train_sst2.subspace_similarity, basis(12, 64)
+    phi, rows = section7.subspace_similarity, basis(12, 64)
     A = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0])) @ rows[:4]
     close(phi(A, A), torch.ones(4, 4))
     close(phi(A, rows[4:]), torch.zeros(4, 8))
@@ -2464,7 +2523,7 @@ def test_amplification_is_what_it_is_by_hand(kind):
     for some in (slice(0, 2), slice(2, 4)):
         layer.lora_B.data, layer.lora_A.data = U[:, some] * values[some], V[some]
         part, top = values[some].norm(), values[:2].norm()
-        *columns, onto_random, factor = train_sst2.amplification(layer)
+        *columns, onto_random, factor = section7.amplification(layer)
         close(torch.stack(columns), torch.stack([values.norm(), 0.5 * part, part, top]))
         assert onto_random < 0.5 * top
         close(factor, torch.tensor(0.5))
@@ -2472,10 +2531,16 @@ def test_amplification_is_what_it_is_by_hand(kind):
 
 def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, capsys):
     """The tables must hold what lora_A and delta() give."""
-    one, other, args = encoder / "r4-s0", encoder / "r4-s1", prepared(encoder)[0]
-    maps = train_sst2.main(sst2(encoder, f"--compare {one} {other}"))
+    os.chdir(encoder.parent)
+    one, other, args = "demo-sst2/r4-s0", "demo-sst2/r4-s1", prepared(encoder)[0]
+
+    def compare(*flags):
+        return section7.main(section7.parse_args([*flags, "--out", "pictures"]))
+
+    maps = compare(one, other)
     first, last = (f"bert.encoder.layer.{n}.attention.self.query" for n in (0, 1))
-    a, b = (dict(lora_layers(train_sst2.load_adapted(args, x)))[last] for x in (one, other))
+    a, b = (dict(lora_layers(section7.load(section7.parse_args([one, other]), x)))[last]
+            for x in (one, other))
     out = capsys.readouterr().out.splitlines()
     rows = [line.split() for line in out if line.startswith(last)]
     V1, V2 = (torch.linalg.qr(layer.lora_A.T).Q for layer in (a, b))
@@ -2483,10 +2548,10 @@ def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, capsys
     assert rows[2][1:3] == [f"{b.weight.norm():.2f}", f"{b.delta().norm():.2f}"]
     close(maps["mean of 2 attention.self.query"], (maps[first] + maps[last]) / 2)
     saved("c", lambda: train_sst2.load_encoder(args, None, 0)[0], **HEAD | {"targets": "dense"})
-    refused("share no layer", train_sst2.main, sst2(encoder, f"--compare {one} c"))
+    refused("share no layer", compare, one, "c", "--model", f"{encoder}/base")
     saved("d", lambda: train_sst2.load_encoder(args, None, 0)[0], targets="query")
     refused("has no classifier", train_sst2.main, sst2(encoder, "--adapter d"))
-    assert Path("runs/sst2/compare-r4-s0-r4-s1.png").exists()
+    assert Path("pictures/compare-r4-s0-r4-s1.png").exists()
 
 
 # --- the CUDA path, on fake tensors ---

@@ -639,6 +639,10 @@ def try_attention(model, ids):
 
 # --- memory ---
 
+LESS_MEMORY = ("try --nf4, --dtype float16, a smaller --batch-size; in training "
+               "--checkpoint-activations, a smaller --max-length")
+
+
 def blocks(model):
     """Return the transformer blocks: the model's module list with most weights."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
@@ -677,8 +681,7 @@ def make_it_fit(model, batch, recompute):
         recompute_blocks(model)
     while not fits(model, batch, moments):
         if recompute is not None:
-            raise ValueError("out of memory in the largest batch: try --nf4, --dtype float16, a "
-                             "smaller --batch-size or --max-length, --checkpoint-activations")
+            raise ValueError(f"out of memory in the largest batch: {LESS_MEMORY}")
         recompute = True
         gc.collect()
         recompute_blocks(model)
@@ -699,14 +702,13 @@ def settle_memory(model, batch, recompute):
         return
     torch.cuda.reset_peak_memory_stats(device)
     recompute = make_it_fit(model, batch, recompute)
-    peak = torch.cuda.max_memory_allocated(device)
-    adapter = 16 * count_parameters(model)[0]
-    weights = model.get_memory_footprint() - adapter // 4
-    print(f"memory, measured on the largest batch of {rows} x {longest} tokens, GiB:\n"
-          f"{weights / GiB:9.3f} weights\n"
-          f"{adapter / GiB:9.3f} adapter, gradients, AdamW's moments\n"
-          f"{(peak - weights - adapter) / GiB:9.3f} activations, "
-          f"{'recomputed' if recompute else 'kept'}\n{peak / GiB:9.3f} peak", flush=True)
+    peak = torch.cuda.max_memory_allocated(device) / GiB
+    adapter = 16 * count_parameters(model)[0] / GiB
+    weights = model.get_memory_footprint() / GiB - adapter / 4
+    print(f"memory in GiB, measured on the largest batch, {rows} x {longest} tokens: {weights:.2f} "
+          f"weights, {adapter:.2f} adapter with gradients and AdamW's moments, "
+          f"{peak - weights - adapter:.2f} activations {'recomputed' if recompute else 'kept'}, "
+          f"{peak:.2f} peak", flush=True)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
 
@@ -956,20 +958,17 @@ def plot_loss(path):
     try:
         import pandas  # comes with datasets
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return
     table = pandas.DataFrame(read_log(path)).set_index("step")
     axes = Figure(figsize=(7, 4), layout="constrained").subplots()
-    training = table.loss.dropna()
-    axes.plot(training, color="0.85")
-    axes.plot(training.ewm(alpha=0.1).mean(), color="C0", label="training, running mean")
+    axes.plot(table.loss.dropna(), color="0.85")
+    axes.plot(table.loss.dropna().ewm(alpha=0.1).mean(), label="training, running mean")
     if best := lowest(read_log(path)):
-        axes.plot(table.val_loss.dropna(), "o-", color="C1", label="held out")
-        axes.plot(best[1], best[0], "o", color="C3", label=f"lowest: {best[0]:.3f}, step {best[1]}")
-    axes.set(title=path.parent.name, xlabel="optimizer step", ylabel="loss (nats per target)",
-             xlim=(0 if best else 1, table.index.max()))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.plot(table.val_loss.dropna(), "o-", label="held out")
+        axes.plot(best[1], best[0], "o", label=f"lowest: {best[0]:.3f} at step {best[1]}")
+    axes.set(title=path.parent.name, xlabel="optimizer step", ylabel="loss (nats per target)")
+    axes.locator_params(axis="x", integer=True)
     axes.legend()
     axes.figure.savefig(path.with_name("loss.png"), dpi=150)
 
@@ -1038,8 +1037,8 @@ def main(args):
           f"{len(dict(lora_layers(model)))} layers adapted: {trainable:,} of {total:,} parameters "
           f"train ({trainable / total:.2%}), in float32\n"
           f"{len(examples):,} rows train, {len(held_out_examples):,} are held out\n"
-          f"left out: {left_out:,} longer than {args.max_length} tokens, {repeated:,} that ask what "
-          "a training row asks\nthe first row, prompt | target: "
+          f"left out: {left_out:,} longer than {args.max_length} tokens, {repeated:,} that ask "
+          "what a training row asks\nthe first row, prompt | target: "
           f"{tokenizer.decode(ids[:prompt])!r} | {tokenizer.decode(ids[prompt:])!r}")
     model.train()
     batches = (epoch_batches(examples, args.batch_size, args.seed, epoch)[0]
@@ -1208,8 +1207,7 @@ def run_script(name, main, parse_args):
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        message = (f"out of memory ({first_line(error)}): try --nf4, --dtype float16, a smaller "
-                   "--batch-size; in training --checkpoint-activations, a smaller --max-length")
+        message = f"out of memory ({first_line(error)}): {LESS_MEMORY}"
     print(f"{name}{f' (rank {RANK})' * (WORLD > 1)}: {message}", file=sys.stderr)
     sys.exit(2)
 

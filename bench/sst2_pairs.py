@@ -32,11 +32,12 @@ def main(args):
     lora, full = {}, {}
     for line in args.runs.read_text(encoding="utf8").splitlines():
         run = json.loads(line)
+        run.setdefault("val_loss", run.get("loss"))  # its name in older files
         (full if run["r"] is None else lora)[run["seed"]] = run
     if len(lora.keys() & full.keys()) not in T_975:
         raise SystemExit("expected 2 to 10 seeds that both LoRA and full fine-tuning have")
     describe("accuracy", lora, full, 100, " points", 2)
-    describe("loss", lora, full, 1, "", 3)
+    describe("val_loss", lora, full, 1, "", 3)
 
 
 if __name__ == "__main__":
