@@ -84,10 +84,13 @@ def resume(flags, name, args):
 
 
 def score(flags, name, args):
-    """Score base, adapter and merged export of 32 problems."""
-    printed = run("eval_gsm8k.py", f"--model model --data {args.data} --nb-samples 32 "
-                  f"--max-new-tokens 32 --adapter checkpoints/{name}/step_000020 --save-merged "
-                  f"merged-{name} --out scores-{name} {flags}", args.work)
+    """Score base and adapter on 32 problems, export the merged model, and score it too."""
+    problems = f"--data {args.data} --nb-samples 32 --max-new-tokens 32 {flags}"
+    adapter = f"--model model --adapter checkpoints/{name}/step_000020"
+    printed = run("eval_gsm8k.py", f"{adapter} {problems} --out scores-{name}", args.work)
+    run("eval_gsm8k.py", f"{adapter} --save-merged merged-{name} {flags}", args.work)
+    printed += run("eval_gsm8k.py", f"--model merged-{name} {problems} --out scores-merged-{name}",
+                   args.work)
     done = [line.partition(":")[0] for line in printed.splitlines() if "of 32" in line]
     print(f"scored, {flags}: {', '.join(done)}", flush=True)
 

@@ -24,9 +24,8 @@ def measure(batch, length, r, layers):
     """Run in a process of its own. Return tokens per second, the ideal's, and the peak in GiB."""
     import torch
     import transformers
-    from eval_gsm8k import peak_memory, pick_dtype
     from lora import LoRAConfig, inject_lora
-    from train_math import batch_loss, collate, use_attention
+    from train_math import batch_loss, collate, peak_memory, pick_dtype, use_attention
 
     device = torch.device("cpu")
     dtype, _ = pick_dtype("auto", device)

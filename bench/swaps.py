@@ -24,8 +24,8 @@ def resident():
 
 def main(args):
     import torch
-    from eval_gsm8k import load_model, pick_dtype
     from lora import LoRAConfig, inject_lora, load_adapter, lora_layers, save_adapter, strip_lora
+    from train_math import load_model, pick_dtype
 
     device = torch.device("cpu")
     dtype, _ = pick_dtype("auto", device)
