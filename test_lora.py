@@ -15,11 +15,13 @@ import re
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
 import warnings
 import weakref
+import zipfile
 from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
@@ -1240,8 +1242,12 @@ def test_empty_answers_are_left_out_and_only_calculator_marks_removed(capsys):
     ("x.json", '[{"text": "a"}]', "row 1: it has .'text'., expected messages or .*prompt/compl"),
     ("x.json", '[{"question": "a", "answer": "b", "system": "c"}]', "row 1: .*--chat"),
     ("x.json", '[{"question": "a", "answer": "b", "history": [["c", "d"]]}]', "row 1: .*--chat"),
-    ("x.json", '[{"messages": "hello"}]', "row 1: "),
-    ("x.json", '[{"messages": [{"role": "assistant", "content": "a"}]}]', "row 1: .*no prompt"),
+    ("x.json", '[{"messages": "hello"}]', "row 1: messages is 'hello', expected a list"),
+    ("x.json", '[{"messages": [{"role": "assistant", "content": "a"}]}]', "row 1: .*behind anot"),
+    ("x.json", '[{"messages": []}]', "row 1: its messages need a turn of the assistant"),
+    ("x.json", '[{"messages": [{"role": "user", "content": "a"}, {"role": "bot"}]}]', "content is"),
+    ("x.json", '[{"messages": [{"role": "bot", "content": "a"}]}]', "row 1: .*found .'bot'."),
+    ("x.json", '[{"question": "a", "answer": 0}]', "row 1: answer is 0, expected text"),
     ("x.json", '[{"messages": [{"role": "assistant", "content": null}]}]', "row 1: content is Non"),
     ("x.json", "[1]", "row 1: "), ("nothere.jsonl", None, "no such file")])
 def test_bad_data_is_one_clear_error(name, text, message):
@@ -1370,7 +1376,7 @@ def test_chat_turns_texts_history_and_system_into_turns():
 
 @cases("template, content, message", [
     (CHATML, "a<|im_end|>", "special token <.im_end"), (CHATML, "a</s>", "special token </s>"),
-    (None, "a", "chat_template is not set"), (REWRITES, "a", "rewrites"),
+    (None, "a", "the tokenizer has no chat template"), (REWRITES, "a", "rewrites"),
     ("{{ raise_exception('no system') }}", "a", "no system")])
 def test_a_chat_that_cannot_be_written_is_refused_with_its_row(template, content, message):
     """Its target would not be what is generated."""
@@ -1925,6 +1931,56 @@ def test_interrupting_saves_and_says_how_to_go_on(signum, tiny, patch, capfd):
     assert wanted in capfd.readouterr().out
     assert newest_state(Path("checkpoints/run"))[1]["step"] == len(metrics()) == 2
     assert all(signal.getsignal(number) == handler for number, handler in before.items())
+
+
+@cases("file", ["adapter_model.safetensors", "adapter_config.json", "state"])
+def test_one_changed_bit_makes_a_checkpoint_a_damaged_one(file, tiny):
+    """Neither safetensors nor torch.load compares checksums: the one before must be taken."""
+    last = run(tiny, "--max-steps 4 --save-every 2")
+    path = train_math.state_of(last) if file == "state" else last / file
+    content = bytearray(path.read_bytes())
+    at = content.index(b"16.0") if file.endswith("json") else len(content) - 9
+    if file == "state":  # the middle of the largest tensor
+        largest = max(zipfile.ZipFile(path).infolist(), key=lambda info: info.file_size)
+        name, extra = struct.unpack_from("<HH", content, largest.header_offset + 26)
+        at = largest.header_offset + 30 + name + extra + largest.file_size // 2
+    content[at] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(match="skipping damaged checkpoint .*step_000004"):
+        assert newest_state(Path("checkpoints/run"))[1]["step"] == 2
+
+
+def test_a_run_is_one_process_s(tiny):
+    """A second one must be refused, and go on when the first is gone."""
+    with train_math.only_process(Path("checkpoints/run")):
+        refused("is being trained by another process", run, tiny, "--max-steps 1")
+    run(tiny, "--max-steps 1")
+
+
+def test_the_demo_takes_no_run_of_one_s_own_away(tiny):
+    """What lies under its name must stay."""
+    last = run(tiny, "--max-steps 1 --run-name demo")
+    refused("a run of your own", train_math.main, parse_args(["--demo"]))
+    assert last.exists()
+
+
+def test_chat_rows_are_told_in_the_adapter_s_header(tiny, patch):
+    """messages are a chat without --chat; another prompt than the adapter's must be told."""
+    base = Path(shutil.copytree(tiny / "base", "base"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(base)
+    rows = [{"messages": [dict(role="user", content=q), dict(role="assistant", content=a)]}
+            for q, a in read_rows(f"{tiny}/train.jsonl", "train", 8)]
+    write_rows("chat.jsonl", *rows)
+    flags = f"--model base --max-steps 1 --data {Path('chat.jsonl').absolute()}"
+    last = run(tiny, flags)
+    assert train_math.adapter_metadata(last)["chat"] == "True"
+    with pytest.warns(match="was trained with chat = True, which differs here"):
+        train_math.main(parse_args([*command(tiny, "--run-name two --max-steps 1 --model base"),
+                                    "--adapter", str(last)]))
+    refused("--adapter : ", parse_args, ["--adapter", ""])
+    assert parse_args(["--adapter", str(last)]).model == "base"
 
 
 def test_two_states_stay_whatever_lies_damaged_later():

@@ -30,6 +30,7 @@ import signal
 import sys
 import time
 import warnings
+import zipfile
 from collections import namedtuple
 from contextlib import contextmanager
 from functools import partial
@@ -39,8 +40,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from filelock import FileLock, Timeout  # comes with torch
+from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -67,12 +68,15 @@ Parser = partial(argparse.ArgumentParser, usage=argparse.SUPPRESS,  # so that an
 def number(kind, low, high=math.inf):
     """An argparse type: a finite int or float in [low, high]."""
     def parse(text):
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
         if low <= value <= high and value < math.inf:
             return value
-        raise ValueError
-
-    parse.__name__ = f"{kind.__name__} from {low:g} to {high:g}"
+        expected = "a whole number" if kind is int else "a number"
+        to = "" if high == math.inf else f" to {high:g}"
+        raise argparse.ArgumentTypeError(f"{text}, expected {expected} from {low:g}{to}")
     return parse
 
 
@@ -146,16 +150,24 @@ def saved_flags(args):
         path = Path("checkpoints", args.run_name, "run.json")
         with loading("--resume", path):
             return json.loads(path.read_text())["flags"]
-    if args.adapter:
+    if args.adapter is not None:
         with loading("--adapter", args.adapter):
             path = Path(args.adapter, "adapter_config.json")
             config = json.loads(path.read_text(encoding="utf8"))
             targets = config["target_modules"]
+            model = adapter_metadata(args.adapter).get("model")
             return {"r": config["r"], "alpha": float(config["lora_alpha"]),
                     "dropout": float(config.get("lora_dropout", 0)),
                     "rslora": bool(config.get("use_rslora")),
-                    "targets": targets if isinstance(targets, list) else [targets]}
+                    "targets": targets if isinstance(targets, list) else [targets],
+                    "model": model or config.get("base_model_name_or_path") or args.model}
     return {}
+
+
+def adapter_metadata(folder):
+    """Return what train_math.py wrote into an adapter's header: model, chat, nf4."""
+    with safe_open(Path(folder, "adapter_model.safetensors"), "pt") as file:
+        return file.metadata() or {}
 
 
 # --- prompt and data: from a file to token ids ---
@@ -245,21 +257,25 @@ def examples_of(row, chat):
         return value
 
     if "messages" in row:
-        turns = [{"role": text(turn["role"], "role"), "content": text(turn["content"], "content")}
-                 for turn in row["messages"]]
-        for i, turn in enumerate(turns):
-            if turn["role"] == "assistant":
-                if i == 0:
-                    raise ValueError("its messages begin with the assistant: there is no prompt")
-                yield turns[:i], turn["content"]
+        found = row["messages"]
+        if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
+            raise ValueError(f"messages is {found!r:.60}, expected a list of role and content")
+        turns = [{key: text(turn.get(key), key) for key in ("role", "content")} for turn in found]
+        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if not answers or answers[0] == 0:
+            raise ValueError("its messages need a turn of the assistant behind another one, found "
+                             f"{[turn['role'] for turn in turns]}")
+        for i in answers:
+            yield turns[:i], turns[i]["content"]
         return
     names = next((pair for pair in COLUMNS if set(pair) <= set(row)), None)
     if names is None or None in row:  # None: more fields than columns, in a .csv file
         raise ValueError(f"it has {[*row]}, expected messages or one of "
                          f"{', '.join(map('/'.join, COLUMNS))}")
-    question, answer = text(row[names[0]], names[0]), text(row[names[1]] or "", names[1])
+    question, answer = row[names[0]], row[names[1]]
+    question, answer = text(question, names[0]), text("" if answer is None else answer, names[1])
     for name in ("input", "context"):
-        if names[0] == "instruction" and row.get(name):
+        if names[0] == "instruction" and row.get(name) not in (None, ""):
             question += "\n" + text(row[name], name)
     # GSM8K's <<48/2=24>> goes. Other text between << and >> may be code.
     answer = re.sub(r"<<[-+*/().,%\d]+=[-+*/().,%\d]+>>", "", answer)
@@ -306,6 +322,8 @@ def encode_prompt(tokenizer, prompt):
 
 def chat_text(tokenizer, turns):
     """Return the turns as the tokenizer's chat template writes them, ready for the next one."""
+    if tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template, which messages and --chat need")
     ask = turns[-1]["role"] != "assistant"
     return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
 
@@ -753,6 +771,7 @@ def save_checkpoint(folder, model, state, metadata):
     """
     part, state_part = folder.with_name(folder.name + ".part"), Path(f"{state_of(folder)}.part")
     save_adapter(model, part, metadata)
+    state["adapter"] = adapter_hash(part)
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one, after --resume
     part.rename(folder)
     content = io.BytesIO()  # to a file, torch.save would hide that a disk is full
@@ -768,16 +787,43 @@ def newest_state(run):
     """Return (folder, training state) of the newest checkpoint that can be read."""
     for path in reversed(checkpoints(run)):
         try:
-            load_file(path / "adapter_model.safetensors")
-            json.loads((path / "adapter_config.json").read_bytes())
-            return path, torch.load(state_of(path), "cpu", weights_only=True)
+            with zipfile.ZipFile(state_of(path)) as file:  # torch.load compares no checksums
+                broken = file.testzip()
+            state = torch.load(state_of(path), "cpu", weights_only=True)
+            if broken or state["adapter"] != adapter_hash(path):
+                raise ValueError("its checksum differs")
+            return path, state
         except Exception as error:  # damaged, or an older one without its state
             warnings.warn(f"skipping damaged checkpoint {path} ({first_line(error)})")
     raise ValueError(f"--resume: {run} has no whole checkpoint to continue from")
 
 
+def adapter_hash(folder):
+    files = (folder / "adapter_model.safetensors", folder / "adapter_config.json")
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def hash_of(value):
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
+@contextmanager
+def only_process(run):
+    """Hold a run for this process alone. The lock goes with the process, also when it is killed."""
+    if RANK > 0:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{run} is being trained by another process: wait, or give another "
+                         "--run-name") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def begin_run(run, args, examples, model):
@@ -962,7 +1008,7 @@ def plot_loss(path):
         return
     table = pandas.DataFrame(read_log(path)).set_index("step")
     axes = Figure(figsize=(7, 4), layout="constrained").subplots()
-    axes.plot(table.loss.dropna(), color="0.85")
+    axes.plot(table.loss.dropna(), ".-", color="0.85")
     axes.plot(table.loss.dropna().ewm(alpha=0.1).mean(), label="training, running mean")
     if best := lowest(read_log(path)):
         axes.plot(table.val_loss.dropna(), "o-", label="held out")
@@ -996,7 +1042,14 @@ def main(args):
     """Run the experiment and return the last checkpoint's folder, or run the demo."""
     if args.demo:
         return demo(args.seed)
-    run, adapter, state = Path("checkpoints", args.run_name), args.adapter, None
+    run = Path("checkpoints", args.run_name)
+    with only_process(run):
+        return experiment(args, run)
+
+
+def experiment(args, run):
+    """Read, load, check, print what will happen, train, and say what happened."""
+    adapter, state = args.adapter, None
     if args.resume:
         adapter, state = newest_state(run)
     elif checkpoints(run):
@@ -1012,6 +1065,7 @@ def main(args):
     if args.val_samples is None:
         val_samples = min(200, min(len(rows), args.nb_samples) // 10)
     rows, held_out, repeated = hold_out(rows, args.nb_samples, val_samples)
+    args.chat = args.chat or any(isinstance(row.question, list) for row in rows)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
     examples, held_out_examples = (encode(part, tokenizer, args.max_length)
                                    for part in (rows, held_out))
@@ -1022,11 +1076,15 @@ def main(args):
     check_ids(model, encoded)
     check_head(model, longest)
     try_attention(model, longest)
-    begin_run(run, args, examples + held_out_examples, model)
+    begin_run(run, args, (examples, held_out_examples), model)
 
     torch.manual_seed(args.seed)
-    if adapter:
+    if adapter is not None:
         load_adapter(model, adapter)
+        for name in ("chat", "nf4"):
+            trained = adapter_metadata(adapter).get(name, str(getattr(args, name)))
+            if trained != str(getattr(args, name)):
+                warnings.warn(f"{adapter} was trained with {name} = {trained}, which differs here")
     else:
         inject_lora(model, config)
     trainable, total = count_parameters(model)
@@ -1101,6 +1159,9 @@ def demo(seed):
     import eval_gsm8k
     if WORLD > 1:
         raise ValueError("--demo runs in one process: start it without torchrun")
+    begun = Path("checkpoints/demo/run.json")
+    if begun.exists() and json.loads(begun.read_text())["flags"]["model"] != "demo/base":
+        raise ValueError("checkpoints/demo holds a run of your own: rename it, or demo elsewhere")
     if Path("demo/one-step-train.jsonl").exists():  # the last demo's
         for folder in ("demo/merged", "demo/scores", "demo/scores-merged", "checkpoints/demo"):
             shutil.rmtree(folder, ignore_errors=True)
