@@ -1008,8 +1008,10 @@ def plot_loss(path):
         return
     table = pandas.DataFrame(read_log(path)).set_index("step")
     axes = Figure(figsize=(7, 4), layout="constrained").subplots()
-    axes.plot(table.loss.dropna(), ".-", color="0.85")
-    axes.plot(table.loss.dropna().ewm(alpha=0.1).mean(), label="training, running mean")
+    losses = table.loss.dropna()
+    around = losses.rolling(1 + len(losses) // 20, center=True, min_periods=1)
+    axes.plot(losses, ".-", color="0.85")
+    axes.plot(around.mean(), label="training, smoothed")
     if best := lowest(read_log(path)):
         axes.plot(table.val_loss.dropna(), "o-", label="held out")
         axes.plot(best[1], best[0], "o", label=f"lowest: {best[0]:.3f} at step {best[1]}")
