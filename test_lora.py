@@ -1787,6 +1787,7 @@ def test_training_learns_and_writes_what_it_says(tiny, capsys):
              f"{left_out} longer than 38 tokens", "prompt | target: 'Question : ", "activations",
              "tok/s", "peak memory")
     assert sorted(facts, key=out.index) == list(facts) and 0 < left_out < 64
+    assert len(re.findall(r"(?m)^step +\d+/\d+ ", out)) == 10  # one at each tenth
     assert " ".join(lines[0]) == ("step loss lr grad_norm loss_scale tokens tokens_per_s "
                                   "peak_memory_gib skipped")
     assert sum(losses[-8:]) < sum(losses[:8]) - 0.4 and Path("runs/_./loss.png").exists()
@@ -1955,6 +1956,22 @@ def test_a_run_is_one_process_s(tiny):
     with train_math.only_process(Path("checkpoints/run")):
         refused("is being trained by another process", run, tiny, "--max-steps 1")
     run(tiny, "--max-steps 1")
+
+
+@cases("two_steps", [False, True])
+def test_the_demo_s_problems_are_right(two_steps):
+    """Each step must be right and go on from the last, in numbers that the base has seen."""
+    for seed in range(200):
+        problem = demo_problem(random.Random(seed), two_steps)
+        steps = re.findall(r"(\d+) ([+-]) (\d+) = (\d+) \.", problem["answer"])
+        have = re.search(r"has (\d+) ", problem["question"])[1]
+        assert len(steps) == 1 + two_steps
+        for left, sign, change, result in steps:
+            assert left == have
+            assert int(left) + int(sign + change) == int(result) <= 20
+            assert f"{'gets' if sign == '+' else 'gives'} {change} " in problem["question"]
+            have = result
+        assert problem["answer"].endswith(f"The answer is {have}")
 
 
 def test_the_demo_takes_no_run_of_one_s_own_away(tiny):
