@@ -33,9 +33,10 @@ from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lora import dequantize_nf4, load_adapter, merge_lora, strip_lora
-from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, check_ids, checkpoints, encode_prompt,
-                        format_prompt, gather, join_processes, load_model, loading,
-                        number, pick_device, pick_dtype, read_table, run_script)
+from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, check_ids,
+                        checkpoints, encode_prompt, format_prompt, gather, join_processes,
+                        load_model, loading, number, pick_device, pick_dtype, read_table,
+                        run_script)
 
 
 # --- flags ---
@@ -82,9 +83,11 @@ def adopt_training(args, adapters):
             config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf8"))
             with safe_open(Path(folder, "adapter_model.safetensors"), "pt") as file:
                 trained = file.metadata() or {}
+        model = trained.get("model") or config.get("base_model_name_or_path")
         if i == 0:
-            model = trained.get("model") or config.get("base_model_name_or_path")
             args.model = given["model"] or model
+        if model and model != args.model:
+            warnings.warn(f"{folder} was trained on {model}, and runs on {args.model} here")
         for name in ("chat", "nf4"):
             was = trained.get(name, str(getattr(args, name))) == "True"
             if i == 0 and given[name] is None:
@@ -103,7 +106,8 @@ NUMBER = re.compile(r"""
     (?:([0-9]+)[ ](?=[0-9]+[ ]?/[ ]?[0-9]))?    # the whole part of 1 1/2
     ([0-9]*\.?[0-9]+)                           # 12, 1.5, .5
     (?:[ ]?/[ ]?([0-9]+))?                      # a denominator
-    ((?:[ ]?[/^][ ]?|[ ]?(?:×|\\times|\\cdot|\*)[ ]?(?=10\^)|[.eE{])[-+]?[0-9.{}]+)*  # more of it
+    ((?:[ ]?[/^][ ]?|[ ]?(?:×|\\times|\\cdot|\*)[ ]?(?=10\^)|[.eE{])
+        [-+]?[.{}]*[0-9][0-9.{}]*)*             # more of it: 10^6, 1e5, 1.2.3
     """, re.VERBOSE)
 sys.set_int_max_str_digits(0)  # a model may repeat one digit thousands of times
 
@@ -259,7 +263,7 @@ def wilson_interval(correct, n, z=1.959964):
 
 
 def mcnemar_p(first, second):
-    """Return the exact two-sided p that two models are equally good (McNemar 1947).
+    """Return the exact two-sided p of the hypothesis of equally good models (McNemar 1947).
 
     Of the problems that one alone solves, each falls either way with probability 1/2.
     """
@@ -349,7 +353,7 @@ def score(args, model, tokenizer, adapters, rows, settings):
     base, results = None, {}
     for name, folder in {"base": None, **adapters}.items():
         path = score_file(args, name, len(rows) - args.shots)
-        result, records = settings | {"adapter": folder and str(folder)}, None
+        result = settings | adapter_settings(folder)
         if path.exists():
             records = [json.loads(line) for line in open(path.with_suffix(".jsonl"))]
             result = json.loads(path.read_text())
@@ -371,6 +375,13 @@ def score(args, model, tokenizer, adapters, rows, settings):
         plot(score_file(args, name, len(rows) - args.shots).with_suffix(".png"), results)
 
 
+def adapter_settings(folder):
+    """Return what tells one adapter from another that lay in the same folder."""
+    if folder is None:
+        return {"adapter": None}
+    return {"adapter": str(folder), "adapter_hash": adapter_hash(folder)}
+
+
 def score_file(args, name, n):
     return Path(args.out, f"{name}-{Path(args.data).stem}-{n}.json")
 
@@ -382,9 +393,9 @@ def refuse_other_scores(args, adapters, settings):
         if path.exists():
             with loading("--out", path):
                 found = json.loads(path.read_text())
-            for key, value in (settings | {"adapter": folder and str(folder)}).items():
-                if found.get(key) != value:
-                    raise ValueError(f"{path} was made with {key} = {found.get(key)}, now it is "
+            for key, value in (settings | adapter_settings(folder)).items():
+                if found.get(key, value) != value:  # older files lack some
+                    raise ValueError(f"{path} was made with {key} = {found[key]}, now it is "
                                      f"{value}: choose another --out, or rename a folder")
 
 

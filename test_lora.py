@@ -1560,7 +1560,8 @@ def test_a_check_does_not_swallow_out_of_memory(patch):
 def test_attention_is_transformers_own(kind, window, dtype):
     """Logits and gradients must be eager attention's."""
     model = causal(kind, attn_implementation="eager", sliding_window=window,
-                   attention_dropout=0.3, initializer_range=0.1).to(dtype)
+                   num_key_value_heads=1 if window else 2, attention_dropout=0.3,
+                   initializer_range=0.1).to(dtype)
     results = []
     for attention in ("eager", "lora_training"):
         assert model.config._attn_implementation == attention
@@ -2049,6 +2050,7 @@ def test_help_shows_the_defaults(capsys):
     (r"The answer is: -\frac{1}{2}", "-1/2"), (r"The answer is $2\frac{3}{4}$", "11/4"),
     (r"The answer is \$1{,}000", "1000"), (r"The answer is $1\,000$.", "1000"),
     ("The answer is 1\u202f000.", "1000"), ("The answer is 1 1/2.", "3/2"),
+    ("The answer is 12...", "12"), (r"The answer is \boxed{12.}", "12"),
     ("The answer is 1e5.", "-"), ("The answer is 1.5 \u00d7 10^6.", "-"), ("#### 1.2.3", "-"),
     (r"The answer is \frac12", "-"), ("The answer is 10^6", "-"), ("#### 3/4/2024", "-"),
     ("#### 7\nThe answer is: 8\n\nQuestion: next\nAnswer: The answer is 9", "8"),
@@ -2264,7 +2266,7 @@ def test_an_adapter_says_how_it_was_trained(tiny, patch):
         assert read[-1][0] == ("other" if "other" in flags else f"{tiny}/base")
         assert (read[-1][3], args.chat) == 2 * ("--no" not in flags,)
         words = [str(warning.message) for warning in told if "was trained" in str(warning.message)]
-        assert len(words) == 2 * ("--no" in flags)
+        assert len(words) == 2 * ("--no" in flags) + ("other" in flags)
 
 
 def test_a_chat_adapter_is_asked_in_its_format(tiny):
@@ -2284,6 +2286,14 @@ def test_a_score_is_read_not_made_again(tiny, patch):
     assert len(records_of("base", n=3)) == 3 and len(records_of("base", "b", n=2)) == 2
     refused("was made with shots = 0, now it is 1", evaluate, tiny, "--nb-samples", "3", "--shots",
             "1")
+
+
+def test_another_adapter_in_the_same_folder_is_not_taken_for_the_first(tiny):
+    """Its score must be refused, not read: the file's content counts."""
+    saved("a", lambda: load(tiny)[0])
+    evaluate(tiny, "--adapter", "a", "--nb-samples", "2")
+    saved("a", lambda: load(tiny)[0], r=2)
+    refused("was made with adapter_hash = ", evaluate, tiny, "--adapter", "a", "--nb-samples", "2")
 
 
 @cases("flags, message", [
