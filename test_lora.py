@@ -1560,7 +1560,7 @@ def test_a_check_does_not_swallow_out_of_memory(patch):
 def test_attention_is_transformers_own(kind, window, dtype):
     """Logits and gradients must be eager attention's."""
     model = causal(kind, attn_implementation="eager", sliding_window=window,
-                   num_key_value_heads=1 if window else 2, attention_dropout=0.3,
+                   num_key_value_heads=2 if window else 1, attention_dropout=0.3,
                    initializer_range=0.1).to(dtype)
     results = []
     for attention in ("eager", "lora_training"):
