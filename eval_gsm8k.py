@@ -28,15 +28,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import safe_open
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lora import dequantize_nf4, load_adapter, merge_lora, strip_lora
-from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, check_ids,
-                        checkpoints, encode_prompt, format_prompt, gather, join_processes,
-                        load_model, loading, number, pick_device, pick_dtype, read_table,
-                        run_script)
+from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, adapter_metadata,
+                        check_ids, checkpoints, encode_prompt, format_prompt, gather,
+                        join_processes, load_model, loading, number, pick_device, pick_dtype,
+                        read_table, run_script)
 
 
 # --- flags ---
@@ -81,8 +80,7 @@ def adopt_training(args, adapters):
     for i, folder in enumerate(adapters.values()):
         with loading("--adapter", folder):
             config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf8"))
-            with safe_open(Path(folder, "adapter_model.safetensors"), "pt") as file:
-                trained = file.metadata() or {}
+            trained = adapter_metadata(folder)
         model = trained.get("model") or config.get("base_model_name_or_path")
         if i == 0:
             args.model = given["model"] or model

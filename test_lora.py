@@ -1899,6 +1899,8 @@ def test_resume_refuses_what_it_cannot_continue(tiny, patch):
     refused("--data .*not the data that this run began with", run, copy, flags)
     patch(train_math, gather=lambda value: [value | {"data": 7}])  # rank 0 read other rows
     refused("--data .*not the data", run, tiny, "--run-name other")
+    patch(train_math, gather=lambda value: [value | {"step": 7}])  # rank 0 has another checkpoint
+    refused("rank 0 has a checkpoint of step 7, this process of 0", run, tiny, "--run-name other")
 
 
 def test_a_full_disk_leaves_no_partial_checkpoint(tiny):

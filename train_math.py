@@ -826,12 +826,15 @@ def only_process(run):
         lock.release()
 
 
-def begin_run(run, args, examples, model):
+def begin_run(run, args, examples, model, step):
     """Write run.json, or compare it on --resume. Raises ValueError if rows or base differ."""
     # Of the base, 64 weights of each tensor.
     sample = [tensor.flatten()[:64].tolist() for tensor in [*model.parameters(), *model.buffers()]]
     hashes = {"data": hash_of(examples), "base": hash_of(sample)}
-    began = gather(hashes)[0]  # every process must have what rank 0 has
+    began = gather({**hashes, "step": step})[0]  # every process must have what rank 0 has
+    if began["step"] != step:
+        raise ValueError(f"--resume: rank 0 has a checkpoint of step {began['step']}, this process "
+                         f"of {step}: every process needs the same folder")
     path = run / "run.json"
     if args.resume:
         began = json.loads(path.read_text())
@@ -842,7 +845,6 @@ def begin_run(run, args, examples, model):
                              "with. Restore it, or begin another run with --run-name")
     if RANK == 0 and not args.resume:
         versions = {library.__name__: library.__version__ for library in (torch, transformers)}
-        run.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".part").write_text(
             json.dumps({"flags": vars(args), **hashes, "versions": versions}, indent=2))
         path.with_suffix(".part").replace(path)
@@ -1078,7 +1080,8 @@ def experiment(args, run):
     check_ids(model, encoded)
     check_head(model, longest)
     try_attention(model, longest)
-    begin_run(run, args, (examples, held_out_examples), model)
+    begin_run(run, args, (examples, held_out_examples), model,
+              state["step"] if state else 0)
 
     torch.manual_seed(args.seed)
     if adapter is not None:
