@@ -41,6 +41,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from filelock import FileLock, Timeout  # comes with torch
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -1260,6 +1261,7 @@ def is_out_of_memory(error):
 def run_script(name, main, parse_args):
     """End in one line on stderr and exit code 2 for what a flag or a file can cause."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    hub_logging.set_verbosity_error()  # it would announce each of its five attempts
     sys.stdout.reconfigure(errors="backslashreplace")  # a console may not show a name
     try:
         main(parse_args())
