@@ -2426,9 +2426,9 @@ def test_a_decoder_as_classifier_is_padded_with_its_own_id(patch):
         batch, *alone = (float(train_sst2.classify(model, part, "float32")[0])
                          for part in (rows, *([row] for row in rows)))
     assert batch == pytest.approx(sum(alone), abs=1e-4)
-    train_sst2.check_padding(model, rows)
+    train_sst2.check_padding(model, rows[0][0])
     patch(train_sst2, logits_of=lambda model, rows, dtype: torch.ones(len(rows), 2) * len(rows))
-    refused("scores a padded row unlike the row alone", train_sst2.check_padding, model, rows)
+    refused("scores a padded row unlike the row alone", train_sst2.check_padding, model, [5, 6, 7])
 
 
 def test_weight_decay_leaves_biases_and_norms_alone(encoder, patch):
@@ -2467,7 +2467,7 @@ def test_recomputed_blocks_give_equal_gradients_and_save_less(encoder):
     grown, sizes, losses = [], [], []
     for flags in ("", "--checkpoint-activations"):
         args, data = prepared(encoder, flags)
-        model, _ = train_sst2.load_encoder(args, 4, 0)
+        model = train_sst2.load_encoder(args, 4, 0)
         shake(model.train())  # B = 0 would hide A's gradient
         step = lambda: losses.append(train_sst2.classify(model, data["train"][:16], "float32")[0])
         sizes.append(saved_for_backward(step, model.parameters()))
@@ -2493,7 +2493,7 @@ def test_skipped_steps_leave_weights_and_schedule_and_twenty_end_a_run(encoder, 
 
     patch(torch.optim.AdamW, step=recorded)
     skipped, weights = run(2.0**120)
-    assert skipped == 12 and same_bits(bits(train_sst2.load_encoder(args, None, 0)[0]), weights)
+    assert skipped == 12 and same_bits(bits(train_sst2.load_encoder(args, None, 0)), weights)
     assert 0 < run(2.0**22)[0] < 12 and steps[0][0] == args.full_lr
     assert steps[1][0] == pytest.approx(args.full_lr * 11 / 12)
     assert steps[0][1] < 0.5 and max(norm for _, norm in steps) < 1.001  # unscaled, clipped
@@ -2507,7 +2507,7 @@ def test_padding_changes_neither_loss_nor_accuracy(encoder):
     """Both must be those of the sentences one by one, unpadded."""
     args, data = prepared(encoder)
     examples = [(ids[:n % 5 + 3], label) for n, (ids, label) in enumerate(data["validation"])]
-    model, _ = train_sst2.load_encoder(args, None, 0)
+    model = train_sst2.load_encoder(args, None, 0)
     model.eval().classifier.weight.data.normal_()
     with torch.no_grad():
         logits = torch.cat([model(torch.tensor([ids])).logits for ids, _ in examples])
@@ -2520,7 +2520,7 @@ def test_the_seed_reaches_head_adapter_and_dropout(encoder):
     """Seeds must differ also beyond the 32 bits that torch's CPU generator uses."""
     args, seen = prepared(encoder)[0], []
     for seed in (0, 2**32):
-        model, _ = train_sst2.load_encoder(args, 2, seed)
+        model = train_sst2.load_encoder(args, 2, seed)
         _, layer = next(lora_layers(model))
         seen.append([model.classifier.weight, layer.lora_A, F.dropout(torch.ones(64))])
     assert not any(map(torch.equal, *seen))
@@ -2543,7 +2543,7 @@ def test_what_a_checkpoint_lacks_is_trained_or_named(encoder):
     transformers.DistilBertModel(config).save_pretrained("distil")
     args, _ = prepared(encoder)
     args.model = "distil"
-    model, _ = train_sst2.load_encoder(args, 2, 0)
+    model = train_sst2.load_encoder(args, 2, 0)
     assert count_parameters(model)[0] == 2 * 2 * 2 * (32 + 32) + 32 * 33 + 2 * 33
     args.head = ["classifier"]
     refused("distil has no pre_classifier.*--head", train_sst2.load_encoder, args, 2, 0)
@@ -2632,9 +2632,9 @@ def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, capsys
     assert rows[0][-1] == f"{(V1.T @ V2).square().sum() / 4:.2f}"
     assert rows[2][1:3] == [f"{b.weight.norm():.2f}", f"{b.delta().norm():.2f}"]
     close(maps["mean of 2 attention.self.query"], (maps[first] + maps[last]) / 2)
-    saved("c", lambda: train_sst2.load_encoder(args, None, 0)[0], **HEAD | {"targets": "dense"})
+    saved("c", lambda: train_sst2.load_encoder(args, None, 0), **HEAD | {"targets": "dense"})
     refused("share no layer", compare, one, "c", "--model", f"{encoder}/base")
-    saved("d", lambda: train_sst2.load_encoder(args, None, 0)[0], targets="query")
+    saved("d", lambda: train_sst2.load_encoder(args, None, 0), targets="query")
     refused("has no classifier", train_sst2.main, sst2(encoder, "--adapter d"))
     assert Path("pictures/compare-r4-s0-r4-s1.png").exists()
 

@@ -506,6 +506,11 @@ class LossScaler:
             if parameter.grad is not None:
                 parameter.grad.mul_(1 / self.scale)  # in float32: nothing underflows here
 
+    @property
+    def gave_up(self):
+        """True after 20 skipped steps in a row, or one where no other scale can be tried."""
+        return self.skipped_in_a_row >= (20 if self.enabled else 1)
+
     def update(self, finite):
         self.skipped += not finite
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
@@ -917,7 +922,7 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
                 line["val_loss"] = validation_loss(model, held_out, args.batch_size)
                 shown += f"  held-out loss {line['val_loss']:.3f}"
             log(line)
-            if scaler.skipped_in_a_row == (20 if scaler.enabled else 1):
+            if scaler.gave_up:
                 raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}: try a lower "
                                  "--lr, or --dtype float32, and another --run-name")
             bar.update()

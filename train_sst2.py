@@ -5,7 +5,7 @@
     python train_sst2.py --demo                        # half a minute on a CPU, no download
     python train_sst2.py --adapter runs/sst2/r8-s0     # score a saved adapter
     python train_sst2.py --adapter runs/sst2/r8-s0 --predict "A joy." "Tedious."
-    python bench/section7.py runs/sst2/r8-s0 runs/sst2/r64-s1               # what was learned
+    python bench/section7.py runs/sst2/r4-s0 runs/sst2/r8-s1                # what was learned
 
 One experiment is one folder, --out: sst2.jsonl has a line per finished run, and these are skipped;
 sst2.png the curves; r8-s0/ adapter and head of r=8 and seed 0, as PEFT saves them. Own data is a
@@ -36,8 +36,8 @@ from tqdm import tqdm
 from eval_gsm8k import wilson_interval
 from lora import (LoRAConfig, count_parameters, inject_lora, load_adapter, lora_layers,
                   save_adapter)
-from train_math import (WORLD, LossScaler, Parser, length, loading, number, pick_device,
-                        pick_dtype, run_script)
+from train_math import (WORLD, GiB, LossScaler, Parser, agree, epoch_batches, length, loading,
+                        number, peak_memory, pick_device, pick_dtype, run_script)
 
 BASE = "roberta-base"
 
@@ -69,10 +69,13 @@ def parse_args(argv=None):
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--out", default="runs/sst2", help="folder of the experiment (default: runs/sst2)")
-    add("--demo", action="store_true", help="in demo-sst2/")
+    add("--demo", action="store_true", help="half a minute on a CPU; writes demo-sst2/")
     args = parser.parse_args(argv)
     if not args.ranks and not args.full_finetune:
         parser.error("--ranks: give a rank, or --full-finetune")
+    if args.demo and vars(args) != vars(parser.parse_args(["--demo", "--seeds",
+                                                           str(args.seeds[0])])):
+        parser.error("--demo takes no flag but --seeds, and one seed")
     if args.predict and not args.adapter:
         parser.error("--predict needs --adapter, which makes the predictions")
     return args
@@ -86,21 +89,24 @@ def read_sentences(data, split):
     with loading("--data", data):
         if tsv.exists():
             # GLUE's own files quote nothing: a row may begin with a lone quotation mark.
-            file = tsv.open(encoding="utf-8-sig")
-            table = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+            table = csv.DictReader(tsv.read_text(encoding="utf-8-sig").split("\n"),
+                                   delimiter="\t", quoting=csv.QUOTE_NONE)
         elif jsonl.exists():
-            table = map(json.loads, filter(str.strip, jsonl.open(encoding="utf-8-sig")))
+            lines = jsonl.read_text(encoding="utf-8-sig").split("\n")
+            table = map(json.loads, filter(str.strip, lines))
         elif Path(data).exists():
             raise ValueError(f"expected a folder with {split}.jsonl or {split}.tsv")
         else:
             import datasets
-            config = "sst2" if data.endswith("glue") else None
-            table = datasets.load_dataset(data, config, split=split)
+            subset = "sst2" if data.endswith("glue") else None
+            table = datasets.load_dataset(data, subset, split=split)
         rows = [(row.get("sentence"), str(row.get("label"))) for row in table]
         for place, (text, label) in enumerate(rows, 1):
             if not isinstance(text, str) or label not in ("0", "1"):
                 raise ValueError(f"{split}, row {place}: expected sentence, and label 0 or 1, "
                                  f"found {text!r:.40} and {label:.40}")
+        if not rows:
+            raise ValueError(f"{split} has no rows")
     return [(text, int(label)) for text, label in rows]
 
 
@@ -123,16 +129,16 @@ def read_data(args, split):
 
 
 def load_encoder(args, r, seed):
-    """Return (pretrained encoder under a fresh head, its LoRAConfig). r=None means none."""
-    # For head, A and dropout masks. torch's CPU generator uses 32 bits of a seed.
+    """Return the pretrained encoder under a fresh head, with an adapter of rank r unless None."""
+    # This seeds the head, A and the dropout masks. torch's CPU generator takes 32 bits of a seed.
     torch.manual_seed(random.Random(seed).getrandbits(32))
     with loading("--model", args.model):
-        shape = transformers.AutoConfig.from_pretrained(args.model)
-        if shape.num_labels != 2:
-            raise ValueError(f"a classifier of {shape.num_labels} classes, expected 2")
+        config = transformers.AutoConfig.from_pretrained(args.model)
+        if config.num_labels != 2:
+            raise ValueError(f"a classifier of {config.num_labels} classes, expected 2")
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-            args.model, config=shape, dtype=torch.float32, output_loading_info=True)
-    distilbert = shape.model_type == "distilbert"
+            args.model, config=config, dtype=torch.float32, output_loading_info=True)
+    distilbert = config.model_type == "distilbert"
     targets = args.targets or (["q_lin", "v_lin"] if distilbert else ["query", "value"])
     head = args.head
     if head is None:
@@ -142,13 +148,11 @@ def load_encoder(args, r, seed):
         if not any(f".{module}." in f".{key}" for module in head):
             raise ValueError(f"--model {args.model} has no {key}: name its module in --head")
     model.to(args.device)
-    config = None
     if r:
-        config = LoRAConfig(r, args.alpha, args.dropout, targets, also_train=head)
-        inject_lora(model, config)
+        inject_lora(model, LoRAConfig(r, args.alpha, args.dropout, targets, also_train=head))
     if args.checkpoint_activations:
         model.activation_checkpointing_enable()
-    return model, config
+    return model
 
 
 def load_adapted(args):
@@ -158,30 +162,21 @@ def load_adapted(args):
         config = json.loads(path.read_text(encoding="utf8"))
         args.model = args.model or config["base_model_name_or_path"] or BASE
         args.head = args.head or config["modules_to_save"] or []
-    model, _ = load_encoder(args, None, 0)
+    model = load_encoder(args, None, 0)
     load_adapter(model, args.adapter)
     return model.eval()
 
 
 # --- batches, loss, accuracy ---
 
-def cut(items, size):
+def chunks(items, size):
     return [items[start:start + size] for start in range(0, len(items), size)]
-
-
-def epoch_windows(examples, batch_size, grad_accum, rng):
-    """Shuffle an epoch into windows, one per optimizer step: lists of micro-batches."""
-    size = batch_size * grad_accum
-    windows = []  # sorted by length in pools of 50, to save padding
-    for pool in cut(rng.sample(examples, len(examples)), 50 * size):
-        windows += cut(sorted(pool, key=length), size)
-    rng.shuffle(windows)
-    return [cut(window, batch_size) for window in windows]
 
 
 def logits_of(model, rows, dtype):
     """Return the logits of rows of token ids, (rows, 2) in float32. Products run in dtype."""
-    device, pad = model.device, model.config.pad_token_id or 0  # a decoder looks for its own id
+    # A decoder finds the end of a row by its pad id, and RoBERTa numbers the positions by it.
+    device, pad = model.device, model.config.pad_token_id or 0
     ids = pad_sequence([torch.tensor(row) for row in rows], True, pad).to(device)
     mask = pad_sequence([torch.ones(len(row)) for row in rows], True).to(device)
     with torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32"):
@@ -198,10 +193,10 @@ def classify(model, batch, dtype):
 
 @torch.no_grad()
 def evaluate(model, examples, dtype):
-    """Return (share right, mean cross-entropy)."""
+    """Return (accuracy, mean cross-entropy)."""
     model.eval()
     right, loss = 0, 0.0
-    for batch in cut(sorted(examples, key=length), 64):  # less padding
+    for batch in chunks(sorted(examples, key=length), 64):  # less padding
         batch_loss, batch_right = classify(model, batch, dtype)
         right += int(batch_right)
         loss += float(batch_loss)
@@ -209,54 +204,53 @@ def evaluate(model, examples, dtype):
 
 
 @torch.no_grad()
-def check_padding(model, examples):
-    """Raise ValueError unless a row scores beside a longer one as it does alone."""
-    short, long = (choose(examples, key=length)[0] for choose in (min, max))
+def check_padding(model, row):
+    """Raise ValueError unless half a row scores beside the whole one as it does alone."""
     model.eval()
-    alone = logits_of(model, [short], "float32")[0]
-    padded = logits_of(model, [short, long], "float32")[0]
-    if not (alone - padded).norm() <= 1e-3 * alone.norm():
+    half = row[:(len(row) + 1) // 2]
+    alone = logits_of(model, [half], "float32")[0]
+    padded = logits_of(model, [half, row], "float32")[0]
+    if not agree(padded, alone, 1e-3):
         raise ValueError(f"{type(model).__name__} scores a padded row unlike the row alone: "
                          "it cannot be trained in batches here")
 
 
 # --- one run ---
 
-def name_of(r):
+def label_of(r):
     return f"r={r}" if r else "full"
 
 
 def train(args, data, r, seed):
     """Train and evaluate LoRA of rank r, or every weight. Return (line of sst2.jsonl, model)."""
-    model, config = load_encoder(args, r, seed)
-    check_padding(model, data["validation"])
+    model = load_encoder(args, r, seed)
+    check_padding(model, max(data["validation"], key=length)[0])
     trainable, total = count_parameters(model)
     adapter = sum(layer.lora_A.numel() + layer.lora_B.numel() for _, layer in lora_layers(model))
-    print(f"{name_of(r)}, seed {seed}: {adapter:,} adapter + {trainable - adapter:,} other weights "
-          f"train, {trainable / total:.2%} of {total:,}")
-    cuda = args.device.type == "cuda"
-    if cuda:
+    print(f"{label_of(r)}, seed {seed}: {adapter:,} adapter + {trainable - adapter:,} other "
+          f"weights train, {trainable / total:.2%} of {total:,}")
+    if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(args.device)
-    peak_lr = args.lr if config else args.full_lr
+    peak_lr = args.lr if r else args.full_lr
     parameters = [p for p in model.parameters() if p.requires_grad]
     # Weight decay leaves biases and LayerNorm out, as is usual.
     groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.01},
-              {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0}]
+              {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=peak_lr)
     scaler = LossScaler(enabled=args.dtype == "float16")
-    rng, windows = random.Random(seed), []
-    for _ in range(args.epochs):
-        windows += epoch_windows(data["train"], args.batch_size, args.grad_accum, rng)
+    size = args.batch_size * args.grad_accum  # sentences a step, in micro-batches
+    windows = [chunks(window, args.batch_size) for epoch in range(args.epochs)
+               for window in epoch_batches(data["train"], size, seed, epoch)]
     steps = len(windows)
-    every = math.ceil(steps / (4 * args.epochs))
+    quarters = {round(steps * n / (4 * args.epochs)) for n in range(1, 4 * args.epochs + 1)}
     history, losses, done, seconds = [], [], 0, 0.0
 
     for step, window in enumerate(bar := tqdm(windows, unit="step", disable=None), 1):
         start = time.perf_counter()
         model.train()
 
-        # 1. Learning rate: up over 6% of the steps (Table 9), at most 100, then down the line from
-        #    the peak at step 0 to 0 at the end. Skipped steps do not count.
+        # 1. Learning rate: it rises over 6% of the steps (Table 9), at most 100, and then follows
+        #    a line from the peak at step 0 down to zero at the end. Skipped steps do not count.
         warmup = max(1, min(100, 0.06 * steps))
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * min((done + 1) / warmup, (steps - done) / steps)
@@ -283,14 +277,14 @@ def train(args, data, r, seed):
             done += 1
         optimizer.zero_grad(set_to_none=True)
         scaler.update(finite)
-        if scaler.skipped_in_a_row == (20 if scaler.enabled else 1):
+        if scaler.gave_up:
             raise ValueError(f"loss {loss:g}, gradient norm {norm:g} at step {step}: "
                              "try a lower learning rate")
         seconds += time.perf_counter() - start
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
-        # 5. Log, and evaluate four times an epoch.
-        if step % every == 0 or step == steps:
+        # 5. Evaluate after each quarter of an epoch.
+        if step in quarters:
             accuracy, val_loss = evaluate(model, data["validation"], args.dtype)
             history.append({"epoch": step * args.epochs / steps, "accuracy": accuracy,
                             "train_loss": statistics.fmean(losses or [loss]),
@@ -298,21 +292,21 @@ def train(args, data, r, seed):
             bar.write("  ".join(f"{key} {value:.3f}" for key, value in history[-1].items()))
             losses = []
 
-    if config:
+    if r:
         save_adapter(model, Path(args.out, f"r{r}-s{seed}"))
-    peak = torch.cuda.max_memory_allocated(args.device) / 2**30 if cuda else None
     flags = ("model data head epochs batch_size grad_accum max_length nb_samples dtype "
-             + ("lr alpha dropout targets" if config else "full_lr"))
+             + ("lr alpha dropout targets" if r else "full_lr"))
     n = len(data["validation"])
     run = {flag: getattr(args, flag) for flag in flags.split()}
     run |= {"r": r, "seed": seed, "adapter_parameters": adapter, "trainable": trainable,
             "total": total, **history[-1], "n": n, "ci95": list(wilson_interval(accuracy * n, n)),
-            "skipped": steps - done, "seconds": seconds, "peak_memory_gib": peak,
-            "history": history}
-    share = sum(label for _, label in data["validation"]) / n
-    if run["ci95"][0] <= max(share, 1 - share):
-        print(f"{name_of(r)}, seed {seed} is within chance, {max(share, 1 - share):.1%}: try a "
-              f"higher {'--lr' if config else '--full-lr'}, or more --epochs")
+            "skipped": steps - done, "seconds": seconds,
+            "peak_memory_gib": peak_memory(args.device) / GiB, "history": history}
+    positive = sum(label for _, label in data["validation"]) / n
+    majority = max(positive, 1 - positive)  # what always the same label would score
+    if run["ci95"][0] <= majority:
+        print(f"{label_of(r)}, seed {seed} is within chance, {majority:.1%}: try a "
+              f"higher {'--lr' if r else '--full-lr'}, or more --epochs")
     return run, model
 
 
@@ -334,7 +328,7 @@ def read_runs(args, path):
 def report(runs, picture):
     """Print a row per rank. Draw its seeds' mean in a band from lowest to highest."""
     table = pandas.DataFrame(runs)
-    table["rank"] = [name_of(run["r"]) for run in runs]
+    table["rank"] = [label_of(run["r"]) for run in runs]
     ranks = table.groupby("rank", sort=False)
     print(ranks.agg(
         adapter_weights=("adapter_parameters", "first"), trained=("trainable", "first"),
@@ -367,17 +361,17 @@ def report(runs, picture):
 @torch.no_grad()
 def predict(args):
     """Print label and probability of each sentence; return the probabilities of label 1."""
-    model, shares = load_adapted(args), []
+    model, probabilities = load_adapted(args), []
     for text, ids in zip(args.predict, encode(args, args.predict)):
-        share = float(logits_of(model, [ids], args.dtype).softmax(-1)[0, 1])
-        print(f"{'positive' if share > 0.5 else 'negative'} {max(share, 1 - share):.1%}  {text}")
-        shares.append(share)
-    return shares
+        p = float(logits_of(model, [ids], args.dtype).softmax(-1)[0, 1])
+        print(f"{'positive' if p > 0.5 else 'negative'} {max(p, 1 - p):.1%}  {text}")
+        probabilities.append(p)
+    return probabilities
 
 
 def score_adapter(args):
     model, examples = load_adapted(args), read_data(args, "validation")
-    check_padding(model, examples)
+    check_padding(model, max(examples, key=length)[0])
     accuracy, loss = evaluate(model, examples, args.dtype)
     low, high = wilson_interval(accuracy * len(examples), len(examples))
     print(f"accuracy {accuracy:.2%} [{low:.2%}, {high:.2%}] of {len(examples)}, loss {loss:.3f}")
@@ -423,7 +417,7 @@ def demo(seed):
 # --- main ---
 
 def main(args):
-    """Run the demo, use an adapter, or make the runs that the folder lacks and report all."""
+    """Run the demo, use an adapter, or train the missing runs and report all."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if args.demo:

@@ -1,0 +1,157 @@
+"""LoRA Without Regret (Schulman et al. 2025), its claims at the scale of a laptop, on SST-2.
+
+    python bench/regret.py --model minilm-l6 --data sst2      # the runs that --lines lacks
+    python bench/regret.py                                    # table and picture of --lines
+
+A run is one of train_sst2.py: 10,000 sentences of the training set, one epoch, judged by the loss
+on its last 2,000 sentences, kept out of it. The validation split is never read. Learning rates go
+in factors of two, six at least, and on until the best, for seed 0, lies at no edge. Then come seeds
+1 and 2 at the best, batches of 256 at the best and higher rates, and both seeds at its neighbours.
+Two processes with different --only share the work: both append to --lines.
+
+Printed: the best rate of each setting, and the differences that the published claims are about,
+paired by seed, with Student's 95% interval over three seeds. Drawn: loss against learning rate.
+"""
+import json
+import math
+import sys
+from pathlib import Path
+
+import pandas  # comes with datasets
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_sst2
+from train_math import Parser, run_script
+
+ATTENTION = ["query", "key", "value", "attention.output.dense"]
+# "output.dense" alone would end attention's too.
+MLP = ["intermediate.dense", *(f"{layer}.output.dense" for layer in range(6))]
+# Rank (None: full fine-tuning) and targets. Attention's and the MLP's budgets are equal.
+SETTINGS = {"all linear, r=1": (1, ["all-linear"]), "all linear, r=8": (8, ["all-linear"]),
+            "all linear, r=64": (64, ["all-linear"]), "attention, r=10": (10, ATTENTION),
+            "MLP, r=8": (8, MLP), "full": (None, None)}
+LARGE = ("all linear, r=8", "full")  # also with batches of 256
+T_975 = 4.303  # Student's t with three values
+
+
+def parse_args(argv=None):
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--model", help="folder of MiniLM-L6")
+    add("--data", help="folder with SST-2's train.jsonl")
+    add("--out", default="runs/regret", help="folder of the runs (default: runs/regret)")
+    add("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
+    add("--lines", type=Path, default=Path("results/sst2-regret.jsonl"),
+        help="finished runs (default: results/sst2-regret.jsonl)")
+    return parser.parse_args(argv)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_data(source, folder):
+    """Write the last 2,000 training sentences as validation, and the others as train."""
+    lines = Path(source, "train.jsonl").read_text(encoding="utf8").splitlines(keepends=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, part in (("train", lines[:-2000]), ("validation", lines[-2000:])):
+        (folder / f"{split}.jsonl").write_text("".join(part), encoding="utf8")
+
+
+def run(args, setting, power, seed, batch=32):
+    """Return the held-out loss at learning rate 2**power, from --lines or by a new run."""
+    key = {"setting": setting, "lr_power": power, "seed": seed, "batch_size": batch}
+    for line in read_lines(args.lines):
+        if key.items() <= line.items():
+            return line["val_loss"]
+    (r, targets), rate = SETTINGS[setting], str(2.0**power)
+    flags = ["--ranks", str(r), "--targets", *targets, "--lr", rate] if r else \
+        ["--ranks", "--full-finetune", "--full-lr", rate]
+    name = f"{setting.replace(' ', '-')}-{power}-{seed}-{batch}"
+    line, = train_sst2.main(train_sst2.parse_args([
+        "--model", args.model, "--data", f"{args.out}/data", "--out", f"{args.out}/{name}",
+        "--nb-samples", "10000", "--epochs", "1", "--batch-size", str(batch),
+        "--dtype", "float32", "--seeds", str(seed), *flags]))
+    kept = ("val_loss", "accuracy", "n", "trainable", "train_loss", "dtype")
+    with open(args.lines, "a") as file:
+        file.write(json.dumps({**key, **{name: line[name] for name in kept}}) + "\n")
+    return line["val_loss"]
+
+
+def make_runs(args):
+    best = {}
+    for setting in args.only:
+        powers = range(-16, -10) if setting == "full" else range(-12, -6)
+        losses = {power: run(args, setting, power, 0) for power in powers}
+        while (least := min(losses, key=losses.get)) in (min(losses), max(losses)):
+            power = least + (1 if least == max(losses) else -1)
+            losses[power] = run(args, setting, power, 0)
+        best[setting] = least
+    for setting in args.only:
+        for seed in (1, 2):
+            run(args, setting, best[setting], seed)
+    for setting in set(LARGE) & set(args.only):
+        for higher in (0, 1, 2, 3):
+            for seed in (0, 1, 2):
+                run(args, setting, best[setting] + higher, seed, batch=256)
+    for setting in args.only:
+        for neighbour in (-1, 1):
+            for seed in (1, 2):
+                run(args, setting, best[setting] + neighbour, seed)
+
+
+def interval(values):
+    """Return "mean +/- half a 95% interval" of three values."""
+    return f"{values.mean():+.4f} +/- {T_975 * values.std() / math.sqrt(len(values)):.4f}"
+
+
+def report(table, picture):
+    """Print the best rates and the differences, and draw the curves."""
+    from matplotlib.figure import Figure
+    axes = Figure(figsize=(8, 5), layout="constrained").subplots()
+    best = {}  # (setting, batch): losses by seed, at the best learning rate
+    for (batch, setting), runs in table.groupby(["batch_size", "setting"], sort=False):
+        losses = runs.pivot(index="seed", columns="lr_power", values="val_loss")
+        whole = losses.dropna(axis=1)
+        power = whole.mean().idxmin()
+        if len(whole) == 3:
+            best[setting, batch] = whole[power]
+        accuracy = runs[runs.lr_power == power].accuracy.mean()
+        print(f"{setting:16s} batch {batch:3d} {runs.trainable.iloc[0]:10,} weights, best at 2^"
+              f"{power} = {2.0**power:.1e}: loss {interval(whole[power])}, accuracy {accuracy:.1%}")
+        if batch == 32:
+            line, = axes.plot(2.0**losses.columns, losses.mean(), label=setting)
+            axes.plot(2.0**runs.lr_power, runs.val_loss, ".", color=line.get_color(), alpha=0.5)
+            axes.plot(2.0**power, losses[power].mean(), "o", color=line.get_color())
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="learning rate", ylabel="loss on 2,000 held-out sentences (nats)",
+             ylim=(0.25, 0.5),
+             title="MiniLM-L6, 10,000 sentences of SST-2, one epoch, batch 32")
+    axes.legend()
+    axes.figure.savefig(picture, dpi=120)
+
+    def compare(what, first, second):
+        if best.keys() >= {first, second}:
+            print(f"{what}: {interval(best[first] - best[second])}")
+
+    compare("r=1 minus r=64", ("all linear, r=1", 32), ("all linear, r=64", 32))
+    compare("attention minus MLP, one budget", ("attention, r=10", 32), ("MLP, r=8", 32))
+    compare("MLP minus all linear, r=8", ("MLP, r=8", 32), ("all linear, r=8", 32))
+    for rank in (1, 8, 64):
+        compare(f"r={rank} minus full", (f"all linear, r={rank}", 32), ("full", 32))
+    for setting in LARGE:
+        compare(f"{setting}: batch 256 minus 32", (setting, 256), (setting, 32))
+    cost = [best[setting, 256] - best[setting, 32] for setting in LARGE if (setting, 256) in best]
+    if len(cost) == 2:
+        print(f"what the large batch costs, r=8 minus full: {interval(cost[0] - cost[1])}")
+
+
+def main(args):
+    if args.model:
+        write_data(args.data, Path(args.out, "data"))
+        make_runs(args)
+    report(pandas.DataFrame(read_lines(args.lines)), args.lines.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    run_script("regret.py", main, parse_args)
