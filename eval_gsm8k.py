@@ -7,8 +7,8 @@
     torchrun --nproc-per-node 2 -- eval_gsm8k.py --adapter DIR       # score on two GPUs
 
 Scores compare each adapter with the base. In --out: NAME-DATA-N.json (scores of N problems),
-NAME-DATA-N.jsonl (every completion) and, with matplotlib, a chart. A score that is there already,
-of the same settings, is read and not made again.
+NAME-DATA-N.jsonl (every completion) and, with matplotlib, a chart. A score that stands there is
+read and not made again, and refused if it was made with other settings.
 
 Completions that end in "#### n" score as in lm-evaluation-harness (gsm8k, strict and flexible).
 Different on purpose: "The answer is n" (MetaMathQA) counts too, and the later of two markers wins;
@@ -33,7 +33,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from lora import dequantize_nf4, load_adapter, merge_lora, strip_lora
 from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, adapter_metadata,
-                        check_ids, checkpoints, encode_prompt, format_prompt, gather,
+                        agree, check_ids, checkpoints, encode_prompt, format_prompt, gather,
                         join_processes, load_model, loading, number, pick_device, pick_dtype,
                         read_table, run_script)
 
@@ -42,7 +42,7 @@ from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, adap
 
 def parse_args(argv=None):
     parser, count = Parser(description=__doc__), number(int, 1)
-    add, either = parser.add_argument, argparse.BooleanOptionalAction
+    add, on_or_off = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", help="Hub id or folder of the base (default: the adapter's own)")
     add("--adapter", nargs="+", action="extend", default=[], metavar="DIR", help="adapters or runs")
     add("--ask", nargs="+", metavar="TEXT", help="print what base and adapters say, and no more")
@@ -52,8 +52,8 @@ def parse_args(argv=None):
     add("--batch-size", type=count, default=16, help="problems at once (default: 16)")
     add("--max-new-tokens", type=count, default=256, help="longest completion (default: 256)")
     add("--shots", type=number(int, 0), default=0, help="first rows, shown as examples")
-    add("--chat", action=either, help="prompts by the chat template (default: as trained)")
-    add("--nf4", action=either, help="hold the base in 4 bits (default: as trained)")
+    add("--chat", action=on_or_off, help="prompts by the chat template (default: as trained)")
+    add("--nf4", action=on_or_off, help="hold the base in 4 bits (default: as trained)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--out", default="eval_results", help="folder for the scores (default: eval_results)")
@@ -65,16 +65,19 @@ def list_adapters(folders):
     adapters = {}
     for folder in folders:
         for path in checkpoints(folder) or [Path(folder)]:
-            run, name = path.resolve().parts[-2:]
+            run, name = ["", *path.resolve().parts][-2:]
             name = f"{run}-{name}" if name.startswith("step_") else name
             if name in adapters or name == "base":
-                raise ValueError(f"--adapter: {name} is there twice: rename a folder")
+                raise ValueError(f"--adapter {path}: the name {name} is taken: rename the folder")
             adapters[name] = path
     return adapters
 
 
 def adopt_training(args, adapters):
-    """Set --model, --chat and --nf4, where they are not given, to what the adapters say."""
+    """Set --model, --chat and --nf4, where they are not given, to those of the first adapter.
+
+    Warns of every adapter that was trained otherwise.
+    """
     given = vars(args).copy()
     args.chat, args.nf4 = bool(args.chat), bool(args.nf4)
     for i, folder in enumerate(adapters.values()):
@@ -87,44 +90,50 @@ def adopt_training(args, adapters):
         if model and model != args.model:
             warnings.warn(f"{folder} was trained on {model}, and runs on {args.model} here")
         for name in ("chat", "nf4"):
-            was = trained.get(name, str(getattr(args, name))) == "True"
+            trained_with = trained.get(name, str(getattr(args, name))) == "True"
             if i == 0 and given[name] is None:
-                setattr(args, name, was)
-            if was != getattr(args, name):
-                warnings.warn(f"{folder} was trained {'with' if was else 'without'} --{name}, and "
-                              f"runs {'without' if was else 'with'} it here")
+                setattr(args, name, trained_with)
+            if trained_with != getattr(args, name):
+                words = ("with", "without") if trained_with else ("without", "with")
+                warnings.warn(f"{folder} was trained {words[0]} --{name}, and runs {words[1]} it")
     args.model = args.model or BASE_MODEL
 
 
 # --- answers ---
 
 NUMBER = re.compile(r"""
-    (\\[dt]?frac[{]?)?                          # LaTeX that is not understood
-    ((?<![\w)])-)? (?:[$€£](-)?)?               # a sign: in 10-5 the minus is an operator
-    (?:([0-9]+)[ ](?=[0-9]+[ ]?/[ ]?[0-9]))?    # the whole part of 1 1/2
-    ([0-9]*\.?[0-9]+)                           # 12, 1.5, .5
-    (?:[ ]?/[ ]?([0-9]+))?                      # a denominator
-    ((?:[ ]?[/^][ ]?|[ ]?(?:×|\\times|\\cdot|\*)[ ]?(?=10\^)|[.eE{])
-        [-+]?[.{}]*[0-9][0-9.{}]*)*             # more of it: 10^6, 1e5, 1.2.3
+    (?P<unread_latex>\\[dt]?frac[{]?)?          # a fraction that was not rewritten below
+    (?P<minus>(?<![\w)])-)?                     # in 10-5 it is an operator
+    (?:[$€£][ ]?(?P<minus_inside>-)?)?
+    (?:(?P<whole>[0-9]+)[ ](?=[0-9]+[ ]?/[ ]?[0-9]))?       # of a mixed number, 1 1/2
+    (?P<digits>[0-9]*\.?[0-9]+)                 # 12, 1.5, .5
+    (?:[ ]?/[ ]?(?P<denominator>[0-9]+))?
+    (?P<unread>[ ]?\\(?:sqrt|pi|[dt]?frac)      # 2\sqrt{3}
+    |(?:(?:[ ]?[/^][ ]?|[ ]?(?:×|\\times|\\cdot|\*)[ ]?(?=10\^)|[.eE{])
+        [-+.{}]*[0-9][0-9.{}]*)*)               # 10^6, 1e5, 1.2.3
     """, re.VERBOSE)
 sys.set_int_max_str_digits(0)  # a model may repeat one digit thousands of times
 
 
 def find_numbers(text):
-    """Return every number in a text, exact, and None for one that is understood in part."""
+    r"""Return every number in a text, exact, and None for one that goes on in a way not read here.
+
+    So 10^6, 1e5 and 2\sqrt{3} are None, and 1,234, $5, 1/2, 1 1/2 and \frac{1}{2} are numbers.
+    """
     text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\$", "$")
-    text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac)", " ", text)  # 1\frac{1}{2} is mixed
+    text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac\{)", " ", text)  # 1\frac{1}{2} is mixed
     text = re.sub(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
-    text = re.sub(r"\\[dt]?frac\{[^}]*\}\{[^}]*\}", r"\\frac1", text)  # x/4: not understood
+    text = re.sub(r"\\[dt]?frac\{[^}]*\}\{[^}]*\}", r"\\frac1", text)  # \frac{x}{4} is not read
     # 1,234 is one number, 1,2 are two; thin spaces group digits too
     text = re.sub(r"(?<=[0-9])(?:,|\\,|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))", "", text)
     values = []
-    for latex, sign, inner, whole, digits, denominator, more in NUMBER.findall(text):
-        if latex or more or denominator and not int(denominator):
+    for match in NUMBER.finditer(text):
+        denominator = int(match["denominator"] or 1)
+        if match["unread_latex"] or match["unread"] or not denominator:
             values.append(None)
         else:
-            value = int(whole or 0) + Fraction(digits) / int(denominator or 1)
-            values.append(-value if sign or inner else value)
+            value = int(match["whole"] or 0) + Fraction(match["digits"]) / denominator
+            values.append(-value if match["minus"] or match["minus_inside"] else value)
     return values
 
 
@@ -135,14 +144,15 @@ def extract_answer(completion, flexible=False):
     one), whichever comes later. Flexible: the last "#### n" instead, else the last number.
     """
     text = completion.split("Question:")[0]  # what follows is a question of its own
-    # The lookahead leaves the rest of the line to the next match.
-    said = [*re.finditer(r"the answer is[: \n]*(?=(.*))", text, re.IGNORECASE)][-1:]
-    hashed = [match for match in re.finditer(r"####\s*([^\s#]+)", text) if find_numbers(match[1])]
-    marked = said + (hashed[-1:] if flexible else hashed[:1])
-    for match in sorted(marked, key=lambda match: -match.start()):
-        # behind #### the harness drops all commas
-        place = match[1].replace(",", "") if match in hashed else match[1]
-        if numbers := find_numbers(place):
+    # The lookahead takes no text, so that a second "The answer is" on the line is found too.
+    by_words = [*re.finditer(r"the answer is[: \n]*(?=(.*))", text, re.IGNORECASE)][-1:]
+    # As in the harness, #### is followed by one word, in which commas do not count.
+    by_hashes = [match for match in re.finditer(r"####\s*([^\s#]+)", text)
+                 if find_numbers(match[1])]
+    markers = by_words + (by_hashes[-1:] if flexible else by_hashes[:1])
+    for match in sorted(markers, key=lambda match: -match.start()):
+        words = match[1].replace(",", "") if match in by_hashes else match[1]
+        if numbers := find_numbers(words):
             return numbers[0]
     numbers = find_numbers(text) if flexible else []
     return numbers[-1] if numbers else None
@@ -153,7 +163,7 @@ def reference(row):
     value = extract_answer(row.answer)
     if value is None and not re.search("####|the answer is", row.answer, re.IGNORECASE):
         numbers = find_numbers(row.answer)
-        bare = not re.search("[A-Za-z0-9]", NUMBER.sub("", row.answer))
+        bare = not re.search(r"[A-Za-z0-9\\-]", NUMBER.sub("", row.answer))
         value = numbers[0] if len(numbers) == 1 and bare else None
     if value is None:
         raise ValueError(f"row {row.number}: expected an answer that ends in #### and a number, or "
@@ -169,22 +179,26 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
     check_ids(model, encoded, max_new_tokens)
     own = model.generation_config
     stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    eos = [tokenizer.eos_token_id, *{*stops} - {None}]
+    eos = [tokenizer.eos_token_id, *(token for token in stops if token is not None)]
     # The checkpoint's own settings may ask for sampling, and its pad id may have no embedding.
     # The tokenizer's EOS pads: decoding skips it.
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, eos_token_id=eos, pad_token_id=eos[0], return_dict_in_generate=True)
-    if batch_size > 1 and len(encoded) > 1 and padding_matters(model, encoded[0], eos[0]):
-        print("padding changes what this model computes: one prompt at a time", flush=True)
-        batch_size = 1
-    # Like lengths share a batch, to save padding. The longest first: out-of-memory comes soon.
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    starts = range(0, len(order), batch_size)[RANK::WORLD]
-    completions = {}
-    for start in tqdm(starts, unit="batch", disable=RANK > 0 or None):
-        batch = {i: encoded[i] for i in order[start:start + batch_size]}
-        completions |= complete_batch(model, tokenizer, batch, eos, max_new_tokens)
-    model.generation_config = own
+    try:
+        if batch_size > 1 and len(encoded) > 1 and padding_matters(model, encoded[0], eos[0]):
+            print("padding changes what this model computes: one prompt at a time", flush=True)
+            batch_size = 1
+        leave_after = 16 if has_plain_cache(model, encoded[0]) else max_new_tokens
+        # Like lengths share a batch, to save padding. The longest come first, so that running out
+        # of memory comes soon.
+        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+        starts = range(0, len(order), batch_size)[RANK::WORLD]
+        completions = {}
+        for start in tqdm(starts, unit="batch", disable=RANK > 0 or None):
+            batch = {i: encoded[i] for i in order[start:start + batch_size]}
+            completions |= complete_batch(model, tokenizer, batch, eos, max_new_tokens, leave_after)
+    finally:
+        model.generation_config = own
     for others in gather(completions):
         completions |= others
     return [completions[i] for i in range(len(prompts))]
@@ -200,7 +214,10 @@ def pad_left(rows, pad, device):
 
 @torch.no_grad()
 def padding_matters(model, row, pad):
-    """True if the logits behind a row change with padding before it, tried over four tokens."""
+    """True if the logits after a row change with padding before it, tried over four tokens.
+
+    The model's generation_config has to be the one of complete().
+    """
     logits = []
     for rows in ([row], [row, [pad] * (len(row) + 3)]):
         ids, mask = pad_left(rows, pad, model.device)
@@ -208,33 +225,32 @@ def padding_matters(model, row, pad):
                              output_logits=True)
         logits.append(torch.stack([step[0].float() for step in out.logits]))
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
-    return not (logits[0] - logits[1]).norm() <= tolerance * logits[0].norm()
+    return not agree(logits[1], logits[0], tolerance)
 
 
-def complete_batch(model, tokenizer, prompts, eos, max_new_tokens):
+def complete_batch(model, tokenizer, prompts, eos, max_new_tokens, leave_after):
     """Complete {i: token ids} as {i: (text, cut off)}.
 
-    Every 16 tokens, rows that have ended leave the batch: kept, they would cost as much as the
-    longest. Only a plain cache of keys and values has rows that can leave.
+    Every leave_after tokens, rows that have ended leave the batch: kept, they would cost as much as
+    the longest.
     """
     ids, mask = pad_left(list(prompts.values()), eos[0], model.device)
-    width, piece, rows, cache, completions = ids.shape[1], 16, list(prompts), None, {}
-    if not has_plain_cache(model, ids[:1, -1:]):
-        piece = max_new_tokens
+    width, rows, cache, completions = ids.shape[1], list(prompts), None, {}
     while rows:
-        length = min(ids.shape[1] + piece, width + max_new_tokens)
+        length = min(ids.shape[1] + leave_after, width + max_new_tokens)
         out = model.generate(ids, attention_mask=mask, max_length=length, past_key_values=cache)
         keep = []
         for place, new in enumerate(out.sequences[:, width:].tolist()):
-            text, asks, _ = tokenizer.decode(new, skip_special_tokens=True).partition("Question:")
-            ended = asks or any(token in eos for token in new)
+            text = tokenizer.decode(new, skip_special_tokens=True)
+            start, goes_on, _ = text.partition("Question:")  # it asks a question of its own
+            ended = goes_on or any(token in eos for token in new)
             if ended or len(new) == max_new_tokens:
-                completions[rows[place]] = text + asks, not ended
+                completions[rows[place]] = start + goes_on, not ended
             else:
                 keep.append(place)
         rows = [rows[place] for place in keep]
         ids = out.sequences[keep]
-        mask = torch.cat([mask[keep], mask.new_ones(len(keep), piece)], 1)
+        mask = torch.cat([mask[keep], mask.new_ones(len(keep), leave_after)], 1)
         if rows:
             cache = out.past_key_values
             cache.reorder_cache(torch.tensor(keep, device=model.device))
@@ -243,10 +259,11 @@ def complete_batch(model, tokenizer, prompts, eos, max_new_tokens):
 
 @torch.no_grad()
 def has_plain_cache(model, ids):
-    """True if the model's cache is layers of keys and values that can be reordered and cut."""
+    """True if the model's cache is layers of keys and values, whose rows can leave."""
     if model._is_stateful:
         return False
-    cache = getattr(model(ids, use_cache=True), "past_key_values", None)
+    cache = getattr(model(torch.tensor([ids], device=model.device), use_cache=True),
+                    "past_key_values", None)
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     return type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers)
 
@@ -346,12 +363,29 @@ def save_merged(args, model, tokenizer, adapters):
     print(f"written: {args.save_merged}/, a plain model of {folder} in {model.dtype}")
 
 
-def score(args, model, tokenizer, adapters, rows, settings):
+def plan(args, adapters, settings):
+    """Return [(name, folder, file, settings of the score)]. Refuse a score of other settings."""
+    scores = []
+    for name, folder in {"base": None, **adapters}.items():
+        path = Path(args.out, f"{name}-{Path(args.data).stem}-{settings['n']}.json")
+        wanted = settings | {"adapter": None}
+        if folder:  # another adapter may have lain in the same folder
+            wanted |= {"adapter": str(folder), "adapter_hash": adapter_hash(folder)}
+        if path.exists():
+            with loading("--out", path):
+                found = json.loads(path.read_text())
+            for key, value in wanted.items():
+                if found.get(key, value) != value:  # older files lack some
+                    raise ValueError(f"{path} was made with {key} = {found[key]}, now it is "
+                                     f"{value}: choose another --out, or rename a folder")
+        scores.append((name, folder, path, wanted))
+    return scores
+
+
+def score(args, model, tokenizer, rows, scores):
     """Score the base and each adapter, or read their scores; write them and a chart."""
     base, results = None, {}
-    for name, folder in {"base": None, **adapters}.items():
-        path = score_file(args, name, len(rows) - args.shots)
-        result = settings | adapter_settings(folder)
+    for name, folder, path, result in scores:
         if path.exists():
             records = [json.loads(line) for line in open(path.with_suffix(".jsonl"))]
             result = json.loads(path.read_text())
@@ -370,73 +404,11 @@ def score(args, model, tokenizer, adapters, rows, settings):
         base, results[name] = base or records, result
         print(describe(name, result), flush=True)
     if RANK == 0:
-        plot(score_file(args, name, len(rows) - args.shots).with_suffix(".png"), results)
-
-
-def adapter_settings(folder):
-    """Return what tells one adapter from another that lay in the same folder."""
-    if folder is None:
-        return {"adapter": None}
-    return {"adapter": str(folder), "adapter_hash": adapter_hash(folder)}
-
-
-def score_file(args, name, n):
-    return Path(args.out, f"{name}-{Path(args.data).stem}-{n}.json")
-
-
-def refuse_other_scores(args, adapters, settings):
-    """Raise ValueError if a score of other settings stands where one would be written."""
-    for name, folder in {"base": None, **adapters}.items():
-        path = score_file(args, name, settings["n"])
-        if path.exists():
-            with loading("--out", path):
-                found = json.loads(path.read_text())
-            for key, value in (settings | adapter_settings(folder)).items():
-                if found.get(key, value) != value:  # older files lack some
-                    raise ValueError(f"{path} was made with {key} = {found[key]}, now it is "
-                                     f"{value}: choose another --out, or rename a folder")
-
-
-def main(args):
-    """Ask, export, or score."""
-    adapters = list_adapters(args.adapter)
-    adopt_training(args, adapters)
-    if args.save_merged and (len(adapters) != 1 or Path(args.save_merged).exists()):
-        raise ValueError(f"--save-merged {args.save_merged}: it takes one --adapter, and a folder "
-                         "that does not exist")
-    if args.chat and args.shots:
-        raise ValueError("--shots stand in a plain prompt: leave them out with --chat")
-    device = join_processes(pick_device(args.device))
-    dtype, reason = pick_dtype(args.dtype, device)
-    if not args.ask and not args.save_merged:
-        limit = args.nb_samples and args.nb_samples + args.shots
-        with loading("--data", args.data):
-            rows = read_table(args.data, "test", limit, args.chat)
-            for row in rows[args.shots:]:
-                reference(row)
-        settings = dict(
-            model=args.model, data=args.data, dtype=str(dtype)[6:], nf4=args.nf4, chat=args.chat,
-            shots=args.shots, max_new_tokens=args.max_new_tokens, n=len(rows) - args.shots)
-        if settings["n"] < 1:
-            raise ValueError(f"--shots {args.shots} leaves none of {len(rows)} problems")
-        refuse_other_scores(args, adapters, settings)
-        os.makedirs(args.out, exist_ok=True)
-    model, tokenizer = load_model(args.model, dtype, device, args.nf4)
-    for folder in adapters.values():  # a broken adapter ends the run now, not after an hour
-        load_adapter(model, folder)
-    strip_lora(model)
-    print(f"{args.model}{' over NF4' * args.nf4} on {device} in {dtype} ({reason})", flush=True)
-    if args.ask:
-        ask(args, model, tokenizer, adapters)
-    elif args.save_merged:
-        save_merged(args, model, tokenizer, adapters)
-    else:
-        print(f"{settings['n']} problems, scores in {args.out}/", flush=True)
-        score(args, model, tokenizer, adapters, rows, settings)
+        plot(path.with_suffix(".png"), results)
 
 
 def plot(path, results):
-    """Draw the accuracies with their intervals, the base lowest."""
+    """Draw the accuracies with their intervals, the base at the bottom."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import PercentFormatter
@@ -451,6 +423,47 @@ def plot(path, results):
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.margins(y=0.5 / len(results))
     axes.figure.savefig(path, dpi=150)
+
+
+def main(args):
+    """Ask, export, or score."""
+    adapters = list_adapters(args.adapter)
+    adopt_training(args, adapters)
+    if args.ask and args.save_merged:
+        raise ValueError("--ask and --save-merged are two things to do: give one of them")
+    if args.save_merged and (len(adapters) != 1 or Path(args.save_merged).exists()):
+        raise ValueError(f"--save-merged {args.save_merged}: it takes one --adapter, and a folder "
+                         "that does not exist")
+    device = join_processes(pick_device(args.device))
+    dtype, reason = pick_dtype(args.dtype, device)
+    if not args.ask and not args.save_merged:
+        limit = args.nb_samples and args.nb_samples + args.shots
+        with loading("--data", args.data):
+            rows = read_table(args.data, "test", limit, args.chat)
+            for row in rows[args.shots:]:
+                reference(row)
+        args.chat = isinstance(rows[0].question, list)
+        settings = dict(
+            model=args.model, data=args.data, dtype=str(dtype)[6:], nf4=args.nf4, chat=args.chat,
+            shots=args.shots, max_new_tokens=args.max_new_tokens, n=len(rows) - args.shots)
+        if settings["n"] < 1:
+            raise ValueError(f"--shots {args.shots} leaves none of {len(rows)} problems")
+        if args.chat and args.shots:
+            raise ValueError("--shots stand in a plain prompt, and this is a chat: leave them out")
+        scores = plan(args, adapters, settings)
+        os.makedirs(args.out, exist_ok=True)
+    model, tokenizer = load_model(args.model, dtype, device, args.nf4)
+    for folder in adapters.values():  # a broken adapter ends the run now, not after an hour
+        load_adapter(model, folder)
+    strip_lora(model)
+    print(f"{args.model}{' over NF4' * args.nf4} on {device} in {dtype} ({reason})", flush=True)
+    if args.ask:
+        ask(args, model, tokenizer, adapters)
+    elif args.save_merged:
+        save_merged(args, model, tokenizer, adapters)
+    else:
+        print(f"{settings['n']} problems, scores in {args.out}/", flush=True)
+        score(args, model, tokenizer, rows, scores)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ class LoRALinear(nn.Module):
 
     A variant is a subclass: it overrides forward() and merged_weight(), adds its tensors to
     adapter_parameters(), and lists in `options` what it adds to adapter_config.json. Loading also
-    builds it over an nn.Linear on the meta device, for the shapes of its tensors.
+    builds one over an nn.Linear on the meta device, to learn the shapes of its tensors.
     """
     options = {}
 
@@ -117,7 +117,8 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))        # (..., k) -> (..., r)
         update = F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        # W0 x last: where this layer ends a checkpointed block, it is not computed again.
+        # W0 x comes last: if this layer ends a block that is recomputed in backward, recomputing
+        # stops before it, because nothing of W0 x is kept for backward.
         return self.base(x) + update
 
     def delta(self):
@@ -146,7 +147,8 @@ class LoRALinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self.base._apply(fn)
+        for child in self.children():
+            child._apply(fn if child is self.base else keep_dtype)
         return super()._apply(keep_dtype, recurse=False)
 
 
@@ -160,7 +162,7 @@ def features(layer):
 def is_transposed(layer):
     """True for GPT-2's Conv1D in transformers, also in 4 bits: its weight is (k, d)."""
     conv1d = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
-    return conv1d or getattr(layer, "transposed", False)
+    return conv1d or hasattr(layer, "to_dense") and layer.transposed
 
 
 def d_by_k(weight, layer):
@@ -174,11 +176,13 @@ def device_of(module):
 
 # --- injection ---
 #
-# The state of an adapter is which modules stand in the model; there are no flags. While it is on,
-# these are the wrappers. While it is merged or off, plain layers stand in their places, and each
-# holds its wrapper in `waiting`: (wrapper, W0) if merged, (wrapper, None) if off. A module that
-# trains in full holds its other weights, the base's or the trained ones, in `base_weights`.
-# nn.Module does not register what is in a tuple, so that state_dict() and .to() do not see these.
+# An adapter's state is which modules stand in the model; no flag repeats it. While it is on, these
+# are the wrappers. While it is merged or off, plain layers stand in their places, and each of these
+# holds its wrapper in `waiting`: (wrapper, W0) if merged, (wrapper, None) if off.
+# A head, which is a module of also_train, stays in its place. It has the trained weights and those
+# of the base: one set is in the module, and the other is in its dictionary `other_weights`.
+# nn.Module registers nothing that is in a tuple or a dictionary, so that state_dict() and .to() do
+# not see what waits.
 
 def inject_lora(model, config, layer=LoRALinear):
     """Freeze the model, wrap the targets, train also_train (Sec. 4.2); return the wrapped names.
@@ -208,7 +212,7 @@ def install(model, wrappers, heads):
     for module in set(chain.from_iterable(head.modules() for head in heads.values())):
         copies = {name: nn.Parameter(p.detach().clone())
                   for name, p in module.named_parameters(recurse=False)}
-        module.base_weights = (copies,)
+        module.other_weights = copies
         swap_weights(module)
 
 
@@ -220,15 +224,15 @@ def replace_modules(model, replacements):
 
 
 def swap_weights(module):
-    """Exchange the weights in a module with its other ones: the trained and the base's."""
-    inside, outside = module._parameters, module.base_weights[0]
+    """Exchange a head's weights with its other ones."""
+    inside, outside = module._parameters, module.other_weights
     for name, weight in outside.items():
-        weight.data = weight.data.to(inside[name])  # the others may have been moved or cast
+        weight.data = weight.data.to(inside[name])  # those inside may have been moved or cast
         inside[name], outside[name] = weight, inside[name]
 
 
 def stashed(model, attribute):
-    """Return {module: the tuple in its attribute, `waiting` or `base_weights`}."""
+    """Return {module: what it holds in an attribute, `waiting` or `other_weights`}."""
     return {m: vars(m)[attribute] for m in model.modules() if attribute in vars(m)}
 
 
@@ -288,9 +292,11 @@ def merged_base(layer):
     packed = hasattr(layer.base, "to_dense")
     dense = layer.base.to_dense() if packed else layer.base
     W = d_by_k(layer.merged_weight(d_by_k(dense.weight, dense).float()), dense)
-    W = W.to(dense.weight.dtype, memory_format=torch.contiguous_format)
-    # W0 waits on the CPU, packed or not: a GPU holds one layer twice, never the whole model.
-    W0 = layer.to("cpu").base if packed else dense.weight.to("cpu")
+    W = W.to(dense.weight.dtype).contiguous()
+    # W0 waits on the CPU, so that a GPU holds two copies of one layer at most.
+    if packed:
+        layer.to("cpu")
+    W0 = layer.base if packed else dense.weight.to("cpu")
     dense.weight = nn.Parameter(W, requires_grad=False)
     dense.waiting = (layer, W0)
     return dense.train(layer.training)
@@ -349,10 +355,10 @@ def strip_lora(model):
     replace_modules(model, {layer: layer.base for _, layer in lora_layers(model)})
     for module in stashed(model, "waiting"):
         del module.waiting
-    for module in stashed(model, "base_weights"):
+    for module in stashed(model, "other_weights"):
         if not merged:
             swap_weights(module)
-        del module.base_weights
+        del module.other_weights
     return model
 
 
@@ -360,7 +366,7 @@ def strip_lora(model):
 def disable_lora(model):
     """Give the base back inside a with block, heads too. Blocks cannot be nested."""
     refuse_waiting(model, "switch off")
-    layers, heads = dict(lora_layers(model)).values(), stashed(model, "base_weights")
+    layers, heads = dict(lora_layers(model)).values(), stashed(model, "other_weights")
     for layer in layers:
         layer.base.waiting = (layer, None)
         layer.base.train(layer.training)
@@ -393,7 +399,7 @@ def select(model, config):
     in_heads = set(chain.from_iterable(head.modules() for head in heads.values()))
     layers = {name: layer for name, layer in layers.items() if layer not in in_heads}
     if not layers:
-        raise ValueError("there is no linear layer to adapt, outside of also_train")
+        raise ValueError("no linear layer is left to adapt")
 
     loaded = not all(p.is_meta for p in model.parameters())
     for name, module in {**layers, **heads}.items():
@@ -412,11 +418,14 @@ def output_head(model):
 
 
 def linear_layers(model):
-    """Return {name: layer}: nn.Linear, transformers' Conv1D, and packed layers (`to_dense`)."""
+    """Return {name: layer}: nn.Linear, transformers' Conv1D, and packed layers.
+
+    A packed layer, such as one in 4 bits, has to_dense(), which returns a plain layer.
+    """
     layers, modules = {}, named(model)
     for name, module in modules.items():
         parent = modules[name.rpartition(".")[0]]
-        # These read weights of their children, in inference at least, without calling them.
+        # These parents may use a child's weight directly, and a wrapper would be bypassed.
         mamba = "Mamba" in type(parent).__name__ and "transformers" in type(parent).__module__
         bypassed = (isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
                     or mamba and ends_in(name, ["dt_proj"]))
@@ -450,7 +459,8 @@ def routers(model):
     """Return the modules that choose a mixture's experts, and all inside them."""
     found = [m for name, m in named(model).items() if "router" in type(m).__name__.lower()
              or "router" in name.rpartition(".")[2].lower()]
-    found += [m.gate for m in model.modules() if hasattr(m, "gate") and hasattr(m, "experts")]
+    found += [m.gate for m in model.modules()
+              if hasattr(m, "experts") and isinstance(getattr(m, "gate", None), nn.Module)]
     return set(chain.from_iterable(module.modules() for module in found))
 
 
@@ -482,7 +492,7 @@ def save_adapter(model, folder, metadata=None):
     while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):
         model = getattr(model, "_orig_mod", None) or model.module
     refuse_waiting(model, "save")
-    layers, in_heads = dict(lora_layers(model)), stashed(model, "base_weights")
+    layers, in_heads = dict(lora_layers(model)), stashed(model, "other_weights")
     heads = {name: module for name, module in named(model).items() if module in in_heads}
     configs = {layer.config for layer in layers.values()}
     if len(configs) != 1:
@@ -498,7 +508,8 @@ def save_adapter(model, folder, metadata=None):
             raise ValueError(f"{key} holds NaN or infinity")
     zero = [name for name, layer in layers.items() if not layer.lora_B.any()]
     if zero:
-        warnings.warn(f"B is still zero in {zero[0]}: was the optimizer made before injecting?")
+        warnings.warn(f"B is still zero in {zero[0]}: it was not trained, or the optimizer was "
+                      "made before injecting")
 
     options = {
         "peft_type": "LORA", "task_type": task_type(model),
@@ -561,7 +572,7 @@ def load_adapter(model, folder, layer=LoRALinear):
     as it was, if the files are damaged or for another model.
     """
     refuse_waiting(model, "load an adapter")
-    with disable_lora(model):  # the file is compared with the base
+    with disable_lora(model):  # names and shapes in the file are compared with the base's
         try:
             config, tensors, sample = read_adapter(model, Path(folder), layer)
         except Exception as error:
@@ -573,7 +584,7 @@ def load_adapter(model, folder, layer=LoRALinear):
     for key, parameter in file_parameters(wrappers, heads).items():
         parameter.detach().copy_(tensors[key])
     here = torch.tensor(base_sample(list(wrappers.values())[-1]))
-    # Rounding to 4 bits moves the sample by 10%, another seed by 140%.
+    # The relative difference is 0.1 for the same base in 4 bits, and 1.4 for another seed.
     if here.shape == sample.shape and (here - sample).norm() > 0.3 * sample.norm():
         warnings.warn(f"{folder} was trained on another base")
     return config
@@ -607,7 +618,8 @@ def read_adapter(model, folder, layer):
     wrappers = {}
     for name, base in layers.items():
         d, k = features(base)
-        wrappers[name] = layer(nn.Linear(k, d, device="meta"), config)  # shapes, and no memory
+        # On the meta device these have shapes and take no memory, also with a damaged r.
+        wrappers[name] = layer(nn.Linear(k, d, device="meta"), config)
         # PEFT saves the base of an adapted lm_head along. It must be this model's.
         weight = tensors.pop(f"{PREFIX}{name}.base_layer.weight", None)
         if weight is not None and (weight - base.weight.to(weight)).norm() > 0.01 * weight.norm():
@@ -630,7 +642,7 @@ def check_options(options, required):
         value = options.get(key)
         if key in required:
             supported = value == required[key]
-        elif key == "init_lora_weights":  # the others change the base
+        elif key == "init_lora_weights":  # other initialisations change W0
             supported = value in (True, False, None, "gaussian", "orthogonal", "eva")
         else:
             supported = key in ACCEPTED or value in (None, False, "", "none", [], {})
@@ -663,8 +675,7 @@ class NF4Linear(nn.Module):
     def __init__(self, layer):
         super().__init__()
         weight = layer.weight.detach()
-        self.kind = type(layer)
-        self.transposed = is_transposed(layer)
+        self.kind, self.shape, self.transposed = type(layer), weight.shape, is_transposed(layer)
         self.out_features, self.in_features = features(layer)
         self.bias = layer.bias
         flat = weight.flatten().float()
@@ -678,7 +689,8 @@ class NF4Linear(nn.Module):
         self.register_buffer("codes", codes[:, 0] << 4 | codes[:, 1])
         self.register_buffer("absmax", absmax.bfloat16().view(torch.int16))
         self.register_buffer("pairs", pairs.view(torch.int32), persistent=False)
-        self.register_buffer("dtype_of", weight.new_empty(0), persistent=False)  # .half() casts it
+        # An empty tensor, which .half() casts: its dtype is that of `weight`.
+        self.register_buffer("dtype_of", weight.new_empty(0), persistent=False)
         share_hooks(self, layer).requires_grad_(False).train(layer.training)
 
     def dequantize(self, dtype):
@@ -687,9 +699,7 @@ class NF4Linear(nn.Module):
         pairs = self.pairs.view(torch.float32).to(dtype)
         blocks = pairs.index_select(0, self.codes.int()).view(-1, BLOCK)
         blocks *= self.absmax.view(torch.bfloat16).to(dtype)[:, None]
-        d, k = self.out_features, self.in_features
-        shape = (k, d) if self.transposed else (d, k)
-        return blocks.flatten()[:d * k].view(shape)
+        return blocks.flatten()[:self.shape.numel()].view(self.shape)
 
     weight = property(lambda self: self.dequantize(self.dtype_of.dtype))
 
@@ -722,12 +732,11 @@ class NF4Product(torch.autograd.Function):
         ctx.layer = layer
         weight = layer.dequantize(x.dtype)
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return F.linear(x, weight.T if layer.transposed else weight, bias)
+        return F.linear(x, d_by_k(weight, layer), bias)
 
     @staticmethod
     def backward(ctx, gradient):
-        weight = ctx.layer.dequantize(gradient.dtype)
-        return gradient @ (weight.T if ctx.layer.transposed else weight), None
+        return gradient @ d_by_k(ctx.layer.dequantize(gradient.dtype), ctx.layer), None
 
 
 @torch.no_grad()
@@ -745,8 +754,9 @@ def quantize_nf4(model, skip=("lm_head",)):
     head = output_head(model)
     skip = (skip,) if isinstance(skip, str) else skip
     names, tied = [], tied_modules(model)
-    for name in list(linear_layers(model)):
-        layer = named(model)[name]  # by name: each dense weight is freed before the next
+    layers = linear_layers(model)
+    for name in list(layers):
+        layer = layers.pop(name)  # the last dense weight is freed before the next is packed
         if layer is head or ends_in(name, skip) or isinstance(layer, NF4Linear):
             continue
         weight = layer.weight

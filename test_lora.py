@@ -15,13 +15,11 @@ import re
 import shlex
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
 import warnings
 import weakref
-import zipfile
 from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
@@ -29,6 +27,7 @@ from types import ModuleType, SimpleNamespace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small are no faster with more threads
 
+import filelock
 import numpy
 import pytest
 import safetensors.torch
@@ -135,10 +134,10 @@ def shake(model):
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
-def injected(build, layer=LoRALinear, **options):
+def injected(build, **options):
     """Return a model with an adapter that does something."""
     model = build()
-    inject_lora(model, LoRAConfig(**dict(r=4, alpha=8) | options), layer)
+    inject_lora(model, LoRAConfig(**dict(r=4, alpha=8) | options))
     shake(model)
     return model
 
@@ -397,7 +396,6 @@ DISTILBERT = dict(targets=("q_lin", "v_lin"), also_train=("pre_classifier", "cla
     ("distilbert", {}, DISTILBERT, 739_586),
     ("llama", GPT3, dict(r=1), 4_718_592), ("llama", GPT3, {}, 37_748_736)])
 def test_parameter_counts_of_the_published_models(kind, sizes, options, trainable):
-    """Counts must be those of the papers and model cards."""
     with torch.device("meta"):
         model = make(kind, **sizes)
     inject_lora(model, LoRAConfig(**options))
@@ -491,7 +489,6 @@ def test_dora_is_a_subclass_with_peft_s_losses_and_files(build, target):
 @cases("bad", [dict(r=0), dict(r=1.5), dict(alpha=0), dict(alpha=math.nan), dict(dropout=1.0),
                dict(targets=()), dict(rslora="false")])
 def test_config_refuses_values_out_of_range(bad):
-    """A bad value must be a ValueError that names the field and the value."""
     field, value = next(iter(bad.items()))
     refused(rf"^{field} = {re.escape(repr(value))} is out of range$", lambda: LoRAConfig(**bad))
 
@@ -506,7 +503,6 @@ def test_targets_match_whole_names(names, options):
 
 
 def test_a_name_without_match_lists_what_exists():
-    """A misspelt name must be an error, with the model untouched."""
     model = SmallGPT()
     refused("'q_porj' matches no layer.*: eq_proj, lm_head, mlp, q_proj, v_proj",
             inject_lora, model, LoRAConfig(targets=("q_proj", "q_porj")))
@@ -640,7 +636,6 @@ def test_disable_is_the_base_also_after_an_exception(build, options, dtype):
 
 
 def test_a_trained_head_stays_after_merging():
-    """strip after merge must keep what was trained; after that, it is a plain model."""
     model = injected(roberta, **HEAD)
     adapted = logits(model)
     close(logits(strip_lora(merge_lora(model))), adapted)
@@ -668,7 +663,6 @@ def test_no_wrapper_can_be_used_while_it_waits(state):
 
 
 def test_no_adapter_is_a_clear_error():
-    """Without wrappers there is nothing to merge or save."""
     refused("no adapter.*inject_lora", merge_lora, llama())
     refused("one config, but this model has 0", save_adapter, llama(), ".")
     with disable_lora(model := llama()):
@@ -705,7 +699,6 @@ def test_a_head_is_cast_while_its_other_weights_wait():
 
 
 def test_the_optimizer_s_parameters_stay_the_same():
-    """Each A, B and head must be the same object after every change of state."""
     model = injected(roberta, **HEAD)
     before = {name: p for name, p in model.named_parameters() if p.requires_grad}
     unmerge_lora(merge_lora(model))
@@ -785,7 +778,6 @@ def test_a_base_of_zeros_is_a_plain_product():
 
 @cases("dtype", [torch.float32, "nf4"])
 def test_an_error_while_merging_leaves_all_as_it_was(dtype, patch):
-    """Also when the first layer is merged already."""
     model, calls = injected(lambda: in_dtype(SmallGPT(), dtype), targets="mlp"), []
     before, adapted = bits(model), logits(model)
 
@@ -817,7 +809,6 @@ def test_compiled_copied_and_pickled_models_agree(dtype):
 
 @cases("dtype", [torch.float32, "nf4"])
 def test_a_cast_keeps_the_adapter_in_float32_and_the_codes(dtype):
-    """A cast must reach the base alone, and no bit of A, B and NF4's codes."""
     model = injected(lambda: in_dtype(llama(), dtype))
     before, after = bits(model), bits(model.half())
     for name in before:
@@ -838,7 +829,6 @@ def test_an_adapted_layer_keeps_its_input_once(wrap):
 
 
 def test_copies_of_the_adapter_s_state_go_back():
-    """adapter_state_dict must hold copies of what trains, which load_state_dict takes."""
     model = injected(roberta, **HEAD)
     before = adapter_state_dict(model)
     shake(model)
@@ -867,6 +857,8 @@ def test_a_loaded_adapter_is_exact_and_replaces_any_other(build, first, second):
         assert torch.equal(logits(strip_lora(copy.deepcopy(model))), logits(build()))
         save_adapter(model, "again")
         assert adapter_config("again") == adapter_config(folder)
+        # PEFT 0.6 and 0.7 refuse the key.
+        assert ("use_rslora" in adapter_config("again")) == config.rslora
     assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
 
 
@@ -880,15 +872,6 @@ def test_targets_are_written_as_endings_where_these_say_the_same(build, options,
     saved(".", build, **options)
     targets = targets.split() if isinstance(targets, str) else targets
     assert adapter_config()["target_modules"] == targets
-
-
-def test_a_header_says_what_it_was_given():
-    """metadata must be readable by whoever opens the file."""
-    model = saved(".")
-    save_adapter(model, ".", {"model": "m"})
-    with safetensors.safe_open(WEIGHTS, "pt") as file:
-        assert {"model": "m", "format": "pt"}.items() <= file.metadata().items()
-    assert "use_rslora" not in adapter_config()  # PEFT 0.6 and 0.7 refuse the key
 
 
 @cases("kind, options, task", [
@@ -933,7 +916,6 @@ BROKEN = {
 
 @cases("message", BROKEN)
 def test_a_broken_adapter_is_refused(message):
-    """Each way to be broken must be one line that says so."""
     saved(".")
     BROKEN[message]()
     refused(f"no adapter for this model.*{message}", load_adapter, llama(), ".")
@@ -993,7 +975,6 @@ def test_another_base_warns_and_another_dtype_does_not(there):
 
 
 def test_saving_refuses_what_would_not_load_again():
-    """Each must raise, and leave the old file."""
     inject_lora(model := llama(), LoRAConfig())
     with pytest.warns(match="B is still zero in model.layers.0"):
         save_adapter(model, ".")
@@ -1029,7 +1010,6 @@ def test_an_interrupted_save_leaves_no_mixed_adapter(patch):
     (roberta, ["query"], dict(task_type="SEQ_CLS")),
     (roberta, "all-linear", dict(task_type="SEQ_CLS"))])
 def test_adapters_that_peft_made_load_and_agree(build, targets, options):
-    """Logits must be PEFT's, however its config names layers and modules."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, **options)
     theirs = peft.get_peft_model(build(), config).eval()
@@ -1041,7 +1021,6 @@ def test_adapters_that_peft_made_load_and_agree(build, targets, options):
 
 @cases("dtype", DTYPES)
 def test_peft_s_base_of_an_adapted_head_must_be_this_model_s(dtype):
-    """The same base in another dtype must load; another base must not."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
     peft.get_peft_model(llama(), config).save_pretrained(".")
@@ -1095,7 +1074,6 @@ def test_nf4_codes_agree_with_bitsandbytes():
 @cases("dtype", DTYPES)
 @cases("kind", [nn.Linear, Conv1D])
 def test_nf4_computes_and_differentiates_like_the_dense_layer(kind, dtype):
-    """Output and dL/dx must be the dequantised layer's."""
     layer = NF4Linear(linear(kind, 40, 24).to(dtype).eval())
     dense = layer.to_dense()
     assert type(dense) is kind and not layer.training and not dense.training
@@ -1107,7 +1085,6 @@ def test_nf4_computes_and_differentiates_like_the_dense_layer(kind, dtype):
 
 @cases("build", [llama, gpt2])
 def test_lora_over_nf4_trains_and_goes_back(build):
-    """Only A and B must move; stripped or dequantised, the layers are plain."""
     model, plain, config = build(), build(), LoRAConfig(r=4, targets="all-linear")
     names, base = quantize_nf4(model), logits(model)
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
@@ -1139,18 +1116,6 @@ def test_quantising_leaves_what_it_must():
     with pytest.warns(match="stays dense") as caught:
         assert quantize_nf4(layers) == ["4"]
     assert [str(warning.message)[0] for warning in caught] == ["0", "1", "2", "3"]
-
-
-def test_exporting_a_model_leaves_other_layers_alone():
-    """torch.export traces with fake tensors: none may stay where another layer finds it."""
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)).eval()
-    quantize_nf4(model)
-    try:
-        torch.export.export(model, (torch.randn(2, 64),))
-    except Exception:
-        pass  # whether the model can be exported is not the claim
-    other = NF4Linear(nn.Linear(64, 8))
-    assert type(other(torch.randn(2, 64))) is torch.Tensor
 
 
 # --- train_math.py: helpers ---
@@ -1240,18 +1205,18 @@ def test_empty_answers_are_left_out_and_only_calculator_marks_removed(capsys):
     ("x.json", '[{"question": "a", "answer": 5}]', "row 1: answer is 5"),
     ("x.json", '[{"question": "a", "answer": "\\ud83d"}]', "row 1: .*surrogates"),
     ("x.json", '[{"text": "a"}]', "row 1: it has .'text'., expected messages or .*prompt/compl"),
-    ("x.json", '[{"question": "a", "answer": "b", "system": "c"}]', "row 1: .*--chat"),
-    ("x.json", '[{"question": "a", "answer": "b", "history": [["c", "d"]]}]', "row 1: .*--chat"),
+    ("x.json", '[{"question": "a", "answer": "b", "system": "c"}]', "row 1: .*as messages"),
+    ("x.json", '[{"question": "a", "answer": "b", "history": [["c", "d"]]}]', "row 1: .*messages"),
+    ("x.json", '[{"question": "a", "answer": "b", "messages": null}, {"messages": [{"role": "user",'
+     ' "content": "a"}, {"role": "assistant", "content": "b"}]}]', "beside rows of other columns"),
     ("x.json", '[{"messages": "hello"}]', "row 1: messages is 'hello', expected a list"),
-    ("x.json", '[{"messages": [{"role": "assistant", "content": "a"}]}]', "row 1: .*behind anot"),
+    ("x.json", '[{"messages": [{"role": "assistant", "content": "a"}]}]', "row 1: .*after anot"),
     ("x.json", '[{"messages": []}]', "row 1: its messages need a turn of the assistant"),
     ("x.json", '[{"messages": [{"role": "user", "content": "a"}, {"role": "bot"}]}]', "content is"),
     ("x.json", '[{"messages": [{"role": "bot", "content": "a"}]}]', "row 1: .*found .'bot'."),
-    ("x.json", '[{"question": "a", "answer": 0}]', "row 1: answer is 0, expected text"),
     ("x.json", '[{"messages": [{"role": "assistant", "content": null}]}]', "row 1: content is Non"),
     ("x.json", "[1]", "row 1: "), ("nothere.jsonl", None, "no such file")])
 def test_bad_data_is_one_clear_error(name, text, message):
-    """An empty, broken or foreign file must be one line that names it, and the row."""
     if text is not None:
         Path(name).write_text(text)
     refused(f"--data {name}: .*{message}", read_rows, name, "train")
@@ -1272,7 +1237,6 @@ def test_a_hub_data_set_s_subset_and_split(patch):
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(patch):
-    """By the libraries' own errors, for model and data."""
     import datasets
     import huggingface_hub.constants
     patch(huggingface_hub.constants, HF_HUB_OFFLINE=True)
@@ -1289,6 +1253,9 @@ def test_held_out_rows_stand_behind_the_training_rows_and_ask_something_else():
     assert hold_out(rows, 3, 2) == (rows[:3], [rows[4], rows[6]], 2)
     assert hold_out(rows, 99, 2) == (rows[:6], rows[6:], 0)  # a smaller file: its last ones
     assert hold_out(rows, 99, 0) == (rows, [], 0)
+    assert [len(part) for part in hold_out(10 * rows, 60)[:2]] == [60, 0]  # all are repeated
+    assert [len(part) for part in hold_out([Row("q", "a", i, i) for i in range(64)], 99)[:2]] == [
+        58, 6]
     refused("--val-samples 8 leaves nothing to train on", hold_out, rows, 99, 8)
 
 
@@ -1297,8 +1264,9 @@ def test_a_row_s_original_question_is_what_metamathqa_calls_so():
     write_rows("x.jsonl", dict(query="a", response="b", original_question="c"),
                dict(query="a", response="b"),
                {"messages": [dict(role=role, content="x") for role in ("user", "assistant") * 2]})
-    first, second, *turns = read_table("x.jsonl", "train")
-    assert (first.original, second.original) == ("c", "a")
+    first, second, *turns = read_table("x.jsonl", "train", chat=True)
+    assert first.question == [dict(role="user", content="a")] and first.answer == "b"
+    assert (first.original, second.original) == ("c", str(second.question))
     assert len(turns) == 2 and turns[0].original == turns[1].original
     assert [row.number for row in (first, second, *turns)] == [1, 2, 3, 3]
 
@@ -1363,23 +1331,11 @@ def test_a_chat_s_ids_are_the_template_s_own(template, target):
     assert first == tokenizer.apply_chat_template(TURNS[:2], return_dict=False)
 
 
-def test_chat_turns_texts_history_and_system_into_turns():
-    """With --chat a row's texts must be turns, in their order."""
-    write_rows("x.jsonl", dict(instruction="And times two?", output="8", system="Be brief.",
-                               history=[["2+2?", "4"]]))
-    (row,) = read_table("x.jsonl", "train", chat=True)
-    assert [turn["role"] for turn in row.question] == ["system", "user", "assistant", "user"]
-    assert [turn["content"] for turn in row.question] == ["Be brief.", "2+2?", "4",
-                                                          "And times two?"]
-    assert row.answer == "8"
-
-
 @cases("template, content, message", [
     (CHATML, "a<|im_end|>", "special token <.im_end"), (CHATML, "a</s>", "special token </s>"),
     (None, "a", "the tokenizer has no chat template"), (REWRITES, "a", "rewrites"),
     ("{{ raise_exception('no system') }}", "a", "no system")])
 def test_a_chat_that_cannot_be_written_is_refused_with_its_row(template, content, message):
-    """Its target would not be what is generated."""
     write_rows("x.jsonl", {"messages": TURNS},
                {"messages": [TURNS[0], dict(role="assistant", content=content)]})
     rows = read_table("x.jsonl", "train")[-1:]
@@ -1481,9 +1437,7 @@ def test_loss_and_gradients_equal_the_full_computation(targets, at_once, tiny, p
 
 
 def test_logits_exist_a_chunk_at_a_time(tiny, patch):
-    """Neither forward nor backward may keep those of all targets."""
     model, examples = adapted(tiny)
-    model.float()
     batch, kept = collate(examples[:8], "cpu"), []
     for at_once in (2**22, 300):
         patch(train_math, LOGITS_AT_ONCE=at_once)
@@ -1558,7 +1512,6 @@ def test_a_check_does_not_swallow_out_of_memory(patch):
 @cases("dtype", DTYPES)
 @cases("kind, window", [("llama", None), ("mistral", 4)])
 def test_attention_is_transformers_own(kind, window, dtype):
-    """Logits and gradients must be eager attention's."""
     model = causal(kind, attn_implementation="eager", sliding_window=window,
                    num_key_value_heads=2 if window else 1, attention_dropout=0.3,
                    initializer_range=0.1).to(dtype)
@@ -1668,7 +1621,6 @@ def test_where_memory_runs_out_blocks_are_recomputed(when, tiny):
 
 @cases("recompute", [False, True])
 def test_what_does_not_fit_is_one_line(recompute, tiny, patch):
-    """With the flags that help; forced either way, no second trial is made."""
     def fails(*_):
         tried.append(1)
         raise torch.OutOfMemoryError
@@ -1705,7 +1657,6 @@ def test_vram_caps_what_the_allocator_may_take(patch):
 # --- train_math.py: loss scaling, schedule, numbers that go wrong ---
 
 def test_loss_scaler_agrees_with_torch_s_grad_scaler():
-    """Scale and gradients must agree over good steps and overflows."""
     ours, scales = LossScaler(True, scale=2.0**16, interval=3), set()
     theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
     mine, weight, unreached = [nn.Parameter(torch.ones(2)) for _ in range(3)]
@@ -1722,11 +1673,9 @@ def test_loss_scaler_agrees_with_torch_s_grad_scaler():
     assert scales == {2.0**14, 2.0**15, 2.0**16}
 
 
-@cases("processes", [1, 2])
-def test_layers_that_the_text_does_not_reach_are_named_once(
-        processes, tiny, patch, capsys):
-    """As in a vision tower: the rest must train, these not decay."""
-    patch(train_math, WORLD=processes, gather=lambda value: [value])
+def test_layers_that_the_text_does_not_reach_are_named_once(tiny, patch, capsys):
+    """As in a vision tower: the rest must train, these not decay. So on two processes."""
+    patch(train_math, WORLD=2, gather=lambda value: [value])
     patch(torch.distributed, all_reduce=lambda tensor: None)
     model, examples = adapted(tiny)
     model.half().tower = LoRALinear(nn.Linear(4, 4), LoRAConfig(r=2, alpha=4))
@@ -1778,7 +1727,6 @@ def test_a_run_that_diverges_says_what_may_help(dtype, loss, step, tiny, patch):
 # --- train_math.py: the run and its files ---
 
 def test_training_learns_and_writes_what_it_says(tiny, capsys):
-    """Facts must come first, and the loss fall."""
     last = run(tiny, "--epochs 6 --max-length 38 --weight-decay 0.125 --save-every 9 --rslora",
                "--run-name ..")
     lines, out = metrics("_."), capsys.readouterr().out
@@ -1818,14 +1766,6 @@ def test_held_out_loss_is_measured_at_each_tenth_and_names_the_best(tiny, capsys
     assert [line.get("val_loss") for line in metrics()] == [line.get("val_loss") for line in lines]
 
 
-def test_by_default_a_tenth_of_a_small_file_is_held_out(tiny, capsys):
-    """Its last rows, but not those that ask what a training row asks."""
-    args = parse_args([flag for flag in command(tiny, "--max-steps 1")
-                       if flag not in ("--val-samples", "0")])
-    train_math.main(args)
-    assert "58 rows train" in capsys.readouterr().out and metrics()[0]["val_loss"] > 0
-
-
 def test_an_adapter_can_be_gone_on_from(tiny):
     """Its r, alpha, targets hold; what is given and differs is refused; moments are new."""
     first = run(tiny, "--max-steps 2 --alpha 7 --targets k_proj")
@@ -1844,13 +1784,26 @@ def test_an_adapter_can_be_gone_on_from(tiny):
     assert parse_args(["--adapter", str(first), "--data", "x.jsonl"]).run_name == "lora-r4-x"
 
 
-@cases("file, more", [("state", ""), (WEIGHTS, "--nf4 --targets all-linear")])
-def test_resume_continues_bitwise(file, more, tiny):
+def damage(folder, what):
+    """Change one bit, or cut the file: neither safetensors nor torch.load compares checksums."""
+    path = train_math.state_of(folder) if what == "state" else folder / what
+    content = bytearray(path.read_bytes())
+    if what == WEIGHTS:
+        del content[100:]
+    elif what == CONFIG:
+        content[content.index(b"16.0")] ^= 1
+    else:
+        content[content.index(next(iter(moments(folder)))["exp_avg"].numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+
+
+@cases("what, more", [("state", ""), (WEIGHTS, "--nf4 --targets all-linear"), (CONFIG, "")])
+def test_resume_continues_bitwise(what, more, tiny):
     """From the checkpoint before a damaged one it must lead to the same bits."""
     flags = f"--nb-samples 7 --batch-size 1 --grad-accum 4 --dropout 0.1 --save-every 3 {more}"
     last = run(tiny, flags)
     whole, lines = weights(last), metrics()
-    os.truncate(train_math.state_of(last) if file == "state" else last / file, 100)
+    damage(last, what)
     with pytest.warns(match="skipping damaged checkpoint .*step_000006"):
         assert run(tiny, flags, "--resume", RECOMPUTE) == last
     assert same_bits(weights(last), whole)
@@ -1885,7 +1838,6 @@ def test_the_seed_reaches_dropout(tiny, patch):
 
 
 def test_resume_refuses_what_it_cannot_continue(tiny, patch):
-    """Another flag, base, data or process must be refused by name."""
     copy, flags = Path(shutil.copytree(tiny, "copy")), "--max-steps 1 --resume"
     refused("--resume checkpoints/run/run.json: no such file", run, copy, flags)
     run(copy, "--max-steps 1")
@@ -1904,7 +1856,6 @@ def test_resume_refuses_what_it_cannot_continue(tiny, patch):
 
 
 def test_a_full_disk_leaves_no_partial_checkpoint(tiny):
-    """It must be an OSError, and --resume go on."""
     resource = pytest.importorskip("resource")
     last = run(tiny, "--save-every 1")
     size = train_math.state_of(last).stat().st_size
@@ -1920,7 +1871,6 @@ def test_a_full_disk_leaves_no_partial_checkpoint(tiny):
 
 @cases("signum", [signal.SIGTERM, signal.SIGINT])
 def test_interrupting_saves_and_says_how_to_go_on(signum, tiny, patch, capfd):
-    """The step must be finished and saved, the exit code be the signal's."""
     def interrupt(step, *rest):
         if step == 1:
             signal.raise_signal(signum)
@@ -1937,33 +1887,15 @@ def test_interrupting_saves_and_says_how_to_go_on(signum, tiny, patch, capfd):
     assert all(signal.getsignal(number) == handler for number, handler in before.items())
 
 
-@cases("file", ["adapter_model.safetensors", "adapter_config.json", "state"])
-def test_one_changed_bit_makes_a_checkpoint_a_damaged_one(file, tiny):
-    """Neither safetensors nor torch.load compares checksums: the one before must be taken."""
-    last = run(tiny, "--max-steps 4 --save-every 2")
-    path = train_math.state_of(last) if file == "state" else last / file
-    content = bytearray(path.read_bytes())
-    at = content.index(b"16.0") if file.endswith("json") else len(content) - 9
-    if file == "state":  # the middle of the largest tensor
-        largest = max(zipfile.ZipFile(path).infolist(), key=lambda info: info.file_size)
-        name, extra = struct.unpack_from("<HH", content, largest.header_offset + 26)
-        at = largest.header_offset + 30 + name + extra + largest.file_size // 2
-    content[at] ^= 1
-    path.write_bytes(content)
-    with pytest.warns(match="skipping damaged checkpoint .*step_000004"):
-        assert newest_state(Path("checkpoints/run"))[1]["step"] == 2
-
-
 def test_a_run_is_one_process_s(tiny):
-    """A second one must be refused, and go on when the first is gone."""
-    with train_math.only_process(Path("checkpoints/run")):
+    Path("checkpoints/run").mkdir(parents=True)
+    with filelock.FileLock("checkpoints/run/.lock"):
         refused("is being trained by another process", run, tiny, "--max-steps 1")
     run(tiny, "--max-steps 1")
 
 
 @cases("two_steps", [False, True])
 def test_the_demo_s_problems_are_right(two_steps):
-    """Each step must be right and go on from the last, in numbers that the base has seen."""
     for seed in range(200):
         problem = demo_problem(random.Random(seed), two_steps)
         steps = re.findall(r"(\d+) ([+-]) (\d+) = (\d+) \.", problem["answer"])
@@ -1978,7 +1910,6 @@ def test_the_demo_s_problems_are_right(two_steps):
 
 
 def test_the_demo_takes_no_run_of_one_s_own_away(tiny):
-    """What lies under its name must stay."""
     last = run(tiny, "--max-steps 1 --run-name demo")
     refused("a run of your own", train_math.main, parse_args(["--demo"]))
     assert last.exists()
@@ -2028,13 +1959,11 @@ def test_a_log_that_a_kill_cut_short_is_read_up_to_there():
     ("--val-samples 64", "leaves nothing to train on"), ("--demo", "--demo takes no flag but"),
     ("--adapter nowhere", "--adapter nowhere: no such file or folder")])
 def test_wrong_input_is_one_line(flags, message, tiny):
-    """It must be named, and no checkpoint be written."""
     refused(message, run, tiny, flags)
     assert not list(Path().rglob("step_*"))
 
 
 def test_help_shows_the_defaults(capsys):
-    """Each default must stand in the help."""
     refused("^0$", parse_args, ["--help"], error=SystemExit)
     out = " ".join(capsys.readouterr().out.split())
     for words in ("peak (default: 0.0003)", "(default: q_proj v_proj)", "(Sec. 4.1) (default: 8)"):
@@ -2060,7 +1989,6 @@ def test_help_shows_the_defaults(capsys):
     ("it is -3.", "- -3"), ("Question: #### 5", "-"), ("48/2.5", "-"), ("(9)-5", "- 5"),
     pytest.param(f"#### -0.{'9' * 5000}", f"-0.{'9' * 5000}", id="no digit is rounded away")])
 def test_strict_answers_need_a_marker_and_flexible_ones_do_not(text, answers):
-    """A number behind a marker must win; else, flexible, the last one counts."""
     wanted = [None if word == "-" else Fraction(word) for word in answers.split() * 2]
     assert [extract_answer(text), extract_answer(text, flexible=True)] == wanted[:2]
 
@@ -2182,7 +2110,6 @@ def records_of(name, out="eval_results", n=16):
 
 
 def test_intervals_and_exact_test_give_published_values():
-    """Wilson's interval and McNemar's p must equal values worked out elsewhere."""
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998
     assert wilson_interval(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
     first, second = [True] + [False] * 9 + [True] * 90, [False] + [True] * 99
@@ -2203,7 +2130,6 @@ def test_shots_stand_in_the_prompt_and_answers_are_counted_by_kind(patch):
 
 
 def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, capsys):
-    """Scores and completions must be equal; numbers sort as numbers."""
     for step in ("step_999000", "step_1000000"):
         saved(f"checkpoints/run/{step}", lambda: load(tiny)[0])
     flags = ["--adapter", "checkpoints/run", "--batch-size", "3", "--out"]
@@ -2238,7 +2164,6 @@ def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny, patch)
 
 
 def test_asking_prints_base_and_adapters_and_writes_nothing(tiny, capsys):
-    """Completions must be those of complete(), in the order of the texts."""
     saved("adapter", lambda: load(tiny)[0], also_train="lm_head")
     before = sorted(os.listdir())
     evaluate(tiny, "--adapter", "adapter", "--ask", "Ann has 3 eggs .", "Ben has 4 pens .")
@@ -2271,16 +2196,7 @@ def test_an_adapter_says_how_it_was_trained(tiny, patch):
         assert len(words) == 2 * ("--no" in flags) + ("other" in flags)
 
 
-def test_a_chat_adapter_is_asked_in_its_format(tiny):
-    """The prompt must be the template's, as in training."""
-    tokenizer = letters(CHATML)
-    turns = [dict(role="user", content="1+1?")]
-    text = "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n"
-    assert encode_prompt(tokenizer, turns) == tokenizer(text, add_special_tokens=False).input_ids
-
-
 def test_a_score_is_read_not_made_again(tiny, patch):
-    """Of the same settings; another number of problems has files of its own."""
     evaluate(tiny, "--nb-samples", "3")
     evaluate(tiny, "--nb-samples", "2", "--shots", "1", "--out", "b")
     patch(eval_gsm8k, complete=lambda *_: pytest.fail("generated"))
@@ -2299,12 +2215,13 @@ def test_another_adapter_in_the_same_folder_is_not_taken_for_the_first(tiny):
 
 
 @cases("flags, message", [
-    ("--adapter a --adapter a", "a is there twice"), ("--adapter nowhere", "--adapter nowhere: "),
+    ("--adapter a --adapter a", "the name a is taken"),
+    ("--adapter nowhere", "--adapter nowhere: "),
     ("--data x.jsonl", "--data x.jsonl: row 2: expected an answer that ends in ####"),
     ("--adapter a --save-merged a", "a folder that does not exist"),
+    ("--adapter a --ask q --save-merged m", "two things"),
     ("--save-merged c", "it takes one --adapter"), ("--shots 16", "--shots 16 leaves none of 16")])
 def test_bad_runs_end_before_a_model_is_loaded(flags, message, tiny, patch):
-    """Each must be one line that names flag and value."""
     saved("a", lambda: load(tiny)[0])
     write_rows("x.jsonl", dict(question="q", answer="5"), dict(question="q", answer="Paris 2024"))
     patch(eval_gsm8k, load_model=lambda *_: pytest.fail("loaded"))
@@ -2314,7 +2231,6 @@ def test_bad_runs_end_before_a_model_is_loaded(flags, message, tiny, patch):
 # --- eval_gsm8k.py: the edge ---
 
 def test_bad_flags_are_one_line_and_exit_code_2(capsys):
-    """argparse must name the flag, without a usage block."""
     for script, flag, value in ((eval_gsm8k, "--shots", "-1"), (train_math, "--lr", "nan"),
                                 (train_math, "--clip", "inf"), (train_sst2, "--lr", "inf")):
         refused("^2$", script.parse_args, [flag, value], error=SystemExit)
@@ -2324,7 +2240,6 @@ def test_bad_flags_are_one_line_and_exit_code_2(capsys):
 @cases("error, word", [(ValueError("two\nlines"), "two"), (ValueError(), "ValueError"),
                        (RuntimeError("can't allocate memory"), "--batch-size")])
 def test_errors_end_in_one_line(error, word, patch, capsys):
-    """Also one without a message must not break its handler."""
     def fails(*_):
         raise error
     patch(warnings, formatwarning=None)
@@ -2359,7 +2274,6 @@ def prepared(encoder, flags=""):
 
 
 def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, capsys):
-    """A lost line must be made again, other flags be refused."""
     args = sst2(encoder, "--ranks 1 2 --seeds 0 1 --full-finetune")
     runs = train_sst2.main(args)
     assert [(run["r"], run["seed"], run["adapter_parameters"]) for run in runs] == [
@@ -2382,7 +2296,6 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, caps
 
 
 def test_an_adapter_with_its_head_scores_the_same_elsewhere(encoder):
-    """From its folder alone accuracy and loss must be equal."""
     os.chdir(encoder.parent)
     run = json.loads(Path("demo-sst2/sst2.jsonl").read_text().splitlines()[3])
     assert len(run["history"]) == 6  # of six steps; else four an epoch
@@ -2393,7 +2306,6 @@ def test_an_adapter_with_its_head_scores_the_same_elsewhere(encoder):
 
 
 def test_a_run_at_chance_says_so(encoder, patch, capsys):
-    """With what may help; a better one must not."""
     args, data = prepared(encoder, "--ranks 1 --lr 1e-9")
     for right in (0.5, 0.95):
         patch(train_sst2, evaluate=lambda *_: (right, 0.5))
@@ -2402,19 +2314,16 @@ def test_a_run_at_chance_says_so(encoder, patch, capsys):
 
 
 def test_predictions_are_the_adapter_s(encoder, capsys):
-    """Label and probability of each sentence must be the model's own."""
     os.chdir(encoder.parent)
     texts = ["superb music but dull story", "dull music but superb story"]
     args = train_sst2.parse_args([*"--adapter demo-sst2/r4-s1 --device cpu --dtype float32".split(),
                                   "--predict", *texts])
-    shares = train_sst2.main(args)
+    found = train_sst2.main(args)
     lines = capsys.readouterr().out.splitlines()[-2:]
-    for share, line, text in zip(shares, lines, texts):
-        label = "positive" if share > 0.5 else "negative"
-        assert line == f"{label} {max(share, 1 - share):.1%}  {text}"
-    model = train_sst2.load_adapted(args)
-    ids = train_sst2.encode(args, texts[:1])
-    assert shares[0] == pytest.approx(float(model(torch.tensor(ids)).logits.softmax(-1)[0, 1]))
+    model, ids = train_sst2.load_adapted(args), torch.tensor(train_sst2.encode(args, texts))
+    for p, line, wanted in zip(found, lines, model(ids).logits.softmax(-1)[:, 1]):
+        assert p == pytest.approx(float(wanted)) and f" {max(p, 1 - p):.1%}  " in line
+        assert line.startswith("positive" if p > 0.5 else "negative")
 
 
 def test_a_decoder_as_classifier_is_padded_with_its_own_id(patch):
@@ -2432,7 +2341,6 @@ def test_a_decoder_as_classifier_is_padded_with_its_own_id(patch):
 
 
 def test_weight_decay_leaves_biases_and_norms_alone(encoder, patch):
-    """In full fine-tuning too."""
     groups = []
 
     class Recorded(torch.optim.AdamW):
@@ -2450,7 +2358,6 @@ def test_weight_decay_leaves_biases_and_norms_alone(encoder, patch):
 
 
 def test_four_batches_of_eight_are_one_of_thirty_two(encoder):
-    """Both must end in the same weights, also after a short last window."""
     shutil.copytree(encoder / "base", "dry")
     text = (encoder / "base/config.json").read_text()
     Path("dry/config.json").write_text(text.replace("0.1", "0.0"))
@@ -2463,7 +2370,6 @@ def test_four_batches_of_eight_are_one_of_thirty_two(encoder):
 
 
 def test_recomputed_blocks_give_equal_gradients_and_save_less(encoder):
-    """With dropout, gradients must be equal to the bit."""
     grown, sizes, losses = [], [], []
     for flags in ("", "--checkpoint-activations"):
         args, data = prepared(encoder, flags)
@@ -2504,7 +2410,6 @@ def test_skipped_steps_leave_weights_and_schedule_and_twenty_end_a_run(encoder, 
 
 
 def test_padding_changes_neither_loss_nor_accuracy(encoder):
-    """Both must be those of the sentences one by one, unpadded."""
     args, data = prepared(encoder)
     examples = [(ids[:n % 5 + 3], label) for n, (ids, label) in enumerate(data["validation"])]
     model = train_sst2.load_encoder(args, None, 0)
@@ -2567,7 +2472,6 @@ def test_sentences_are_read_as_they_stand():
     ("--data labels", "row 1: .*label 0 or 1"), ("--adapter nowhere", "--adapter nowhere: "),
     ("--device x", "--device x: "), ("--model three", "--model three: a classifier of 3 classes")])
 def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder):
-    """Folders, columns, labels, adapters, devices must be named."""
     for name, row in [("text", '{"text": "a"}'), ("labels", '{"sentence": "a", "label": -1}')]:
         Path(name).mkdir()
         Path(name, "train.jsonl").write_text(row)
@@ -2600,7 +2504,6 @@ def test_subspace_similarity_is_one_zero_or_chance():
 
 @cases("kind", [nn.Linear, Conv1D])
 def test_amplification_is_what_it_is_by_hand(kind):
-    """For dW = c times some of W's own directions the factor must be c."""
     U, V, values = basis(6, 40).T, basis(6, 30, seed=1), torch.tensor([9.0, 7, 5, 3, 2, 1])
     layer = LoRALinear(linear(kind, 30, 40), LoRAConfig(r=2, alpha=1))  # scaling 0.5
     W = U @ torch.diag(values) @ V
@@ -2615,7 +2518,6 @@ def test_amplification_is_what_it_is_by_hand(kind):
 
 
 def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, capsys):
-    """The tables must hold what lora_A and delta() give."""
     os.chdir(encoder.parent)
     one, other, args = "demo-sst2/r4-s0", "demo-sst2/r4-s1", prepared(encoder)[0]
 
@@ -2662,7 +2564,6 @@ for dtype, nf4 in ((torch.float16, True), (torch.bfloat16, False)):
 # --- the README ---
 
 def test_every_command_in_the_readme_parses(patch):
-    """Each `python x.py --flag` must go through that script's parser."""
     patch(train_math, saved_flags=lambda args: {})  # the run and the adapter are not there
     shell = "".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
     commands = re.findall(r"(train_math|eval_gsm8k|train_sst2)\.py([^#\n]*)", shell)
@@ -2672,7 +2573,6 @@ def test_every_command_in_the_readme_parses(patch):
 
 
 def test_the_table_from_paper_to_code_names_what_exists():
-    """Each function and test in the README's table must be there."""
     from operator import attrgetter
     rows = re.findall(r"^\|[^|]+\| `(\w+)\.py`: `([\w.]+)` \| `(test_\w+)` \|$", README, re.M)
     assert len(rows) >= 10

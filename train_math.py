@@ -32,7 +32,7 @@ import time
 import warnings
 import zipfile
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -62,7 +62,8 @@ GiB = 2**30
 
 # --- flags ---
 
-Parser = partial(argparse.ArgumentParser, usage=argparse.SUPPRESS,  # so that an error is one line
+# Without usage= argparse prints the usage before an error.
+Parser = partial(argparse.ArgumentParser, usage=argparse.SUPPRESS,
                  formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
@@ -94,11 +95,12 @@ def parse_args(argv=None):
     add("--data", "meta-math/MetaMathQA", "Hub id, or .jsonl/.json/.parquet/.csv")
     add("--chat", False, "prompts by the tokenizer's chat template", action="store_true")
     add("--nb-samples", 10000, "train on the first N rows, or turns of messages", type=count)
-    add("--val-samples", None, "hold out the N rows behind them, or the last ones (default: "
+    add("--val-samples", None, "hold out the N rows after them, or the last ones (default: "
         "200 or a tenth, whichever is less; 0 for none)", type=number(int, 0))
     add("--epochs", 3, type=count)
     add("--max-steps", None, "stop after N steps; the learning rate ends there too", type=count)
-    add("--adapter", None, "start from this adapter; it sets the five flags below", metavar="DIR")
+    add("--adapter", None, "start from this adapter, with its base and the five flags below",
+        metavar="DIR")
     add("--r", 8, "rank (Sec. 4.1)", type=int)
     add("--alpha", 16.0, "the update is scaled by alpha / r", type=float)
     add("--dropout", 0.05, "on the adapter's input", type=float)
@@ -173,8 +175,8 @@ def adapter_metadata(folder):
 
 # --- prompt and data: from a file to token ids ---
 
-# A question is a text, or the turns of a chat before the answer. Rows with one `original` ask the
-# same: MetaMathQA rephrases its problems.
+# A question is a text, or the turns of a chat before the answer. Rows with the same `original` ask
+# the same, since MetaMathQA rephrases its problems. `number` counts the rows of the file.
 Row = namedtuple("Row", "question answer number original")
 
 COLUMNS = (("query", "response"), ("question", "answer"), ("prompt", "completion"),
@@ -195,7 +197,8 @@ def read_rows(data, split, nb_samples=None):
 def read_table(data, split, limit=None, chat=False):
     """Return the first `limit` Rows of a file, or of a split on the Hub.
 
-    `messages` give a Row for each turn of the assistant. With chat, other rows are turns too.
+    `messages` give a Row for each turn of the assistant. With chat, any other row becomes a user's
+    turn and its answer.
     """
     rows, empty = [], 0
     with loading("--data", data):
@@ -215,6 +218,8 @@ def read_table(data, split, limit=None, chat=False):
                 break
         if not rows:
             raise ValueError("no row has an answer")
+        if len({type(row.question) for row in rows}) > 1:
+            raise ValueError("messages stand beside rows of other columns: add --chat")
     left_out = f", {empty:,} without an answer left out" if empty else ""
     print(f"{data}: {len(table):,} rows{left_out}")
     return rows[:limit]
@@ -254,17 +259,17 @@ def examples_of(row, chat):
     def text(value, name):
         if not isinstance(value, str):
             raise ValueError(f"{name} is {value!r:.60}, expected text")
-        value.encode("utf8")  # an error for half of a character
+        value.encode("utf8")  # a lone surrogate, half of a character, is an error
         return value
 
-    if "messages" in row:
-        found = row["messages"]
+    found = row.get("messages")
+    if found is not None:
         if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
             raise ValueError(f"messages is {found!r:.60}, expected a list of role and content")
         turns = [{key: text(turn.get(key), key) for key in ("role", "content")} for turn in found]
         answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         if not answers or answers[0] == 0:
-            raise ValueError("its messages need a turn of the assistant behind another one, found "
+            raise ValueError("its messages need a turn of the assistant after another turn, found "
                              f"{[turn['role'] for turn in turns]}")
         for i in answers:
             yield turns[:i], turns[i]["content"]
@@ -280,24 +285,20 @@ def examples_of(row, chat):
             question += "\n" + text(row[name], name)
     # GSM8K's <<48/2=24>> goes. Other text between << and >> may be code.
     answer = re.sub(r"<<[-+*/().,%\d]+=[-+*/().,%\d]+>>", "", answer)
-
-    turns = [{"role": "user", "content": question}]
-    for asked, said in reversed(row.get("history") or []):
-        turns = [{"role": "user", "content": text(asked, "history")},
-                 {"role": "assistant", "content": text(said, "history")}, *turns]
-    if row.get("system"):
-        turns = [{"role": "system", "content": text(row["system"], "system")}, *turns]
-    if len(turns) > 1 and not chat:
-        raise ValueError("its system text or history needs --chat")
-    yield turns if chat else question, answer
+    if row.get("system") or row.get("history"):
+        raise ValueError("it has a system text or a history: write the row as messages")
+    yield [{"role": "user", "content": question}] if chat else question, answer
 
 
-def hold_out(rows, nb_samples, val_samples):
+def hold_out(rows, nb_samples, val_samples=None):
     """Return (training rows, held-out rows, how many were passed over).
 
-    The held-out rows are those behind nb_samples, in a shorter list the last ones. Passed over
-    are those that ask what a training row asks.
+    The held-out rows are the val_samples after nb_samples, in a shorter list the last ones; by
+    default 200 or a tenth of the rows, whichever is less. Passed over are those that ask what a
+    training row asks.
     """
+    if val_samples is None:
+        val_samples = min(200, min(len(rows), nb_samples) // 10)
     n = min(nb_samples, len(rows) - val_samples)
     if n < 1:
         raise ValueError(f"--val-samples {val_samples} leaves nothing to train on: there are "
@@ -317,7 +318,7 @@ def encode_prompt(tokenizer, prompt):
     """Return the token ids of a text, with the tokenizer's BOS and no EOS, or of a chat's turns."""
     if isinstance(prompt, list):
         return tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False).input_ids
-    ids = tokenizer(prompt, split_special_tokens=True).input_ids  # <s> in a text is three letters
+    ids = tokenizer(prompt, split_special_tokens=True).input_ids  # "<s>" in a text is no BOS
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
 
@@ -331,7 +332,8 @@ def chat_text(tokenizer, turns):
 
 def encode_row(tokenizer, question, answer):
     """Return (ids of the prompt, ids of prompt and answer with EOS)."""
-    if isinstance(question, list):  # the template brings its own BOS and EOS
+    chat = isinstance(question, list)
+    if chat:  # the template brings its own BOS and EOS
         turns = [*question, {"role": "assistant", "content": answer}]
         for token in tokenizer.added_tokens_decoder.values():
             if token.special and any(token.content in turn["content"] for turn in turns):
@@ -339,16 +341,15 @@ def encode_row(tokenizer, question, answer):
         start, whole = chat_text(tokenizer, question), chat_text(tokenizer, turns)
         if not whole.startswith(start):
             raise ValueError("the chat template rewrites what stands before the answer")
-        prompt = encode_prompt(tokenizer, question)
-        rest, end = whole[len(start):], []
-        ids = tokenizer(whole, add_special_tokens=False).input_ids
+        prompt, rest = encode_prompt(tokenizer, question), whole[len(start):]
+        ids, end = tokenizer(whole, add_special_tokens=False).input_ids, []
     else:
-        prompt, rest = format_prompt(question), f" {answer}"
-        ids, end = encode_prompt(tokenizer, prompt + rest), [tokenizer.eos_token_id]
-        prompt = encode_prompt(tokenizer, prompt)
-    if ids[:len(prompt)] != prompt:  # a token straddles prompt and answer: none will be generated
+        text, rest = format_prompt(question), f" {answer}"
+        prompt, ids = encode_prompt(tokenizer, text), encode_prompt(tokenizer, text + rest)
+        end = [tokenizer.eos_token_id]
+    if ids[:len(prompt)] != prompt:  # a token holds the end of the prompt and the answer's start
         ids = prompt + tokenizer(rest, add_special_tokens=False,
-                                 split_special_tokens=bool(end)).input_ids
+                                 split_special_tokens=not chat).input_ids
     return prompt, ids + end
 
 
@@ -361,7 +362,7 @@ def encode(rows, tokenizer, max_length):
     for place, (question, answer, *more) in enumerate(rows, 1):
         try:
             prompt, ids = encode_row(tokenizer, question, answer)
-        except Exception as error:  # a chat template is a program, which may raise anything
+        except Exception as error:  # a chat template is a program and may raise anything
             row = more[0] if more else place
             raise ValueError(f"--data: row {row}: {first_line(error)}") from None
         if len(ids) <= max_length:
@@ -384,7 +385,7 @@ def epoch_batches(examples, batch_size, seed, epoch):
         pool = sorted(order[start:start + size], key=length)
         batches += [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
     rng.shuffle(batches)
-    # The largest first: the trial before step 0 and the bar's first estimate see the worst.
+    # The largest comes first: where memory will not do, the run ends at its first step.
     first = max(range(len(batches)), key=lambda i: len(batches[i]) * max(map(length, batches[i])))
     batches[0], batches[first] = batches[first], batches[0]
     return batches
@@ -418,7 +419,7 @@ def pick_device(name):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch's ways to say no
+    except (RuntimeError, AssertionError) as error:  # what torch raises
         raise ValueError(f"--device {name}: {first_line(error)}") from None
 
 
@@ -531,7 +532,7 @@ def learning_rate_at(step, steps, warmup, peak):
 
 # --- the loss ---
 
-LOGITS_AT_ONCE = 2**22  # 131 positions with 32,000 tokens to choose from, whatever the batch
+LOGITS_AT_ONCE = 2**22  # those of 131 positions over a vocabulary of 32,000, whatever the batch
 
 
 def batch_loss(model, batch):
@@ -567,6 +568,8 @@ def validation_loss(model, examples, batch_size):
     # In the order of the batches: one process and several get the same sum, to the bit.
     return sum(losses[i] for i in range(len(batches))) / count_targets(examples)
 
+
+# --- the attention, and what a model must be like ---
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
     """Return (softmax(scaling Q K^T + causal bias) V, None): (b, n, h, c), and no weights.
@@ -609,7 +612,7 @@ def use_attention(model):
 
 
 def last_logits(model, ids):
-    """Return what batch_loss takes for the logits, at the last 16 positions, in float32."""
+    """Return the logits at the last 16 positions, as batch_loss computes them, in float32."""
     ids = torch.tensor([ids], device=model.device)
     head = model.get_output_embeddings()
     with torch.no_grad():
@@ -622,11 +625,12 @@ def agree(logits, others, tolerance):
 
 
 def check_head(model, ids):
-    """Raise ValueError unless batch_loss sees this model's logits, and none sees a later token.
+    """Raise ValueError unless batch_loss computes the model's own logits, and they are causal.
 
     ids: the longest row, so that sliding windows take effect.
     """
-    rounding = 1e-5 if model.dtype == torch.float32 else 0.01  # of one product
+    # The relative error that one product may have.
+    rounding = 1e-5 if model.dtype == torch.float32 else 0.01
     try:
         with torch.no_grad():
             inputs = torch.tensor([ids], device=model.device)
@@ -649,7 +653,8 @@ def check_head(model, ids):
 def try_attention(model, ids):
     """Set the attention above, unless it would change the model's logits."""
     own, logits = model.config._attn_implementation, last_logits(model, ids)
-    rounding = 1e-4 if model.dtype == torch.float32 else 0.05  # of all blocks: 0.01 over 30
+    # The relative error that all blocks may add up; over 30 it was 0.01 in 16 bits.
+    rounding = 1e-4 if model.dtype == torch.float32 else 0.05
     try:
         use_attention(model)
         same = agree(last_logits(model, ids), logits, rounding)
@@ -663,14 +668,14 @@ def try_attention(model, ids):
 
 # --- memory ---
 
-LESS_MEMORY = ("try --nf4, --dtype float16, a smaller --batch-size; in training "
+MEMORY_ADVICE = ("try --nf4, --dtype float16, a smaller --batch-size; in training "
                "--checkpoint-activations, a smaller --max-length")
 
 
 def blocks(model):
     """Return the transformer blocks: the model's module list with most weights."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))
+    return max(lists, default=[], key=lambda list: sum(p.numel() for p in list.parameters()))
 
 
 def recompute_blocks(model):
@@ -679,15 +684,16 @@ def recompute_blocks(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def fits(model, batch, room):
-    """Run a batch forward and backward beside `room` bytes; return False if memory runs out.
+def fits(model, batch, reserve):
+    """Run a batch forward and backward beside `reserve` bytes; return False if memory runs out.
 
-    Afterwards gradients are None and the RNG is as before, and nothing of a failure stays alive.
+    Afterwards gradients are None, the RNG is as before, and a failure leaves no tensor behind.
     """
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         try:
-            room = torch.empty(room, dtype=torch.uint8, device=model.device)  # held to the end
+            held = torch.empty(reserve, dtype=torch.uint8, device=model.device)
             batch_loss(model, batch).backward()
+            del held
             return True
         except torch.OutOfMemoryError:  # without `as error`: its traceback holds the activations
             return False
@@ -696,26 +702,24 @@ def fits(model, batch, room):
 
 
 def make_it_fit(model, batch, recompute):
-    """Try the largest batch; if memory runs out and recompute is None, recompute and try again.
+    """Try the largest batch, with recompute=None first kept and then recomputed.
 
     Return whether blocks are recomputed. Raises ValueError if it does not fit.
     """
     moments = 8 * count_parameters(model)[0]  # AdamW's two, in float32
-    if recompute:
-        recompute_blocks(model)
-    while not fits(model, batch, moments):
-        if recompute is not None:
-            raise ValueError(f"out of memory in the largest batch: {LESS_MEMORY}")
-        recompute = True
+    for recompute in (False, True) if recompute is None else (recompute,):
+        if recompute:
+            recompute_blocks(model)
+        if fits(model, batch, moments):
+            return recompute
         gc.collect()
-        recompute_blocks(model)
-    return bool(recompute)
+    raise ValueError(f"out of memory in the largest batch: {MEMORY_ADVICE}")
 
 
 def settle_memory(model, batch, recompute):
     """Decide whether blocks are recomputed, and print what a step takes."""
     device, (rows, longest) = model.device, batch[0].shape
-    if device.type != "cuda":  # nothing fails there in time to choose
+    if device.type != "cuda":  # elsewhere the system swaps or kills before an error can be caught
         if recompute and device.type == "mps":  # torch would draw other dropout masks
             raise ValueError("--checkpoint-activations cannot be used on mps")
         if recompute:
@@ -773,7 +777,7 @@ def state_of(folder):
 def save_checkpoint(folder, model, state, metadata):
     """Write the adapter to a folder and the training state beside it: never a part of one.
 
-    Every adapter is kept, but the state, twice as large, for the newest two alone.
+    Every adapter is kept, and the states, twice as large, of the newest two.
     """
     part, state_part = folder.with_name(folder.name + ".part"), Path(f"{state_of(folder)}.part")
     save_adapter(model, part, metadata)
@@ -813,40 +817,20 @@ def hash_of(value):
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
-@contextmanager
-def only_process(run):
-    """Hold a run for this process alone. The lock goes with the process, also when it is killed."""
-    if RANK > 0:
-        yield
-        return
-    run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"{run} is being trained by another process: wait, or give another "
-                         "--run-name") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def begin_run(run, args, examples, model, step):
     """Write run.json, or compare it on --resume. Raises ValueError if rows or base differ."""
-    # Of the base, 64 weights of each tensor.
+    # 64 weights of each tensor stand for the base.
     sample = [tensor.flatten()[:64].tolist() for tensor in [*model.parameters(), *model.buffers()]]
     hashes = {"data": hash_of(examples), "base": hash_of(sample)}
-    began = gather({**hashes, "step": step})[0]  # every process must have what rank 0 has
-    if began["step"] != step:
-        raise ValueError(f"--resume: rank 0 has a checkpoint of step {began['step']}, this process "
-                         f"of {step}: every process needs the same folder")
+    wanted = gather({**hashes, "step": step})[0]  # every process must have what rank 0 has
+    if wanted["step"] != step:
+        raise ValueError(f"--resume: rank 0 has a checkpoint of step {wanted['step']}, this "
+                         f"process of {step}: every process needs the same folder")
     path = run / "run.json"
     if args.resume:
-        began = json.loads(path.read_text())
-    for name, value in hashes.items():
-        if began[name] != value:
-            flag = {"data": "data", "base": "model"}[name]
+        wanted = json.loads(path.read_text())
+    for name, flag in (("data", "data"), ("base", "model")):
+        if hashes[name] != wanted[name]:
             raise ValueError(f"--{flag} {getattr(args, flag)}: not the {name} that this run began "
                              "with. Restore it, or begin another run with --run-name")
     if RANK == 0 and not args.resume:
@@ -868,7 +852,7 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
                for batch in epoch_batches(examples, args.batch_size, args.seed, epoch)]
     steps = min(math.ceil(len(batches) / args.grad_accum), args.max_steps or math.inf)
     tenths = {round(steps * tenth / 10) for tenth in range(1, 11)}
-    begun = step = state["step"] if state else 0
+    start = step = state["step"] if state else 0
     if state:
         optimizer.load_state_dict(state["optimizer"])
         vars(scaler).update(state["scaler"])
@@ -878,7 +862,7 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
         if held_out and step == 0:
             log({"step": 0, "val_loss": validation_loss(model, held_out, args.batch_size)})
         while step < steps and not stop:
-            start = time.perf_counter()
+            began = time.perf_counter()
 
             # 1. Learning rate. A skipped step does not advance the schedule.
             lr = learning_rate_at(step - scaler.skipped, steps, args.warmup_steps, args.lr)
@@ -896,7 +880,7 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
                 (loss * (scaler.scale / targets)).backward()
                 total += loss.detach()
             loss, stop = sum_over_processes(parameters, float(total) / targets, bool(caught))
-            if step == begun and (idle := [n for n, p in trained.items() if p.grad is None]):
+            if step == start and (idle := [n for n, p in trained.items() if p.grad is None]):
                 bar.write(f"{len(idle)} weights had no gradient, such as {idle[0]}")
 
             # 3. Unscale and clip, in float32.
@@ -913,7 +897,7 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
 
             # 5. Log, validate and save.
             tokens = sum(len(ids) for batch in window for ids, _ in batch)
-            speed = tokens / (time.perf_counter() - start)
+            speed = tokens / (time.perf_counter() - began)
             line = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm,
                     "loss_scale": scale, "tokens": tokens, "tokens_per_s": speed,
                     "peak_memory_gib": peak_memory(model.device) / GiB, "skipped": not finite}
@@ -1053,12 +1037,17 @@ def main(args):
     if args.demo:
         return demo(args.seed)
     run = Path("checkpoints", args.run_name)
-    with only_process(run):
-        return experiment(args, run)
+    run.mkdir(parents=True, exist_ok=True)
+    try:  # the lock goes with the process, also when it is killed
+        with FileLock(run / ".lock", timeout=0) if RANK == 0 else nullcontext():
+            return experiment(args, run)
+    except Timeout:
+        raise ValueError(f"{run} is being trained by another process: wait, or give another "
+                         "--run-name") from None
 
 
 def experiment(args, run):
-    """Read, load, check, print what will happen, train, and say what happened."""
+    """Read, load, check, print what will happen, train, and report."""
     adapter, state = args.adapter, None
     if args.resume:
         adapter, state = newest_state(run)
@@ -1070,12 +1059,10 @@ def experiment(args, run):
     dtype, reason = pick_dtype(args.dtype, device)
     args.dtype = str(dtype)[6:]
 
-    val_samples = 200 if args.val_samples is None else args.val_samples
-    rows = read_table(args.data, "train", args.nb_samples + 10 * val_samples, args.chat)
-    if args.val_samples is None:
-        val_samples = min(200, min(len(rows), args.nb_samples) // 10)
-    rows, held_out, repeated = hold_out(rows, args.nb_samples, val_samples)
-    args.chat = args.chat or any(isinstance(row.question, list) for row in rows)
+    more = 10 * (200 if args.val_samples is None else args.val_samples)  # some are passed over
+    rows = read_table(args.data, "train", args.nb_samples + more, args.chat)
+    rows, held_out, passed_over = hold_out(rows, args.nb_samples, args.val_samples)
+    args.chat = isinstance(rows[0].question, list)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
     examples, held_out_examples = (encode(part, tokenizer, args.max_length)
                                    for part in (rows, held_out))
@@ -1106,14 +1093,12 @@ def experiment(args, run):
           f"{len(dict(lora_layers(model)))} layers adapted: {trainable:,} of {total:,} parameters "
           f"train ({trainable / total:.2%}), in float32\n"
           f"{len(examples):,} rows train, {len(held_out_examples):,} are held out\n"
-          f"left out: {left_out:,} longer than {args.max_length} tokens, {repeated:,} that ask "
+          f"left out: {left_out:,} longer than {args.max_length} tokens, {passed_over:,} that ask "
           "what a training row asks\nthe first row, prompt | target: "
           f"{tokenizer.decode(ids[:prompt])!r} | {tokenizer.decode(ids[prompt:])!r}")
     model.train()
-    batches = (epoch_batches(examples, args.batch_size, args.seed, epoch)[0]
-               for epoch in range(args.epochs))
-    largest = max((collate(batch, device) for batch in batches), key=lambda batch: batch[0].numel())
-    settle_memory(model, largest, args.checkpoint_activations)
+    largest = sorted(examples, key=length)[-args.batch_size:]  # no batch of the run is larger
+    settle_memory(model, collate(largest, device), args.checkpoint_activations)
     metadata = {"model": args.model, "chat": str(args.chat), "nf4": str(args.nf4)}
     train(model, examples, args, held_out_examples, state, metadata)
 
@@ -1171,10 +1156,13 @@ def demo(seed):
     if WORLD > 1:
         raise ValueError("--demo runs in one process: start it without torchrun")
     begun = Path("checkpoints/demo/run.json")
-    if begun.exists() and json.loads(begun.read_text())["flags"]["model"] != "demo/base":
-        raise ValueError("checkpoints/demo holds a run of your own: rename it, or demo elsewhere")
+    if begun.exists():
+        if json.loads(begun.read_text())["flags"]["model"] != "demo/base":
+            raise ValueError("checkpoints/demo holds a run of your own: rename it, or run the demo "
+                             "in another folder")
+        shutil.rmtree(begun.parent)
     if Path("demo/one-step-train.jsonl").exists():  # the last demo's
-        for folder in ("demo/merged", "demo/scores", "demo/scores-merged", "checkpoints/demo"):
+        for folder in ("demo/merged", "demo/scores", "demo/scores-merged"):
             shutil.rmtree(folder, ignore_errors=True)
     Path("demo").mkdir(exist_ok=True)
     rng = random.Random(seed)
@@ -1245,7 +1233,7 @@ def loading(flag, name):
         if is_out_of_memory(error):
             raise
         reason = first_line(error)
-        if not Path(name).exists():
+        if type(error) is not ValueError and not Path(name).exists():  # ours are ValueErrors
             offline = re.search("connect|reach|offline|resolve", reason, re.IGNORECASE)
             hub = ", and the Hub cannot be reached" if offline else ""
             reason = f"no such file or folder{hub} ({reason})"
@@ -1253,7 +1241,7 @@ def loading(flag, name):
 
 
 def first_line(error):
-    """Return the first line of an error's message, with the error's kind unless it is ours."""
+    """Return the first line of an error's message, with its kind unless it is a ValueError."""
     kind = "" if type(error) is ValueError and str(error) else f"{type(error).__name__}: "
     return kind + str(error).strip().split("\n")[0]
 
@@ -1267,7 +1255,7 @@ def run_script(name, main, parse_args):
     """End in one line on stderr and exit code 2 for what a flag or a file can cause."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     hub_logging.set_verbosity_error()  # it would announce each of its five attempts
-    sys.stdout.reconfigure(errors="backslashreplace")  # a console may not show a name
+    sys.stdout.reconfigure(errors="backslashreplace")  # for consoles that cannot show a character
     try:
         main(parse_args())
         if dist.is_initialized():
@@ -1280,7 +1268,7 @@ def run_script(name, main, parse_args):
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        message = f"out of memory ({first_line(error)}): {LESS_MEMORY}"
+        message = f"out of memory ({first_line(error)}): {MEMORY_ADVICE}"
     print(f"{name}{f' (rank {RANK})' * (WORLD > 1)}: {message}", file=sys.stderr)
     sys.exit(2)
 
