@@ -1047,7 +1047,7 @@ def main(args):
 
 
 def experiment(args, run):
-    """Read, load, check, print what will happen, train, and report."""
+    """Read, load, check, say what will happen, train, and report."""
     adapter, state = args.adapter, None
     if args.resume:
         adapter, state = newest_state(run)
@@ -1057,52 +1057,58 @@ def experiment(args, run):
     device = join_processes(pick_device(args.device))
     cap_memory(device, args.vram)
     dtype, reason = pick_dtype(args.dtype, device)
-    args.dtype = str(dtype)[6:]
+    args.dtype = str(dtype).removeprefix("torch.")
 
     more = 10 * (200 if args.val_samples is None else args.val_samples)  # some are passed over
-    rows = read_table(args.data, "train", args.nb_samples + more, args.chat)
-    rows, held_out, passed_over = hold_out(rows, args.nb_samples, args.val_samples)
+    table = read_table(args.data, "train", args.nb_samples + more, args.chat)
+    rows, held_out, passed_over = hold_out(table, args.nb_samples, args.val_samples)
     args.chat = isinstance(rows[0].question, list)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
-    examples, held_out_examples = (encode(part, tokenizer, args.max_length)
-                                   for part in (rows, held_out))
+    examples = encode(rows, tokenizer, args.max_length)
+    held_out_examples = encode(held_out, tokenizer, args.max_length)
     if not examples:
         raise ValueError(f"--max-length {args.max_length} leaves none of {len(rows)} rows")
     encoded = [ids for ids, _ in examples + held_out_examples]
-    longest = max(encoded, key=len)
     check_ids(model, encoded)
-    check_head(model, longest)
-    try_attention(model, longest)
-    begin_run(run, args, (examples, held_out_examples), model,
-              state["step"] if state else 0)
-
+    check_head(model, max(encoded, key=len))
+    try_attention(model, max(encoded, key=len))
+    begin_run(run, args, (examples, held_out_examples), model, state["step"] if state else 0)
     torch.manual_seed(args.seed)
-    if adapter is not None:
-        load_adapter(model, adapter)
-        for name in ("chat", "nf4"):
-            trained = adapter_metadata(adapter).get(name, str(getattr(args, name)))
-            if trained != str(getattr(args, name)):
-                warnings.warn(f"{adapter} was trained with {name} = {trained}, which differs here")
-    else:
+    if adapter is None:
         inject_lora(model, config)
+    else:
+        load_adapter(model, adapter)
+        warn_of_another_prompt(args, adapter)
+
     trainable, total = count_parameters(model)
-    over = " over NF4" if args.nf4 else ""
-    left_out = len(rows) + len(held_out) - len(encoded)
     ids, prompt = examples[0]
-    print(f"{args.model} in {args.dtype}{over} on {device} ({reason})\n"
+    print(f"{args.model} in {args.dtype}{' over NF4' * args.nf4} on {device} ({reason})\n"
           f"{len(dict(lora_layers(model)))} layers adapted: {trainable:,} of {total:,} parameters "
           f"train ({trainable / total:.2%}), in float32\n"
           f"{len(examples):,} rows train, {len(held_out_examples):,} are held out\n"
-          f"left out: {left_out:,} longer than {args.max_length} tokens, {passed_over:,} that ask "
-          "what a training row asks\nthe first row, prompt | target: "
-          f"{tokenizer.decode(ids[:prompt])!r} | {tokenizer.decode(ids[prompt:])!r}")
+          f"left out: {len(rows) + len(held_out) - len(encoded):,} longer than {args.max_length} "
+          f"tokens, {passed_over:,} that ask what a training row asks\n"
+          f"the first row, prompt | target: {tokenizer.decode(ids[:prompt])!r} | "
+          f"{tokenizer.decode(ids[prompt:])!r}")
     model.train()
     largest = sorted(examples, key=length)[-args.batch_size:]  # no batch of the run is larger
     settle_memory(model, collate(largest, device), args.checkpoint_activations)
     metadata = {"model": args.model, "chat": str(args.chat), "nf4": str(args.nf4)}
     train(model, examples, args, held_out_examples, state, metadata)
+    return report(run, Path("runs", args.run_name, "metrics.jsonl"), device)
 
-    last, metrics = checkpoints(run)[-1], Path("runs", args.run_name, "metrics.jsonl")
+
+def warn_of_another_prompt(args, adapter):
+    """Warn if an adapter was trained under another kind of prompt, or over another base."""
+    for name in ("chat", "nf4"):
+        trained = adapter_metadata(adapter).get(name, str(getattr(args, name)))
+        if trained != str(getattr(args, name)):
+            warnings.warn(f"{adapter} was trained with {name} = {trained}, which differs here")
+
+
+def report(run, metrics, device):
+    """Say what was written and which checkpoint is the best; return the last one."""
+    last = checkpoints(run)[-1]
     print(f"peak memory {peak_memory(device) / GiB:.2f} GiB. Written: {last}/, {metrics}")
     if best := lowest(read_log(metrics)):
         folder = run / f"step_{best[1]:06d}"

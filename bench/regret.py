@@ -14,6 +14,7 @@ paired by seed, with Student's 95% interval over three seeds. Drawn: loss agains
 """
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def write_data(source, folder):
     lines = Path(source, "train.jsonl").read_text(encoding="utf8").splitlines(keepends=True)
     folder.mkdir(parents=True, exist_ok=True)
     for split, part in (("train", lines[:-2000]), ("validation", lines[-2000:])):
-        (folder / f"{split}.jsonl").write_text("".join(part), encoding="utf8")
+        own = folder / f"{split}.{os.getpid()}"  # another process may be reading the file
+        own.write_text("".join(part), encoding="utf8")
+        own.replace(folder / f"{split}.jsonl")
 
 
 def run(args, setting, power, seed, batch=32):
