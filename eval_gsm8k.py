@@ -32,8 +32,8 @@ from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lora import dequantize_nf4, load_adapter, merge_lora, strip_lora
-from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, adapter_metadata,
-                        agree, check_ids, checkpoints, encode_prompt, format_prompt, gather,
+from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, agree, check_ids,
+                        checkpoints, describe_adapter, encode_prompt, format_prompt, gather,
                         join_processes, load_model, loading, number, pick_device, pick_dtype,
                         read_table, run_script)
 
@@ -82,8 +82,7 @@ def adopt_training(args, adapters):
     args.chat, args.nf4 = bool(args.chat), bool(args.nf4)
     for i, folder in enumerate(adapters.values()):
         with loading("--adapter", folder):
-            config = json.loads(Path(folder, "adapter_config.json").read_text(encoding="utf8"))
-            trained = adapter_metadata(folder)
+            config, trained = describe_adapter(folder)
         model = trained.get("model") or config.get("base_model_name_or_path")
         if i == 0:
             args.model = given["model"] or model
@@ -345,11 +344,17 @@ def ask(args, model, tokenizer, adapters):
         if folder:
             load_adapter(model, folder)
         said[name] = complete(model, tokenizer, prompts, args.batch_size, args.max_new_tokens)
+    print(f"prompt: {describe_prompt(args)}")
     for i, text in enumerate(args.ask):
         print(f"\n{text}")
         for name, completions in said.items():
             completion, cut_off = completions[i]
-            print(f"--- {name}\n{completion.split('Question:')[0].strip()}{' ...' * cut_off}")
+            text = completion.split("Question:")[0].strip() or "(it ended at once)"
+            print(f"--- {name}\n{text}{' ...' * cut_off}")
+
+
+def describe_prompt(args):
+    return "the tokenizer's chat template" if args.chat else repr(format_prompt("..."))
 
 
 def save_merged(args, model, tokenizer, adapters):
@@ -360,7 +365,8 @@ def save_merged(args, model, tokenizer, adapters):
     if RANK == 0:
         model.save_pretrained(args.save_merged)
         tokenizer.save_pretrained(args.save_merged)
-    print(f"written: {args.save_merged}/, a plain model of {folder} in {model.dtype}")
+    print(f"written: {args.save_merged}/, a plain model of {folder} in {model.dtype}; it was "
+          f"trained under this prompt: {describe_prompt(args)}")
 
 
 def plan(args, adapters, settings):
@@ -431,9 +437,11 @@ def main(args):
     adopt_training(args, adapters)
     if args.ask and args.save_merged:
         raise ValueError("--ask and --save-merged are two things to do: give one of them")
-    if args.save_merged and (len(adapters) != 1 or Path(args.save_merged).exists()):
-        raise ValueError(f"--save-merged {args.save_merged}: it takes one --adapter, and a folder "
-                         "that does not exist")
+    if args.save_merged and len(adapters) != 1:
+        raise ValueError(f"--save-merged takes one --adapter, found {len(adapters)}: "
+                         f"{', '.join(map(str, adapters.values())) or 'none'}")
+    if args.save_merged and Path(args.save_merged).exists():
+        raise ValueError(f"--save-merged {args.save_merged} exists: give another name")
     device = join_processes(pick_device(args.device))
     dtype, reason = pick_dtype(args.dtype, device)
     if not args.ask and not args.save_merged:

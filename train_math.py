@@ -101,9 +101,9 @@ def parse_args(argv=None):
     add("--max-steps", None, "stop after N steps; the learning rate ends there too", type=count)
     add("--adapter", None, "start from this adapter, with its base and the five flags below",
         metavar="DIR")
-    add("--r", 8, "rank (Sec. 4.1)", type=int)
-    add("--alpha", 16.0, "the update is scaled by alpha / r", type=float)
-    add("--dropout", 0.05, "on the adapter's input", type=float)
+    add("--r", 8, "rank (Sec. 4.1)", type=count)
+    add("--alpha", 16.0, "the update is scaled by alpha / r", type=number(float, 1e-9))
+    add("--dropout", 0.05, "on the adapter's input", type=number(float, 0, 0.99))
     add("--targets", ["q_proj", "v_proj"], "name endings, or all-linear", nargs="+")
     add("--rslora", False, "scale by alpha / sqrt(r)", action="store_true")
     add("--lr", 3e-4, "learning rate at the peak", type=number(float, 1e-12, 1))
@@ -155,22 +155,29 @@ def saved_flags(args):
             return json.loads(path.read_text())["flags"]
     if args.adapter is not None:
         with loading("--adapter", args.adapter):
-            path = Path(args.adapter, "adapter_config.json")
-            config = json.loads(path.read_text(encoding="utf8"))
+            config, header = describe_adapter(args.adapter)
             targets = config["target_modules"]
-            model = adapter_metadata(args.adapter).get("model")
+            base = header.get("model") or config.get("base_model_name_or_path")
             return {"r": config["r"], "alpha": float(config["lora_alpha"]),
                     "dropout": float(config.get("lora_dropout", 0)),
                     "rslora": bool(config.get("use_rslora")),
                     "targets": targets if isinstance(targets, list) else [targets],
-                    "model": model or config.get("base_model_name_or_path") or args.model}
+                    "model": base or args.model}
     return {}
 
 
-def adapter_metadata(folder):
-    """Return what train_math.py wrote into an adapter's header: model, chat, nf4."""
+def describe_adapter(folder, task="CAUSAL_LM"):
+    """Return an adapter's config, and its header, where train_math.py writes model, chat, nf4."""
+    if steps := checkpoints(folder):
+        raise ValueError(f"a run of {len(steps)} checkpoints: give one of them, as {steps[-1]}")
+    path = Path(folder, "adapter_config.json")
+    if Path(folder).is_dir() and not path.exists():
+        raise ValueError("this folder holds no adapter_config.json, so it is no adapter")
+    config = json.loads(path.read_text(encoding="utf8"))
+    if config.get("task_type") not in (None, task):
+        raise ValueError(f"an adapter for {config['task_type']}, expected one for {task}")
     with safe_open(Path(folder, "adapter_model.safetensors"), "pt") as file:
-        return file.metadata() or {}
+        return config, file.metadata() or {}
 
 
 # --- prompt and data: from a file to token ids ---
@@ -860,7 +867,9 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
     bar = tqdm(total=steps, initial=step, unit="step", disable=RANK > 0 or None)
     with bar, catch_signals() as caught:
         if held_out and step == 0:
-            log({"step": 0, "val_loss": validation_loss(model, held_out, args.batch_size)})
+            loss = validation_loss(model, held_out, args.batch_size)
+            log({"step": 0, "val_loss": loss})
+            bar.write(f"step     0/{steps}  held-out loss {loss:.3f}")
         while step < steps and not stop:
             began = time.perf_counter()
 
@@ -1001,13 +1010,15 @@ def plot_loss(path):
     table = pandas.DataFrame(read_log(path)).set_index("step")
     axes = Figure(figsize=(7, 4), layout="constrained").subplots()
     losses = table.loss.dropna()
-    around = losses.rolling(1 + len(losses) // 20, center=True, min_periods=1)
-    axes.plot(losses, ".-", color="0.85")
-    axes.plot(around.mean(), label="training, smoothed")
+    window = 1 + len(losses) // 20
+    axes.plot(losses, ".-", color="0.75", label="training, each step")
+    if window > 1:
+        mean = losses.rolling(window, center=True, min_periods=1).mean()
+        axes.plot(mean, label=f"training, mean of {window} steps")
     if best := lowest(read_log(path)):
         axes.plot(table.val_loss.dropna(), "o-", label="held out")
         axes.plot(best[1], best[0], "o", label=f"lowest: {best[0]:.3f} at step {best[1]}")
-    axes.set(title=path.parent.name, xlabel="optimizer step", ylabel="loss (nats per target)")
+    axes.set(title=path.parent.name, xlabel="optimizer step", ylabel="loss per target token (nats)")
     axes.locator_params(axis="x", integer=True)
     axes.legend()
     axes.figure.savefig(path.with_name("loss.png"), dpi=150)
@@ -1019,15 +1030,18 @@ def catch_signals():
     def note(signum, _):
         os.write(2, b"\nfinishing this step; a second signal ends at once\n")
         caught.append(signum)
-        signal.signal(signum, before[signum])
+        restore()
+
+    def restore():
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
     caught = []
     before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        restore()
 
 
 # --- a run, from flags to files ---
@@ -1058,6 +1072,8 @@ def experiment(args, run):
     cap_memory(device, args.vram)
     dtype, reason = pick_dtype(args.dtype, device)
     args.dtype = str(dtype).removeprefix("torch.")
+    if adapter is not None:
+        print(f"begins with {adapter}")
 
     more = 10 * (200 if args.val_samples is None else args.val_samples)  # some are passed over
     table = read_table(args.data, "train", args.nb_samples + more, args.chat)
@@ -1100,8 +1116,9 @@ def experiment(args, run):
 
 def warn_of_another_prompt(args, adapter):
     """Warn if an adapter was trained under another kind of prompt, or over another base."""
+    header = describe_adapter(adapter)[1]
     for name in ("chat", "nf4"):
-        trained = adapter_metadata(adapter).get(name, str(getattr(args, name)))
+        trained = header.get(name, str(getattr(args, name)))
         if trained != str(getattr(args, name)):
             warnings.warn(f"{adapter} was trained with {name} = {trained}, which differs here")
 
@@ -1109,13 +1126,14 @@ def warn_of_another_prompt(args, adapter):
 def report(run, metrics, device):
     """Say what was written and which checkpoint is the best; return the last one."""
     last = checkpoints(run)[-1]
-    print(f"peak memory {peak_memory(device) / GiB:.2f} GiB. Written: {last}/, {metrics}")
+    if RANK == 0:
+        plot_loss(metrics)
+    print(f"peak memory {peak_memory(device) / GiB:.2f} GiB. Written: {last}/, {metrics}, loss.png")
     if best := lowest(read_log(metrics)):
         folder = run / f"step_{best[1]:06d}"
         where = f": {folder}" if folder.exists() else ""
-        print(f"the held-out loss is lowest, {best[0]:.3f}, at step {best[1]}{where}")
-    if RANK == 0:
-        plot_loss(metrics)
+        more = ", the last: more --epochs may help" if folder == last else ""
+        print(f"the held-out loss is lowest, {best[0]:.3f}, at step {best[1]}{where}{more}")
     return last
 
 
@@ -1242,7 +1260,8 @@ def loading(flag, name):
         if type(error) is not ValueError and not Path(name).exists():  # ours are ValueErrors
             offline = re.search("connect|reach|offline|resolve", reason, re.IGNORECASE)
             hub = ", and the Hub cannot be reached" if offline else ""
-            reason = f"no such file or folder{hub} ({reason})"
+            more = "" if isinstance(error, FileNotFoundError) and error.errno else f" ({reason})"
+            reason = f"no such file or folder{hub}{more}"
         raise ValueError(f"{flag} {name}: {reason}") from None
 
 

@@ -36,8 +36,8 @@ from tqdm import tqdm
 from eval_gsm8k import wilson_interval
 from lora import (LoRAConfig, count_parameters, inject_lora, load_adapter, lora_layers,
                   save_adapter)
-from train_math import (WORLD, GiB, LossScaler, Parser, agree, epoch_batches, length, loading,
-                        number, peak_memory, pick_device, pick_dtype, run_script)
+from train_math import (WORLD, GiB, LossScaler, Parser, agree, describe_adapter, epoch_batches,
+                        length, loading, number, peak_memory, pick_device, pick_dtype, run_script)
 
 BASE = "roberta-base"
 
@@ -55,8 +55,8 @@ def parse_args(argv=None):
     add("--predict", nargs="+", metavar="TEXT", help="print label and probability of sentences")
     add("--ranks", nargs="*", type=count, default=[8], help="(default: 8)")
     add("--seeds", nargs="+", type=number(int, 0), default=[0], help="(default: 0)")
-    add("--alpha", type=float, default=16.0, help="released script: 16 (default); Table 9: 8")
-    add("--dropout", type=float, default=0.05, help="(default: 0.05)")
+    add("--alpha", type=rate, default=16.0, help="released script: 16 (default); Table 9: 8")
+    add("--dropout", type=number(float, 0, 0.99), default=0.05, help="(default: 0.05)")
     add("--lr", type=rate, default=5e-4, help="at the peak (default: 5e-4, Table 9)")
     add("--full-finetune", action="store_true", help="beside LoRA")
     add("--full-lr", type=rate, default=5e-5, help="of full fine-tuning (default: 5e-5)")
@@ -158,8 +158,7 @@ def load_encoder(args, r, seed):
 def load_adapted(args):
     """Return --adapter on its base; set --model and --head, if not given, to its own."""
     with loading("--adapter", args.adapter):
-        path = Path(args.adapter, "adapter_config.json")
-        config = json.loads(path.read_text(encoding="utf8"))
+        config, _ = describe_adapter(args.adapter, "SEQ_CLS")
         args.model = args.model or config["base_model_name_or_path"] or BASE
         args.head = args.head or config["modules_to_save"] or []
     model = load_encoder(args, None, 0)
@@ -305,8 +304,8 @@ def train(args, data, r, seed):
     positive = sum(label for _, label in data["validation"]) / n
     majority = max(positive, 1 - positive)  # what always the same label would score
     if run["ci95"][0] <= majority:
-        print(f"{label_of(r)}, seed {seed} is within chance, {majority:.1%}: try a "
-              f"higher {'--lr' if r else '--full-lr'}, or more --epochs")
+        print(f"{label_of(r)}, seed {seed} is within chance, {majority:.1%}: try "
+              f"{'--lr' if r else '--full-lr'} three times as high or low, or more --epochs")
     return run, model
 
 
@@ -339,20 +338,23 @@ def report(runs, picture):
     print(f"{runs[0]['n']} sentences: one run's 95% interval is +/- {(high - low) / 2:.3f}")
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
     except ImportError:
         return
     figure = Figure(figsize=(14, 4), layout="constrained")
-    for axes, key, label in zip(figure.subplots(1, 3), ("train_loss", "val_loss", "accuracy"),
-                                ("training loss", "validation loss", "validation accuracy")):
+    figure.suptitle(f"{runs[0]['model']} on {runs[0]['data']}, {runs[0]['n']} validation sentences")
+    for axes, key, label in zip(figure.subplots(1, 3), ("train_loss", "val_loss", "accuracy"), (
+            "training loss (nats)", "validation loss (nats)", "validation accuracy")):
         for name, rank in ranks:
             curves = pandas.concat(map(pandas.DataFrame, rank["history"])).groupby("epoch")[key]
             mean = curves.mean()
             axes.plot(mean.index, mean, label=name)
             axes.fill_between(mean.index, curves.min(), curves.max(), alpha=0.2)
-        axes.set(xlabel="epoch", title=label)
+        axes.set(xlabel="epoch", ylabel=label)
         if key == "accuracy" and table.accuracy.max() > 0.7:  # a run at chance would fill the axis
             axes.set_ylim(bottom=max(0.45, table.accuracy.max() - 0.15))
-    axes.legend()
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     figure.savefig(picture, dpi=120)
 
 
