@@ -2227,7 +2227,8 @@ def test_another_adapter_in_the_same_folder_is_not_taken_for_the_first(tiny):
     ("--adapter b --ask q", "--adapter b: an adapter for SEQ_CLS, expected one for CAUSAL_LM"),
     ("--adapter . --ask q", "this folder holds no adapter_config.json"),
     ("--adapter a --ask q --save-merged m", "two things"),
-    ("--save-merged c", "takes one --adapter, found 0"), ("--shots 16", "--shots 16 leaves none of 16")])
+    ("--save-merged c", "takes one --adapter, found 0"),
+    ("--shots 16", "--shots 16 leaves none of 16")])
 def test_bad_runs_end_before_a_model_is_loaded(flags, message, tiny, patch):
     saved("a", lambda: load(tiny)[0])
     saved("b", roberta, **HEAD)
