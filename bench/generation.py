@@ -1,7 +1,10 @@
-"""Speed of greedy generation: batch sizes; base, unmerged, merged; and lm-evaluation-harness.
+"""Speed of greedy generation: batch sizes; base, unmerged, merged; and against other ways.
 
     python bench/generation.py --model DIR --data gsm8k_test.jsonl --rounds 3
-    python bench/generation.py --model DIR --data gsm8k_test.jsonl --harness   # pip install lm_eval
+    python bench/generation.py --model DIR --data gsm8k_test.jsonl --against generate harness
+
+Other ways: one generate() of transformers for each batch, with stop_strings, in which all rows stay
+to the end; and lm-evaluation-harness (pip install lm_eval).
 
 In each round every state and batch size takes its turn on the same problems. Printed are medians.
 The adapter is random, r=8 on q and v, and so small that the answers stay nearly the same: what an
@@ -36,6 +39,25 @@ def harness_completions(model, tokenizer, prompts, args):
     return theirs.generate_until(requests, disable_tqdm=True)
 
 
+def generate_completions(model, tokenizer, prompts, args):
+    """The completions of one generate() a batch."""
+    from eval_gsm8k import pad_left
+    from train_math import encode_prompt
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    texts = {}
+    for start in range(0, len(order), args.batches[-1]):
+        batch = order[start:start + args.batches[-1]]
+        eos = tokenizer.eos_token_id
+        ids, mask = pad_left([encoded[i] for i in batch], eos, model.device)
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=args.max_new_tokens,
+                             do_sample=False, eos_token_id=eos, pad_token_id=eos,
+                             stop_strings=["Question:"], tokenizer=tokenizer)
+        decoded = tokenizer.batch_decode(out[:, ids.shape[1]:], skip_special_tokens=True)
+        texts |= {i: text.split("Question:")[0] for i, text in zip(batch, decoded)}
+    return [texts[i] for i in range(len(prompts))]
+
+
 def main(args):
     import torch
     from eval_gsm8k import complete
@@ -56,7 +78,8 @@ def main(args):
                      for text, _ in completions)
         return seconds, tokens, [text for text, _ in completions]
 
-    speeds, seconds = defaultdict(list), defaultdict(list)
+    rivals = {"harness": harness_completions, "generate": generate_completions}
+    speeds, seconds, same = defaultdict(list), defaultdict(list), {}
     for _ in range(args.rounds):
         for batch_size in args.batches:
             taken, tokens, _ = run(batch_size)
@@ -71,19 +94,21 @@ def main(args):
                 speeds[f"{state}, batch {batch_size}"].append(tokens / taken)
         unmerge_lora(model)
         strip_lora(model)
-        if args.harness:
-            taken, tokens, ours = run(args.batches[-1])
-            seconds["ours"].append(taken)
-            taken, theirs = timed(lambda: harness_completions(model, tokenizer, prompts, args))
-            seconds["lm-evaluation-harness"].append(taken)
-            same = sum(a.split("Question:")[0].strip() == b.strip() for a, b in zip(ours, theirs))
+        for rival in args.against:
+            taken, _, ours = run(args.batches[-1])
+            seconds[rival, "ours"].append(taken)
+            taken, theirs = timed(lambda: rivals[rival](model, tokenizer, prompts, args))
+            seconds[rival, "theirs"].append(taken)
+            same[rival] = sum(a.split("Question:")[0].strip() == b.strip()
+                              for a, b in zip(ours, theirs))
     for name, values in speeds.items():
         print(f"{name:24}{statistics.median(values):8.1f} tokens/s  "
               f"({min(values):.1f} to {max(values):.1f})")
-    if args.harness:
-        ratio = statistics.median(b / a for a, b in zip(*seconds.values()))
-        medians = {name: round(statistics.median(values), 1) for name, values in seconds.items()}
-        print(f"seconds {medians}, ours x{ratio:.2f}; completions equal: {same} of {len(rows)}")
+    for rival in args.against:
+        ours, theirs = seconds[rival, "ours"], seconds[rival, "theirs"]
+        ratio = statistics.median(b / a for a, b in zip(ours, theirs))
+        print(f"{rival}: {statistics.median(theirs):.1f} s, ours {statistics.median(ours):.1f} s, "
+              f"x{ratio:.2f}; completions equal: {same[rival]} of {len(rows)}")
 
 
 if __name__ == "__main__":
@@ -95,8 +120,8 @@ if __name__ == "__main__":
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 32, 64])
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--harness", action="store_true", help="compare with lm-evaluation-harness")
+    parser.add_argument("--against", nargs="+", default=[], choices=["generate", "harness"])
     args = parser.parse_args()
-    if args.harness and importlib.util.find_spec("lm_eval") is None:
-        sys.exit("generation.py: --harness needs lm-evaluation-harness: pip install lm_eval")
+    if "harness" in args.against and importlib.util.find_spec("lm_eval") is None:
+        sys.exit("generation.py: the harness is not installed: pip install lm_eval")
     main(args)
