@@ -177,8 +177,9 @@ def device_of(module):
 # --- injection ---
 #
 # An adapter's state is which modules stand in the model; no flag repeats it. While it is on, these
-# are the wrappers. While it is merged or off, plain layers stand in their places, and each of these
-# holds its wrapper in `waiting`: (wrapper, W0) if merged, (wrapper, None) if off.
+# are the wrappers. While it is merged or off, plain layers stand in their places, and each of them
+# holds its wrapper in `waiting`: (wrapper, None) if off, (wrapper, W0) if merged. Over a packed
+# base W0 is no tensor: the base itself stands for it.
 # A head, which is a module of also_train, stays in its place. It has the trained weights and those
 # of the base: one set is in the module, and the other is in its dictionary `other_weights`.
 # nn.Module registers nothing that is in a tuple or a dictionary, so that state_dict() and .to() do
@@ -283,7 +284,7 @@ def merge_lora(model):
     finally:
         replace_modules(model, merged)
         if len(merged) < len(layers):  # out of memory, or Ctrl-C
-            restore_wrappers(model)
+            restore_wrappers(model)  # those that wait behind what stands in the model by now
     return model
 
 
