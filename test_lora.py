@@ -2298,6 +2298,8 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, caps
     train_sst2.report([run | {"accuracy": n / 10} for n, run in enumerate(runs)], "curves.png")
     out = capsys.readouterr().out
     assert re.search(r"r=2 +1024 +1154 .* 0.25 +0.07071 +2\n", out)
+    half = max(high - low for low, high in (run["ci95"] for run in runs)) / 2
+    assert f"95% interval is at most +/- {half:.3f}" in out
     assert re.search("adapter_weights +trained +seconds +val_loss +accuracy +std +seeds", out)
     path = Path("runs/sst2/sst2.jsonl")
     assert path.with_suffix(".png").exists()
