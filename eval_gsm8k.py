@@ -108,7 +108,7 @@ NUMBER = re.compile(r"""
     (?P<digits>[0-9]*\.?[0-9]+)                 # 12, 1.5, .5
     (?:[ ]?/[ ]?(?P<denominator>[0-9]+))?
     (?P<unread>[ ]?\\(?:sqrt|pi|[dt]?frac)      # 2\sqrt{3}
-    |(?:(?:[ ]?[/^][ ]?|[ ]?(?:×|\\times|\\cdot|\*)[ ]?(?=10\^)|[.eE{])
+    |[²³½¼¾]|(?:(?:[ ]?(?:[/^]|\*\*)[ ]?|[ ]?(?:×|x|\\times|\\cdot|\*)[ ]?(?=10\^)|[.eE{])
         [-+.{}]*[0-9][0-9.{}]*)*)               # 10^6, 1e5, 1.2.3
     """, re.VERBOSE)
 sys.set_int_max_str_digits(0)  # a model may repeat one digit thousands of times

@@ -23,8 +23,8 @@ Use, with any PyTorch model:
 On a first reading, stop at "which layers can be adapted". The appendix (a 4-bit base) can go.
 
 Differences from the paper
-- A starts as nn.Linear's weight does, and its input has dropout, as in the authors' code. The paper
-  has a Gaussian A and no dropout.
+- A starts as nn.Linear's weight does, and its input has dropout, as in the authors' code. In the
+  paper A is Gaussian, and Eq. 3 has no dropout.
 - The paper subtracts B A to get W0 back, which rounding makes inexact. W0 is put aside here.
 - Merging is a call. The authors' code merges inside eval(), so that the mode decides whether a
   checkpoint holds W0 or W0 + B A.
@@ -57,7 +57,7 @@ class LoRAConfig:
     alpha       the update is scaled by alpha / r
     dropout     probability, on the adapter's input
     targets     endings of module names, in whole parts: "q_proj", "self_attn.q_proj". Or
-                "all-linear": all linear layers but the output head and a mixture's routers
+                "all-linear": all linear layers but the output head, tied layers and routers
     also_train  endings of names of modules to train in full and save along: a new classifier
     rslora      scale by alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732)
     """
@@ -117,9 +117,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))        # (..., k) -> (..., r)
         update = F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        # W0 x comes last: if this layer ends a block that is recomputed in backward, recomputing
-        # stops before it, because nothing of W0 x is kept for backward.
-        return self.base(x) + update
+        return self.base(x) + update  # base last: a block that is recomputed can stop before it
 
     def delta(self):
         """Return the update scaling * B A, (d, k) in fp32."""
@@ -127,7 +125,7 @@ class LoRALinear(nn.Module):
             return self.scaling * (self.lora_B @ self.lora_A)
 
     def merged_weight(self, W0):
-        """Return the weight of a plain layer that does the same, (d, k) in fp32 as W0."""
+        """Return the weight of a plain layer that does the same; both are (d, k) in fp32."""
         return W0 + self.delta()
 
     def adapter_parameters(self):
@@ -159,10 +157,15 @@ def features(layer):
     return tuple(reversed(layer.weight.shape))  # Conv1D
 
 
+def is_packed(layer):
+    """True for a layer in fewer bits, as in the appendix: its to_dense() returns a plain layer."""
+    return hasattr(layer, "to_dense")
+
+
 def is_transposed(layer):
-    """True for GPT-2's Conv1D in transformers, also in 4 bits: its weight is (k, d)."""
+    """True for GPT-2's Conv1D in transformers, also if it is packed: its weight is (k, d)."""
     conv1d = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
-    return conv1d or hasattr(layer, "to_dense") and layer.transposed
+    return conv1d or is_packed(layer) and layer.transposed
 
 
 def d_by_k(weight, layer):
@@ -175,15 +178,6 @@ def device_of(module):
 
 
 # --- injection ---
-#
-# An adapter's state is which modules stand in the model; no flag repeats it. While it is on, these
-# are the wrappers. While it is merged or off, plain layers stand in their places, and each of them
-# holds its wrapper in `waiting`: (wrapper, None) if off, (wrapper, W0) if merged. Over a packed
-# base W0 is no tensor: the base itself stands for it.
-# A head, which is a module of also_train, stays in its place. It has the trained weights and those
-# of the base: one set is in the module, and the other is in its dictionary `other_weights`.
-# nn.Module registers nothing that is in a tuple or a dictionary, so that state_dict() and .to() do
-# not see what waits.
 
 def inject_lora(model, config, layer=LoRALinear):
     """Freeze the model, wrap the targets, train also_train (Sec. 4.2); return the wrapped names.
@@ -206,15 +200,12 @@ def inject_lora(model, config, layer=LoRALinear):
 
 
 def install(model, wrappers, heads):
-    """Freeze the model, place {base: wrapper}, and give the heads weights of their own to train."""
+    """Freeze the model, place {base: wrapper}, and let the heads train."""
     model.requires_grad_(False)
     model.zero_grad()  # gradients of pretraining would let an older optimizer move the base
     replace_modules(model, wrappers)
     for module in set(chain.from_iterable(head.modules() for head in heads.values())):
-        copies = {name: nn.Parameter(p.detach().clone())
-                  for name, p in module.named_parameters(recurse=False)}
-        module.other_weights = copies
-        swap_weights(module)
+        train_in_full(module)
 
 
 def replace_modules(model, replacements):
@@ -222,25 +213,6 @@ def replace_modules(model, replacements):
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             parent._modules[name] = replacements.get(child, child)
-
-
-def swap_weights(module):
-    """Exchange a head's weights with its other ones."""
-    inside, outside = module._parameters, module.other_weights
-    for name, weight in outside.items():
-        weight.data = weight.data.to(inside[name])  # those inside may have been moved or cast
-        inside[name], outside[name] = weight, inside[name]
-
-
-def stashed(model, attribute):
-    """Return {module: what it holds in an attribute, `waiting` or `other_weights`}."""
-    return {m: vars(m)[attribute] for m in model.modules() if attribute in vars(m)}
-
-
-def refuse_waiting(model, action):
-    if stashed(model, "waiting"):
-        raise RuntimeError(f"cannot {action} while merged or inside disable_lora: "
-                           "call unmerge_lora(model), or leave the block")
 
 
 def named(model):
@@ -257,11 +229,17 @@ def lora_layers(model):
 def count_parameters(model):
     """Return (trainable, total) numbers of weights; a packed layer counts as d x k."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    packed = sum(math.prod(features(m)) for m in model.modules() if hasattr(m, "to_dense"))
+    packed = sum(math.prod(features(m)) for m in model.modules() if is_packed(m))
     return trainable, packed + sum(p.numel() for p in model.parameters())
 
 
 # --- merge, switch off, take off ---
+#
+# An adapter is on, off or merged: which modules stand in the model says it, and no flag repeats it.
+# While it is on, these are the wrappers. While it is off or merged, plain layers stand in their
+# places, and each holds its wrapper in `waiting`: (wrapper, None) if off, (wrapper, W0) if merged.
+# Over a packed base W0 is no tensor, and the base itself stands for it.
+# nn.Module registers nothing that is in a tuple, so that state_dict() and .to() do not see it.
 
 @torch.no_grad()
 def merge_lora(model):
@@ -273,39 +251,55 @@ def merge_lora(model):
     if is_merged(model):
         return model
     refuse_waiting(model, "merge")
-    layers, merged = dict(lora_layers(model)).values(), {}
+    layers, plain = dict(lora_layers(model)).values(), {}
     if not layers:
         raise ValueError("the model carries no adapter: call inject_lora or load_adapter first")
     for layer in layers:
         check_product(layer.base)
+    finished = False
     try:
         for layer in layers:
-            merged[layer] = merged_base(layer)
+            plain[layer] = layer.base.to_dense() if is_packed(layer.base) else layer.base
+            merge_layer(layer, plain[layer])
+        finished = True
     finally:
-        replace_modules(model, merged)
-        if len(merged) < len(layers):  # out of memory, or Ctrl-C
-            restore_wrappers(model)  # those that wait behind what stands in the model by now
+        replace_modules(model, {layer: here for layer, here in plain.items()
+                                if "waiting" in vars(here)})
+        if not finished:  # out of memory, or Ctrl-C: undo the layers merged so far
+            restore_wrappers(model)
     return model
 
 
-def merged_base(layer):
-    """Return the base with the merged weight, or a dense layer in place of a packed base."""
-    packed = hasattr(layer.base, "to_dense")
-    dense = layer.base.to_dense() if packed else layer.base
-    W = d_by_k(layer.merged_weight(d_by_k(dense.weight, dense).float()), dense)
-    W = W.to(dense.weight.dtype).contiguous()
+def merge_layer(layer, plain):
+    """Give the plain layer the merged weight; wrapper and W0 wait in it."""
+    plain.train(layer.training)
+    W = layer.merged_weight(d_by_k(plain.weight, plain).float())
+    W = d_by_k(W, plain).to(plain.weight.dtype).contiguous()
     # W0 waits on the CPU, so that a GPU holds two copies of one layer at most.
-    if packed:
+    plain.waiting = (layer, layer.base if is_packed(layer.base) else plain.weight.to("cpu"))
+    plain.weight = nn.Parameter(W, requires_grad=False)
+    if is_packed(layer.base):
         layer.to("cpu")
-    W0 = layer.base if packed else dense.weight.to("cpu")
-    dense.weight = nn.Parameter(W, requires_grad=False)
-    dense.waiting = (layer, W0)
-    return dense.train(layer.training)
+
+
+def is_merged(model):
+    return any(W0 is not None for _, W0 in stashed(model, "waiting").values())
+
+
+def stashed(model, attribute):
+    """Return {module: what it holds in an attribute, `waiting` or `other_weights`}."""
+    return {m: vars(m)[attribute] for m in model.modules() if attribute in vars(m)}
+
+
+def refuse_waiting(model, action):
+    if stashed(model, "waiting"):
+        raise RuntimeError(f"cannot {action} while merged or inside disable_lora: "
+                           "call unmerge_lora(model), or leave the block")
 
 
 def check_product(base):
     """Raise ValueError unless the base's output is x W^T + b, tried on one random row."""
-    dense = base.to_dense() if hasattr(base, "to_dense") else base
+    dense = base.to_dense() if is_packed(base) else base
     W = dense._parameters.get("weight")  # None if it is computed, as by weight_norm
     plain = W is not None and W.dtype in FLOATS and not W.is_meta
     if plain:
@@ -320,10 +314,6 @@ def check_product(base):
                          "x W^T + b, with a dense W of floats")
 
 
-def is_merged(model):
-    return any(W0 is not None for _, W0 in stashed(model, "waiting").values())
-
-
 def unmerge_lora(model):
     """Put the wrappers and every bit of W0 back, on the model's device; return the model."""
     return restore_wrappers(model) if is_merged(model) else model
@@ -333,9 +323,7 @@ def restore_wrappers(model):
     """Put every wrapper that waits back into its place, with the W0 that it had."""
     places = stashed(model, "waiting")
     for here, (layer, W0) in places.items():
-        if device_of(layer) != device_of(here):
-            layer.to(device_of(here))
-        layer.train(here.training)
+        layer.to(device_of(here)).train(here.training)
         if isinstance(W0, torch.Tensor):
             here.weight = nn.Parameter(W0.to(here.weight), requires_grad=False)
         elif W0 is not None:
@@ -382,6 +370,26 @@ def disable_lora(model):
             swap_weights(module)
 
 
+# --- heads: modules that train in full (also_train) ---
+#
+# A head stays in its place, and has two sets of weights: those of the base, and those that train.
+# One set is in the module. The other is in its dictionary `other_weights`, which nn.Module ignores.
+
+def train_in_full(module):
+    """Put a copy of the module's weights in, to train; the base's become the other ones."""
+    module.other_weights = {name: nn.Parameter(p.detach().clone())
+                            for name, p in module.named_parameters(recurse=False)}
+    swap_weights(module)
+
+
+def swap_weights(module):
+    """Exchange the weights in a head with its other ones."""
+    inside, outside = module._parameters, module.other_weights
+    for name, weight in outside.items():
+        weight.data = weight.data.to(inside[name])  # those inside may have been moved or cast
+        inside[name], outside[name] = weight, inside[name]
+
+
 # --- which layers can be adapted ---
 
 def select(model, config):
@@ -419,10 +427,7 @@ def output_head(model):
 
 
 def linear_layers(model):
-    """Return {name: layer}: nn.Linear, transformers' Conv1D, and packed layers.
-
-    A packed layer, such as one in 4 bits, has to_dense(), which returns a plain layer.
-    """
+    """Return {name: layer}: nn.Linear, transformers' Conv1D, and packed layers."""
     layers, modules = {}, named(model)
     for name, module in modules.items():
         parent = modules[name.rpartition(".")[0]]
@@ -430,7 +435,7 @@ def linear_layers(model):
         mamba = "Mamba" in type(parent).__name__ and "transformers" in type(parent).__module__
         bypassed = (isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
                     or mamba and ends_in(name, ["dt_proj"]))
-        linear = isinstance(module, nn.Linear) or hasattr(module, "to_dense")
+        linear = isinstance(module, nn.Linear) or is_packed(module)
         if name and not bypassed and (linear or is_transposed(module)):
             layers[name] = module
     return layers
@@ -770,7 +775,7 @@ def quantize_nf4(model, skip=("lm_head",)):
         replace_modules(model, {layer: NF4Linear(layer)})
         names.append(name)
     if not names:
-        raise ValueError("this model has no linear layer to quantise")
+        raise ValueError("this model has no dense linear layer to quantise")
     return names
 
 

@@ -287,13 +287,15 @@ def examples_of(row, chat):
                          f"{', '.join(map('/'.join, COLUMNS))}")
     question, answer = row[names[0]], row[names[1]]
     question, answer = text(question, names[0]), text("" if answer is None else answer, names[1])
-    for name in ("input", "context"):
-        if names[0] == "instruction" and row.get(name) not in (None, ""):
-            question += "\n" + text(row[name], name)
+    for name in ("input", "context", "system", "history"):
+        if row.get(name) in (None, "", []):
+            continue
+        if names[0] != "instruction" or name in ("system", "history"):
+            raise ValueError(f"it has {name}, which is not read beside {names[0]}: write the row "
+                             "as messages")
+        question += "\n" + text(row[name], name)
     # GSM8K's <<48/2=24>> goes. Other text between << and >> may be code.
     answer = re.sub(r"<<[-+*/().,%\d]+=[-+*/().,%\d]+>>", "", answer)
-    if row.get("system") or row.get("history"):
-        raise ValueError("it has a system text or a history: write the row as messages")
     yield [{"role": "user", "content": question}] if chat else question, answer
 
 
@@ -392,7 +394,7 @@ def epoch_batches(examples, batch_size, seed, epoch):
         pool = sorted(order[start:start + size], key=length)
         batches += [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
     rng.shuffle(batches)
-    # The largest comes first: where memory will not do, the run ends at its first step.
+    # The largest comes first, so that running out of memory shows at the first step.
     first = max(range(len(batches)), key=lambda i: len(batches[i]) * max(map(length, batches[i])))
     batches[0], batches[first] = batches[first], batches[0]
     return batches

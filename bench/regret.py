@@ -153,7 +153,10 @@ def main(args):
     if args.model:
         write_data(args.data, Path(args.out, "data"))
         make_runs(args)
-    report(pandas.DataFrame(read_lines(args.lines)), args.lines.with_suffix(".png"))
+    lines = read_lines(args.lines)
+    if not lines:
+        raise ValueError(f"--lines {args.lines}: no runs yet, give --model and --data to make them")
+    report(pandas.DataFrame(lines), args.lines.with_suffix(".png"))
 
 
 if __name__ == "__main__":
