@@ -589,9 +589,9 @@ def load_adapter(model, folder, layer=LoRALinear):
     install(strip_lora(model), {wrapper.base: wrapper for wrapper in wrappers.values()}, heads)
     for key, parameter in file_parameters(wrappers, heads).items():
         parameter.detach().copy_(tensors[key])
-    here = torch.tensor(base_sample(list(wrappers.values())[-1]))
+    own_sample = torch.tensor(base_sample(list(wrappers.values())[-1]))
     # The relative difference is 0.1 for the same base in 4 bits, and 1.4 for another seed.
-    if here.shape == sample.shape and (here - sample).norm() > 0.3 * sample.norm():
+    if own_sample.shape == sample.shape and (own_sample - sample).norm() > 0.3 * sample.norm():
         warnings.warn(f"{folder} was trained on another base")
     return config
 

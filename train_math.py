@@ -51,7 +51,8 @@ from transformers.masking_utils import sdpa_mask
 from lora import (LoRAConfig, count_parameters, inject_lora, load_adapter, lora_layers,
                   quantize_nf4, save_adapter)
 
-# Huge pages for tensors (Linux), or training takes up to twice the memory.
+# torch then takes huge pages for large tensors (Linux). Without them the process of a training on a
+# CPU grew to up to twice the size of its tensors.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 RANK = int(os.environ.get("RANK", 0))  # both from torchrun
@@ -368,11 +369,11 @@ def encode(rows, tokenizer, max_length):
     Rows over max_length are left out, not cut: without its EOS a row would teach not to stop.
     """
     examples = []
-    for place, (question, answer, *more) in enumerate(rows, 1):
+    for place, (question, answer, *number) in enumerate(rows, 1):
         try:
             prompt, ids = encode_row(tokenizer, question, answer)
         except Exception as error:  # a chat template is a program and may raise anything
-            row = more[0] if more else place
+            row = number[0] if number else place
             raise ValueError(f"--data: row {row}: {first_line(error)}") from None
         if len(ids) <= max_length:
             examples.append((ids, len(prompt)))
@@ -395,8 +396,9 @@ def epoch_batches(examples, batch_size, seed, epoch):
         batches += [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
     rng.shuffle(batches)
     # The largest comes first, so that running out of memory shows at the first step.
-    first = max(range(len(batches)), key=lambda i: len(batches[i]) * max(map(length, batches[i])))
-    batches[0], batches[first] = batches[first], batches[0]
+    sizes = [len(batch) * max(map(length, batch)) for batch in batches]
+    largest = sizes.index(max(sizes))
+    batches[0], batches[largest] = batches[largest], batches[0]
     return batches
 
 
@@ -479,9 +481,9 @@ def load_model(name, dtype, device, nf4=False):
     return model.to(device).eval(), tokenizer
 
 
-def check_ids(model, encoded, more=0):
-    """Refuse ids without an embedding, and rows that, with `more` tokens, exceed the context."""
-    longest, largest = max(map(len, encoded)) + more, max(map(max, encoded))
+def check_ids(model, encoded, new_tokens=0):
+    """Refuse ids without an embedding, and rows that, with new tokens, exceed the context."""
+    longest, largest = max(map(len, encoded)) + new_tokens, max(map(max, encoded))
     positions = getattr(model.config, "max_position_embeddings", None) or longest
     embeddings = len(model.get_input_embeddings().weight)
     if longest > positions or largest >= embeddings:
@@ -763,10 +765,11 @@ def peak_memory(device):
 
 # --- checkpoints ---
 #
-# A resumed run repeats the interrupted one to the bit. The batches follow from --seed and the
-# epoch, and dropout from --seed and the number of the micro-batch, so no random state is saved.
-# What is left is A and B, AdamW's moments, the loss scale and the step, written in full before a
-# rename makes them visible. run.json says what must be the same: flags, rows, base.
+# A resumed run repeats the interrupted one to the bit, on the same kind of device and as many
+# processes. The batches follow from --seed and the epoch, and dropout from --seed and the number of
+# the micro-batch, so no random state is saved. What is left is A and B, AdamW's moments, the loss
+# scale and the step, written in full before a rename makes them visible. run.json says what must
+# be the same: flags, rows, base.
 
 MAY_CHANGE_ON_RESUME = {"model", "data", "device", "vram", "save_every", "resume", "run_name",
                         "checkpoint_activations"}  # the contents of model and data are compared
@@ -891,8 +894,9 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
                 (loss * (scaler.scale / targets)).backward()
                 total += loss.detach()
             loss, stop = sum_over_processes(parameters, float(total) / targets, bool(caught))
-            if step == start and (idle := [n for n, p in trained.items() if p.grad is None]):
-                bar.write(f"{len(idle)} weights had no gradient, such as {idle[0]}")
+            unreached = [name for name, p in trained.items() if p.grad is None]
+            if unreached and step == start:
+                bar.write(f"{len(unreached)} weights had no gradient, such as {unreached[0]}")
 
             # 3. Unscale and clip, in float32.
             scaler.unscale(parameters)
@@ -912,24 +916,25 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
             line = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm,
                     "loss_scale": scale, "tokens": tokens, "tokens_per_s": speed,
                     "peak_memory_gib": peak_memory(model.device) / GiB, "skipped": not finite}
-            shown = f"loss {loss:.3f}  lr {lr:.1e}  {speed:.0f} tok/s"
+            status = f"loss {loss:.3f}  lr {lr:.1e}  {speed:.0f} tok/s"
             if held_out and step in tenths:
                 line["val_loss"] = validation_loss(model, held_out, args.batch_size)
-                shown += f"  held-out loss {line['val_loss']:.3f}"
+                status += f"  held-out loss {line['val_loss']:.3f}"
             log(line)
             if scaler.gave_up:
                 raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}: try a lower "
                                  "--lr, or --dtype float32, and another --run-name")
             bar.update()
-            bar.set_postfix_str(shown)
+            bar.set_postfix_str(status)
             if step in tenths:
-                bar.write(f"step {step:5d}/{steps}  {shown}")
-            due = step % args.save_every == 0 if args.save_every else step in tenths
-            if metadata and (due or step == steps or stop):
+                bar.write(f"step {step:5d}/{steps}  {status}")
+            save_now = step % args.save_every == 0 if args.save_every else step in tenths
+            if metadata and (save_now or step == steps or stop):
                 folder = Path("checkpoints", args.run_name, f"step_{step:06d}")
-                state = {"step": step, "scaler": vars(scaler), "optimizer": optimizer.state_dict()}
+                to_resume = {"step": step, "scaler": vars(scaler),
+                             "optimizer": optimizer.state_dict()}
                 if RANK == 0:
-                    save_checkpoint(folder, model, state, metadata)
+                    save_checkpoint(folder, model, to_resume, metadata)
     gather(None)  # rank 0 may still be saving, and torchrun ends all when one exits
     if stop and step < steps:
         if metadata:
@@ -1077,8 +1082,8 @@ def experiment(args, run):
     if adapter is not None:
         print(f"begins with {adapter}")
 
-    more = 10 * (200 if args.val_samples is None else args.val_samples)  # some are passed over
-    table = read_table(args.data, "train", args.nb_samples + more, args.chat)
+    spare = 10 * (200 if args.val_samples is None else args.val_samples)  # some are passed over
+    table = read_table(args.data, "train", args.nb_samples + spare, args.chat)
     rows, held_out, passed_over = hold_out(table, args.nb_samples, args.val_samples)
     args.chat = isinstance(rows[0].question, list)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
@@ -1134,8 +1139,8 @@ def report(run, metrics, device):
     if best := lowest(read_log(metrics)):
         folder = run / f"step_{best[1]:06d}"
         where = f": {folder}" if folder.exists() else ""
-        more = ", the last: more --epochs may help" if folder == last else ""
-        print(f"the held-out loss is lowest, {best[0]:.3f}, at step {best[1]}{where}{more}")
+        hint = ", the last: more --epochs may help" if folder == last else ""
+        print(f"the held-out loss is lowest, {best[0]:.3f}, at step {best[1]}{where}{hint}")
     return last
 
 
@@ -1262,8 +1267,8 @@ def loading(flag, name):
         if type(error) is not ValueError and not Path(name).exists():  # ours are ValueErrors
             offline = re.search("connect|reach|offline|resolve", reason, re.IGNORECASE)
             hub = ", and the Hub cannot be reached" if offline else ""
-            more = "" if isinstance(error, FileNotFoundError) and error.errno else f" ({reason})"
-            reason = f"no such file or folder{hub}{more}"
+            local = isinstance(error, FileNotFoundError) and error.errno
+            reason = f"no such file or folder{hub}" + ("" if local else f" ({reason})")
         raise ValueError(f"{flag} {name}: {reason}") from None
 
 

@@ -216,7 +216,7 @@ def check_padding(model, row):
 
 # --- one run ---
 
-def label_of(r):
+def rank_name(r):
     return f"r={r}" if r else "full"
 
 
@@ -226,7 +226,7 @@ def train(args, data, r, seed):
     check_padding(model, max(data["validation"], key=length)[0])
     trainable, total = count_parameters(model)
     adapter = sum(layer.lora_A.numel() + layer.lora_B.numel() for _, layer in lora_layers(model))
-    print(f"{label_of(r)}, seed {seed}: {adapter:,} adapter + {trainable - adapter:,} other "
+    print(f"{rank_name(r)}, seed {seed}: {adapter:,} adapter + {trainable - adapter:,} other "
           f"weights train, {trainable / total:.2%} of {total:,}")
     if args.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(args.device)
@@ -304,7 +304,7 @@ def train(args, data, r, seed):
     positive = sum(label for _, label in data["validation"]) / n
     majority = max(positive, 1 - positive)  # what always the same label would score
     if run["ci95"][0] <= majority:
-        print(f"{label_of(r)}, seed {seed} is within chance, {majority:.1%}: try "
+        print(f"{rank_name(r)}, seed {seed} is within chance, {majority:.1%}: try "
               f"{'--lr' if r else '--full-lr'} three times as high or low, or more --epochs")
     return run, model
 
@@ -327,7 +327,7 @@ def read_runs(args, path):
 def report(runs, picture):
     """Print a row per rank. Draw its seeds' mean in a band from lowest to highest."""
     table = pandas.DataFrame(runs)
-    table["rank"] = [label_of(run["r"]) for run in runs]
+    table["rank"] = [rank_name(run["r"]) for run in runs]
     ranks = table.groupby("rank", sort=False)
     print(ranks.agg(
         adapter_weights=("adapter_parameters", "first"), trained=("trainable", "first"),
