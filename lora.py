@@ -35,6 +35,7 @@ import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
@@ -42,6 +43,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -57,7 +59,8 @@ class LoRAConfig:
     alpha       the update is scaled by alpha / r
     dropout     probability, on the adapter's input
     targets     endings of module names, in whole parts: "q_proj", "self_attn.q_proj". Or
-                "all-linear": all linear layers but the output head, tied layers and routers
+                "all-linear": all linear layers but tied layers, routers and the output head (that
+                of a model of transformers, or one called lm_head)
     also_train  endings of names of modules to train in full and save along: a new classifier
     rslora      scale by alpha / sqrt(r) instead (Kalajdzievski 2023, arXiv:2312.03732)
     """
@@ -97,8 +100,9 @@ class LoRALinear(nn.Module):
     because small updates round away in 16 bits: in bf16, 0.02 + 3e-5 is 0.02 again.
 
     A variant is a subclass: it overrides forward() and merged_weight(), adds its tensors to
-    adapter_parameters(), and lists in `options` what it adds to adapter_config.json. Loading also
-    builds one over an nn.Linear on the meta device, to learn the shapes of its tensors.
+    adapter_parameters(), and lists in `options` what it adds to adapter_config.json. Loading finds
+    the layers by the name of lora_A, and builds each over an nn.Linear on the meta device first, to
+    learn the shapes of its tensors.
     """
     options = {}
 
@@ -298,20 +302,35 @@ def refuse_waiting(model, action):
 
 
 def check_product(base):
-    """Raise ValueError unless the base's output is x W^T + b, tried on one random row."""
+    """Raise ValueError unless the base's output is x W^T + b, tried on one random row.
+
+    A dense layer must also follow when W changes: one with a mask, or with a copy of W, does not.
+    """
     dense = base.to_dense() if is_packed(base) else base
     W = dense._parameters.get("weight")  # None if it is computed, as by weight_norm
     plain = W is not None and W.dtype in FLOATS and not W.is_meta
     if plain:
-        x = torch.randn(1, 1, features(base)[1], generator=torch.Generator().manual_seed(0))
-        y = base(x.to(W))
-        b = None if dense.bias is None else dense.bias.float()
-        product = F.linear(x.to(W).float(), d_by_k(W.float(), dense), b)
-        plain = (isinstance(y, torch.Tensor) and y.shape == product.shape
-                 and bool((y.float() - product).norm() <= 0.01 * product.norm()))
+        k = features(base)[1]
+        x = torch.randn(1, 1, k, generator=torch.Generator().manual_seed(0)).to(W)
+        plain = is_product(base, x, W, dense)
+    if plain and dense is base:
+        W = W + k**-0.5
+        plain = is_product(partial(functional_call, base, {"weight": W}), x, W, dense)
     if not plain:
         raise ValueError(f"cannot merge into this {type(base).__name__}: its output is not "
                          "x W^T + b, with a dense W of floats")
+
+
+def is_product(function, x, W, layer):
+    """True if function(x) is x W^T + b within 1%, with the layer's b and its layout of W."""
+    try:
+        y = function(x)
+    except RuntimeError:  # sizes that do not match
+        return False
+    b = None if layer.bias is None else layer.bias.float()
+    product = F.linear(x.float(), d_by_k(W.float(), layer), b)
+    return (isinstance(y, torch.Tensor) and y.shape == product.shape
+            and bool((y.float() - product).norm() <= 0.01 * product.norm()))
 
 
 def unmerge_lora(model):
@@ -396,17 +415,17 @@ def select(model, config):
     """Return {name: layer} of what to wrap, and {name: module} of what to train in full."""
     modules = named(model)
     if any(isinstance(module, PARALLEL) for module in modules.values()):
-        raise ValueError("DDP would not synchronise a later adapter: inject first, then wrap")
+        raise ValueError("a parallel model would not synchronise a later adapter: inject first, "
+                         "then wrap")
     tied, heads = tied_modules(model), match(modules, config.also_train)
-    layers = linear_layers(model)
+    in_heads = set(chain.from_iterable(head.modules() for head in heads.values()))
+    layers = {name: layer for name, layer in linear_layers(model).items() if layer not in in_heads}
     if config.targets == ("all-linear",):
         left_out = tied | routers(model) | {output_head(model)}
         layers = {name: layer for name, layer in layers.items()
                   if layer not in left_out and not ends_in(name, ["lm_head"])}
     else:
         layers = match(layers, config.targets)
-    in_heads = set(chain.from_iterable(head.modules() for head in heads.values()))
-    layers = {name: layer for name, layer in layers.items() if layer not in in_heads}
     if not layers:
         raise ValueError("no linear layer is left to adapt")
 
@@ -483,9 +502,17 @@ ACCEPTED = set("""
 
 
 def adapter_state_dict(model):
-    """Return copies of what trains, which model.load_state_dict(copies, strict=False) restores."""
+    """Return copies of the adapter; model.load_state_dict(copies, strict=False) restores them."""
     refuse_waiting(model, "take an adapter_state_dict")
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    saved = set(file_parameters(*adapter_modules(model)).values())
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p in saved}
+
+
+def adapter_modules(model):
+    """Return {name: wrapper} and {name: module that trains in full}."""
+    in_full = stashed(model, "other_weights")
+    heads = {name: module for name, module in named(model).items() if module in in_full}
+    return dict(lora_layers(model)), heads
 
 
 def save_adapter(model, folder, metadata=None):
@@ -498,8 +525,9 @@ def save_adapter(model, folder, metadata=None):
     while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):
         model = getattr(model, "_orig_mod", None) or model.module
     refuse_waiting(model, "save")
-    layers, in_heads = dict(lora_layers(model)), stashed(model, "other_weights")
-    heads = {name: module for name, module in named(model).items() if module in in_heads}
+    layers, heads = adapter_modules(model)
+    if not layers:
+        raise ValueError("the model carries no adapter: call inject_lora or load_adapter first")
     configs = {layer.config for layer in layers.values()}
     if len(configs) != 1:
         raise ValueError(f"an adapter has one config, but this model has {len(configs)}")
@@ -518,7 +546,7 @@ def save_adapter(model, folder, metadata=None):
                       "made before injecting")
 
     options = {
-        "peft_type": "LORA", "task_type": task_type(model),
+        "peft_type": "LORA", "task_type": task_type(model, heads),
         "base_model_name_or_path": getattr(model, "name_or_path", None),
         "r": int(config.r), "lora_alpha": float(config.alpha),  # json writes no numpy numbers
         "lora_dropout": float(config.dropout), "modules_to_save": list(config.also_train) or None,
@@ -546,10 +574,12 @@ def shortened(names, model):
     return list(names) if others else endings
 
 
-def task_type(model):
+def task_type(model, heads):
     """Return the name by which PEFT's Auto classes choose a model class, or None."""
     if type(model).__name__.endswith("ForSequenceClassification"):
-        return "SEQ_CLS"
+        # For this one PEFT wants the head in the file, by one of two names.
+        head = any(name.rpartition(".")[2] in ("classifier", "score") for name in heads)
+        return "SEQ_CLS" if head else None
     if hasattr(model, "can_generate") and model.can_generate():
         return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     return None

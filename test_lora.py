@@ -393,7 +393,7 @@ def test_the_readme_s_lines_adapt_a_gpt_of_one_s_own(monkeypatch):
 # --- lora.py: a variant is a subclass ---
 
 class DoRALinear(LoRALinear):
-    """Liu et al. 2024 (arXiv:2402.09353): each row of W0 + delta is scaled to a trained length."""
+    """Liu et al. 2024 (arXiv:2402.09353): rows of W0 + delta have trained lengths. No dropout."""
     options = {"use_dora": True}
 
     def __init__(self, base, config):
@@ -460,6 +460,8 @@ def test_a_name_without_match_lists_what_exists():
     refused("'q_porj' matches no layer.*: eq_proj, lm_head, mlp, q_proj, v_proj",
             inject_lora, model, LoRAConfig(targets=("q_proj", "q_porj")))
     refused("'head' matches no", inject_lora, model, LoRAConfig(also_train="head"))
+    refused("'mlp' matches no", inject_lora, model, LoRAConfig(targets=("0.v_proj", "mlp"),
+                                                               also_train="mlp"))
     refused("no linear layer", inject_lora, nn.Linear(8, 8), LoRAConfig(targets="all-linear"))
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -550,7 +552,7 @@ def test_wrappers_come_after_injection():
     """DDP would not synchronise a later adapter; saving from inside must work."""
     model = saved(".")
     before, parallel = weights("."), nn.DataParallel(model)
-    refused("first, then wrap", inject_lora, nn.DataParallel(llama()), LoRAConfig())
+    refused("inject first, then wrap", inject_lora, nn.DataParallel(llama()), LoRAConfig())
     refused("no layer here has a name as in base_model", load_adapter, parallel, ".")
     save_adapter(torch.compile(parallel), ".")
     assert same_bits(weights("."), before)
@@ -617,7 +619,7 @@ def test_no_wrapper_can_be_used_while_it_waits(state):
 
 def test_no_adapter_is_a_clear_error():
     refused("no adapter.*inject_lora", merge_lora, llama())
-    refused("one config, but this model has 0", save_adapter, llama(), ".")
+    refused("carries no adapter", save_adapter, llama(), ".")
     with disable_lora(model := llama()):
         logits(model)
 
@@ -701,13 +703,39 @@ class Pair(nn.Linear):
         return super().forward(x), None
 
 
+class Masked(nn.Linear):
+    """Its weight is zero already where the mask will cut the update."""
+
+    def __init__(self, k, d):
+        super().__init__(k, d)
+        self.mask = torch.ones(d, k).tril()
+        self.weight.data *= self.mask
+
+    def forward(self, x):
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+class Cached(nn.Linear):
+    """It computes with a copy of its first weight."""
+
+    def forward(self, x):
+        self.copy = vars(self).get("copy", self.weight.data.clone())
+        return F.linear(x, self.copy, self.bias)
+
+
+class Turned(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight[:3]
+
+
 def doubled():
     layer = nn.Linear(16, 16)
     layer.register_forward_hook(lambda module, args, output: 2 * output)
     return layer
 
 
-@cases("base", [lambda: Louder(16, 16), lambda: Pair(16, 16), doubled,
+@cases("base", [lambda: Louder(16, 16), lambda: Pair(16, 16), doubled, lambda: Masked(16, 16),
+                lambda: Cached(16, 16), lambda: Turned(16, 16),
                 lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
                 lambda: nn.Linear(16, 16, device="meta")])
 def test_merging_refuses_what_is_no_plain_product(base):
@@ -814,6 +842,8 @@ def test_copies_of_the_adapter_s_state_go_back():
     before = adapter_state_dict(model)
     shake(model)
     assert changed(adapter_state_dict(model), before) == before.keys()
+    wrappers(model)[0].lora_A.requires_grad_(False)  # a frozen A belongs to the adapter too
+    assert adapter_state_dict(model).keys() == before.keys()
     model.load_state_dict(before, strict=False)
     assert same_bits(adapter_state_dict(model), before)
 
@@ -895,6 +925,14 @@ def test_peft_s_auto_classes_open_what_is_saved(kind, options, task):
     theirs = auto.from_pretrained("a").eval()
     more = dict(decoder_input_ids=IDS) if kind == "t5" else {}
     close(theirs(input_ids=IDS, **more).logits, model(input_ids=IDS, **more).logits)
+
+
+def test_a_classifier_whose_head_is_not_saved_opens_in_peft():
+    """For SEQ_CLS PEFT would want the head in the file."""
+    peft = pytest.importorskip("peft")
+    model = saved(".", roberta, targets="query")
+    assert adapter_config()["task_type"] is None
+    close(logits(peft.PeftModel.from_pretrained(roberta(), ".").eval()), logits(model))
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -1956,8 +1994,9 @@ def test_two_states_stay_whatever_lies_damaged_later():
     """Only then can a resumed run be resumed once more."""
     Path("step_000009").mkdir()
     model = injected(llama)
+    optimizer, scaler = torch.optim.AdamW(model.parameters()), LossScaler(False)
     for step in (1, 2, 3):
-        train_math.save_checkpoint(Path(f"step_00000{step}"), model, {}, {})
+        train_math.save_checkpoint(Path(f"step_00000{step}"), model, {}, step, optimizer, scaler)
     assert sorted(Path().glob("state_*")) == [Path("state_000002.pt"), Path("state_000003.pt")]
 
 

@@ -786,14 +786,15 @@ def state_of(folder):
     return folder.with_name(f"state_{folder.name[5:]}.pt")
 
 
-def save_checkpoint(folder, model, state, metadata):
+def save_checkpoint(folder, model, metadata, step, optimizer, scaler):
     """Write the adapter to a folder and the training state beside it: never a part of one.
 
     Every adapter is kept, and the states, twice as large, of the newest two.
     """
     part, state_part = folder.with_name(folder.name + ".part"), Path(f"{state_of(folder)}.part")
     save_adapter(model, part, metadata)
-    state["adapter"] = adapter_hash(part)
+    state = {"step": step, "optimizer": optimizer.state_dict(), "scaler": vars(scaler),
+             "adapter": adapter_hash(part)}
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one, after --resume
     part.rename(folder)
     content = io.BytesIO()  # to a file, torch.save would hide that a disk is full
@@ -856,14 +857,14 @@ def begin_run(run, args, examples, model, step):
 
 def train(model, examples, args, held_out=(), state=None, metadata=None):
     """Train what requires grad, from a state if given; with metadata, save checkpoints."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    parameters = list(trained.values())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     scaler = LossScaler(enabled=model.dtype == torch.float16)
     batches = [batch for epoch in range(args.epochs)
                for batch in epoch_batches(examples, args.batch_size, args.seed, epoch)]
     steps = min(math.ceil(len(batches) / args.grad_accum), args.max_steps or math.inf)
     tenths = {round(steps * tenth / 10) for tenth in range(1, 11)}
+    saves = set(range(0, steps, args.save_every)) if args.save_every else tenths
     start = step = state["step"] if state else 0
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -894,9 +895,8 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
                 (loss * (scaler.scale / targets)).backward()
                 total += loss.detach()
             loss, stop = sum_over_processes(parameters, float(total) / targets, bool(caught))
-            unreached = [name for name, p in trained.items() if p.grad is None]
-            if unreached and step == start:
-                bar.write(f"{len(unreached)} weights had no gradient, such as {unreached[0]}")
+            if step == start:
+                name_unreached(model, bar)
 
             # 3. Unscale and clip, in float32.
             scaler.unscale(parameters)
@@ -928,18 +928,22 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
             bar.set_postfix_str(status)
             if step in tenths:
                 bar.write(f"step {step:5d}/{steps}  {status}")
-            save_now = step % args.save_every == 0 if args.save_every else step in tenths
-            if metadata and (save_now or step == steps or stop):
+            if metadata and (step in saves or step == steps or stop):
                 folder = Path("checkpoints", args.run_name, f"step_{step:06d}")
-                to_resume = {"step": step, "scaler": vars(scaler),
-                             "optimizer": optimizer.state_dict()}
                 if RANK == 0:
-                    save_checkpoint(folder, model, to_resume, metadata)
+                    save_checkpoint(folder, model, metadata, step, optimizer, scaler)
     gather(None)  # rank 0 may still be saving, and torchrun ends all when one exits
     if stop and step < steps:
         if metadata:
             print(f"stopped: --run-name {args.run_name} --resume goes on from {folder}")
         sys.exit(128 + (caught or [signal.SIGTERM])[0])  # 130 for Ctrl-C, 143 for SIGTERM
+
+
+def name_unreached(model, bar):
+    """Say which weights no gradient has reached, as in parts of a model that text does not use."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if names:
+        bar.write(f"{len(names)} weights had no gradient, such as {names[0]}")
 
 
 def seed_dropout(seed, micro_batch):

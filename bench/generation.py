@@ -6,7 +6,8 @@
 Other ways: one generate() of transformers for each batch, with stop_strings, in which all rows stay
 to the end; and lm-evaluation-harness (pip install lm_eval).
 
-In each round every state and batch size takes its turn on the same problems. Printed are medians.
+In each round every state and batch size takes its turn on the same problems, or with --against ours
+and the other way, on the base in the last of --batches. Printed are medians.
 The adapter is random, r=8 on q and v, and so small that the answers stay nearly the same: what an
 adapter costs does not depend on its weights.
 """
@@ -81,6 +82,15 @@ def main(args):
     rivals = {"harness": harness_completions, "generate": generate_completions}
     speeds, seconds, same = defaultdict(list), defaultdict(list), {}
     for _ in range(args.rounds):
+        for rival in args.against:
+            taken, _, ours = run(args.batches[-1])
+            seconds[rival, "ours"].append(taken)
+            taken, theirs = timed(lambda: rivals[rival](model, tokenizer, prompts, args))
+            seconds[rival, "theirs"].append(taken)
+            same[rival] = sum(a.split("Question:")[0].strip() == b.strip()
+                              for a, b in zip(ours, theirs))
+        if args.against:
+            continue
         for batch_size in args.batches:
             taken, tokens, _ = run(batch_size)
             speeds[f"base, batch {batch_size}"].append(tokens / taken)
@@ -94,13 +104,6 @@ def main(args):
                 speeds[f"{state}, batch {batch_size}"].append(tokens / taken)
         unmerge_lora(model)
         strip_lora(model)
-        for rival in args.against:
-            taken, _, ours = run(args.batches[-1])
-            seconds[rival, "ours"].append(taken)
-            taken, theirs = timed(lambda: rivals[rival](model, tokenizer, prompts, args))
-            seconds[rival, "theirs"].append(taken)
-            same[rival] = sum(a.split("Question:")[0].strip() == b.strip()
-                              for a, b in zip(ours, theirs))
     for name, values in speeds.items():
         print(f"{name:24}{statistics.median(values):8.1f} tokens/s  "
               f"({min(values):.1f} to {max(values):.1f})")
