@@ -2641,6 +2641,17 @@ def test_every_command_in_the_readme_parses(patch):
         sys.modules[script].parse_args(shlex.split(flags))
 
 
+@cases("folder", [".", "results"])
+def test_every_link_leads_somewhere(folder):
+    text = (HERE / folder / "README.md").read_text(encoding="utf8")
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        name, _, section = link.partition("#")
+        assert link.startswith("https://") or (HERE / folder / name).exists(), link
+        if section:
+            words = section.replace("-", " ")
+            assert f"# {words}\n" in (HERE / folder / name).read_text(encoding="utf8").lower()
+
+
 def test_the_table_from_paper_to_code_names_what_exists():
     from operator import attrgetter
     rows = re.findall(r"^\|[^|]+\| `(\w+)\.py`: `([\w.]+)` \| `(test_\w+)` \|$", README, re.M)

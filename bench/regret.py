@@ -103,9 +103,12 @@ def make_runs(args):
                 run(args, setting, best[setting] + neighbour, seed)
 
 
-def interval(values):
-    """Return "mean +/- half a 95% interval" of three values."""
-    return f"{values.mean():+.4f} +/- {T_975 * values.std() / math.sqrt(len(values)):.4f}"
+def interval(values, sign=""):
+    """Return the mean of the seeds' values, and of three half a 95% interval."""
+    mean = f"{values.mean():{sign}.4f}"
+    if len(values) < 3:
+        return f"{mean} (seeds: {len(values)})"
+    return f"{mean} +/- {T_975 * values.std() / math.sqrt(3):.4f}"
 
 
 def report(table, picture):
@@ -115,7 +118,7 @@ def report(table, picture):
     best = {}  # (setting, batch): losses by seed, at the best learning rate
     for (batch, setting), runs in table.groupby(["batch_size", "setting"], sort=False):
         losses = runs.pivot(index="seed", columns="lr_power", values="val_loss")
-        whole = losses.dropna(axis=1)
+        whole = losses.dropna(axis=1)  # rates that all seeds so far have seen
         power = whole.mean().idxmin()
         if len(whole) == 3:
             best[setting, batch] = whole[power]
@@ -135,7 +138,7 @@ def report(table, picture):
 
     def compare(what, first, second):
         if best.keys() >= {first, second}:
-            print(f"{what}: {interval(best[first] - best[second])}")
+            print(f"{what}: {interval(best[first] - best[second], '+')}")
 
     compare("r=1 minus r=64", ("all linear, r=1", 32), ("all linear, r=64", 32))
     compare("attention minus MLP, one budget", ("attention, r=10", 32), ("MLP, r=8", 32))
@@ -146,7 +149,7 @@ def report(table, picture):
         compare(f"{setting}: batch 256 minus 32", (setting, 256), (setting, 32))
     cost = [best[setting, 256] - best[setting, 32] for setting in LARGE if (setting, 256) in best]
     if len(cost) == 2:
-        print(f"what the large batch costs, r=8 minus full: {interval(cost[0] - cost[1])}")
+        print(f"what the large batch costs, r=8 minus full: {interval(cost[0] - cost[1], '+')}")
 
 
 def main(args):
