@@ -216,7 +216,8 @@ def replace_modules(model, replacements):
     """Put replacements[module] in each module's place, under every name that it has."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            parent._modules[name] = replacements.get(child, child)
+            if replacements.get(child, parent) is not parent:  # a wrapper keeps its own base
+                parent._modules[name] = replacements[child]
 
 
 def named(model):
@@ -244,6 +245,7 @@ def count_parameters(model):
 # places, and each holds its wrapper in `waiting`: (wrapper, None) if off, (wrapper, W0) if merged.
 # Over a packed base W0 is no tensor, and the base itself stands for it.
 # nn.Module registers nothing that is in a tuple, so that state_dict() and .to() do not see it.
+# After an interrupt at any line, unmerge_lora gives back what was there.
 
 @torch.no_grad()
 def merge_lora(model):
@@ -255,34 +257,33 @@ def merge_lora(model):
     if is_merged(model):
         return model
     refuse_waiting(model, "merge")
-    layers, plain = dict(lora_layers(model)).values(), {}
+    layers = dict(lora_layers(model)).values()
     if not layers:
         raise ValueError("the model carries no adapter: call inject_lora or load_adapter first")
     for layer in layers:
         check_product(layer.base)
-    finished = False
     try:
         for layer in layers:
-            plain[layer] = layer.base.to_dense() if is_packed(layer.base) else layer.base
-            merge_layer(layer, plain[layer])
-        finished = True
-    finally:
-        replace_modules(model, {layer: here for layer, here in plain.items()
-                                if "waiting" in vars(here)})
-        if not finished:  # out of memory, or Ctrl-C: undo the layers merged so far
-            restore_wrappers(model)
+            merge_layer(model, layer)
+    except BaseException:  # out of memory, or Ctrl-C
+        unmerge_lora(model)
+        raise
     return model
 
 
-def merge_layer(layer, plain):
-    """Give the plain layer the merged weight; wrapper and W0 wait in it."""
+def merge_layer(model, layer):
+    """Put a plain layer with the merged weight in a wrapper's place; wrapper and W0 wait in it."""
+    packed = is_packed(layer.base)
+    plain = layer.base.to_dense() if packed else layer.base
     plain.train(layer.training)
-    W = layer.merged_weight(d_by_k(plain.weight, plain).float())
-    W = d_by_k(W, plain).to(plain.weight.dtype).contiguous()
-    # W0 waits on the CPU, so that a GPU holds two copies of one layer at most.
-    plain.waiting = (layer, layer.base if is_packed(layer.base) else plain.weight.to("cpu"))
+    W0 = d_by_k(plain.weight, plain)
+    W = layer.merged_weight(W0.to(torch.promote_types(W0.dtype, torch.float32)))
+    W = d_by_k(W, plain).to(W0.dtype).contiguous()
+    # W0 waits on the CPU, so that a GPU never holds the model twice.
+    plain.waiting = (layer, layer.base if packed else plain.weight.to("cpu"))
+    replace_modules(model, {layer: plain})
     plain.weight = nn.Parameter(W, requires_grad=False)
-    if is_packed(layer.base):
+    if packed:
         layer.to("cpu")
 
 
@@ -304,28 +305,26 @@ def refuse_waiting(model, action):
 def check_product(base):
     """Raise ValueError unless the base's output is x W^T + b, tried on one random row.
 
-    A dense layer must also follow when W changes: one with a mask, or with a copy of W, does not.
+    A dense layer has to follow when W changes, which one with a mask or a copy of W does not.
     """
     dense = base.to_dense() if is_packed(base) else base
     W = dense._parameters.get("weight")  # None if it is computed, as by weight_norm
-    plain = W is not None and W.dtype in FLOATS and not W.is_meta
-    if plain:
-        k = features(base)[1]
-        x = torch.randn(1, 1, k, generator=torch.Generator().manual_seed(0)).to(W)
-        plain = is_product(base, x, W, dense)
+    plain = W is not None and W.dtype in FLOATS and not W.is_meta and is_product(base, W, dense)
     if plain and dense is base:
-        W = W + k**-0.5
-        plain = is_product(partial(functional_call, base, {"weight": W}), x, W, dense)
+        other = W.flip(0, 1)
+        plain = is_product(partial(functional_call, base, {"weight": other}), other, dense)
     if not plain:
         raise ValueError(f"cannot merge into this {type(base).__name__}: its output is not "
                          "x W^T + b, with a dense W of floats")
 
 
-def is_product(function, x, W, layer):
+def is_product(function, W, layer):
     """True if function(x) is x W^T + b within 1%, with the layer's b and its layout of W."""
+    k = d_by_k(W, layer).shape[1]
+    x = torch.randn(1, 1, k, generator=torch.Generator().manual_seed(0), device="cpu").to(W)
     try:
         y = function(x)
-    except RuntimeError:  # sizes that do not match
+    except Exception:  # such as sizes that do not match
         return False
     b = None if layer.bias is None else layer.bias.float()
     product = F.linear(x.float(), d_by_k(W.float(), layer), b)
@@ -340,15 +339,14 @@ def unmerge_lora(model):
 
 def restore_wrappers(model):
     """Put every wrapper that waits back into its place, with the W0 that it had."""
-    places = stashed(model, "waiting")
-    for here, (layer, W0) in places.items():
-        layer.to(device_of(here)).train(here.training)
+    for plain, (layer, W0) in stashed(model, "waiting").items():
+        layer.to(device_of(plain)).train(plain.training)
         if isinstance(W0, torch.Tensor):
-            here.weight = nn.Parameter(W0.to(here.weight), requires_grad=False)
+            plain.weight = nn.Parameter(W0.to(plain.weight), requires_grad=False)
         elif W0 is not None:
-            layer.base.to(here.weight.dtype)  # packed: the dense layer may have been cast
-        del here.waiting
-    replace_modules(model, {here: layer for here, (layer, _) in places.items()})
+            layer.base.to(plain.weight.dtype)  # packed: the dense layer may have been cast
+        replace_modules(model, {plain: layer})
+        del plain.waiting
     return model
 
 
@@ -367,6 +365,7 @@ def strip_lora(model):
         if not merged:
             swap_weights(module)
         del module.other_weights
+        module.requires_grad_(False)
     return model
 
 
@@ -374,18 +373,19 @@ def strip_lora(model):
 def disable_lora(model):
     """Give the base back inside a with block, heads too. Blocks cannot be nested."""
     refuse_waiting(model, "switch off")
-    layers, heads = dict(lora_layers(model)).values(), stashed(model, "other_weights")
-    for layer in layers:
-        layer.base.waiting = (layer, None)
-        layer.base.train(layer.training)
-    replace_modules(model, {layer: layer.base for layer in layers})
-    for module in heads:
-        swap_weights(module)
+    layers, swapped = dict(lora_layers(model)).values(), []
     try:
+        for layer in layers:
+            layer.base.train(layer.training)
+            layer.base.waiting = (layer, None)
+        replace_modules(model, {layer: layer.base for layer in layers})
+        for module in stashed(model, "other_weights"):
+            swap_weights(module)
+            swapped.append(module)
         yield model
     finally:
         restore_wrappers(model)
-        for module in heads:
+        for module in swapped:
             swap_weights(module)
 
 
@@ -411,8 +411,11 @@ def swap_weights(module):
 
 # --- which layers can be adapted ---
 
-def select(model, config):
-    """Return {name: layer} of what to wrap, and {name: module} of what to train in full."""
+def select(model, config, names=None):
+    """Return {name: layer} of what to wrap, and {name: module} of what to train in full.
+
+    With names, the layers are these, whatever config.targets would match.
+    """
     modules = named(model)
     if any(isinstance(module, PARALLEL) for module in modules.values()):
         raise ValueError("a parallel model would not synchronise a later adapter: inject first, "
@@ -420,7 +423,9 @@ def select(model, config):
     tied, heads = tied_modules(model), match(modules, config.also_train)
     in_heads = set(chain.from_iterable(head.modules() for head in heads.values()))
     layers = {name: layer for name, layer in linear_layers(model).items() if layer not in in_heads}
-    if config.targets == ("all-linear",):
+    if names is not None:
+        layers = {name: layers[name] for name in names if name in layers}
+    elif config.targets == ("all-linear",):
         left_out = tied | routers(model) | {output_head(model)}
         layers = {name: layer for name, layer in layers.items()
                   if layer not in left_out and not ends_in(name, ["lm_head"])}
@@ -576,13 +581,18 @@ def shortened(names, model):
 
 def task_type(model, heads):
     """Return the name by which PEFT's Auto classes choose a model class, or None."""
-    if type(model).__name__.endswith("ForSequenceClassification"):
-        # For this one PEFT wants the head in the file, by one of two names.
-        head = any(name.rpartition(".")[2] in ("classifier", "score") for name in heads)
+    if not type(model).__module__.startswith("transformers."):
+        return None
+    from transformers.models.auto import modeling_auto as auto
+    kind = type(model).__name__
+    if kind in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        # PEFT then wants the head in the file, by one of these names.
+        head = {name.rpartition(".")[2] for name in heads} & {"classifier", "score"}
         return "SEQ_CLS" if head else None
-    if hasattr(model, "can_generate") and model.can_generate():
-        return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-    return None
+    if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "CAUSAL_LM"
+    seq_2_seq = kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
+    return "SEQ_2_SEQ_LM" if seq_2_seq else None
 
 
 def file_parameters(layers, heads):
@@ -610,11 +620,10 @@ def load_adapter(model, folder, layer=LoRALinear):
     refuse_waiting(model, "load an adapter")
     with disable_lora(model):  # names and shapes in the file are compared with the base's
         try:
-            config, tensors, sample = read_adapter(model, Path(folder), layer)
+            config, tensors, sample, layers, heads = read_adapter(model, Path(folder), layer)
         except Exception as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{folder} is no adapter for this model: {reason}") from None
-        layers, heads = select(model, config)
         wrappers = {name: layer(base, config) for name, base in layers.items()}
     install(strip_lora(model), {wrapper.base: wrapper for wrapper in wrappers.values()}, heads)
     for key, parameter in file_parameters(wrappers, heads).items():
@@ -627,9 +636,10 @@ def load_adapter(model, folder, layer=LoRALinear):
 
 
 def read_adapter(model, folder, layer):
-    """Return (config, {key: tensor}, sample of the base). Nothing in the files is executed.
+    """Return (config, {key: tensor}, sample of the base, {name: layer to wrap}, {name: head}).
 
-    The tensors have to be exactly those that injecting the config into this plain model makes.
+    Nothing in the files is executed. The tensors have to be exactly those that injecting the config
+    into this plain model makes.
     """
     from safetensors import safe_open
     options = json.loads((folder / CONFIG).read_bytes())
@@ -650,7 +660,7 @@ def read_adapter(model, folder, layer):
         targets=shortened(adapted, model),
         also_train=[ending for ending in options.get("modules_to_save") or ()
                     if any(ends_in(name, [ending]) for name in names)])
-    layers, heads = select(model, config)
+    layers, heads = select(model, config, adapted)
     wrappers = {}
     for name, base in layers.items():
         d, k = features(base)
@@ -668,7 +678,7 @@ def read_adapter(model, folder, layer):
                              f"{expected.get(key, 'missing')} in the model")
         if tensors[key].dtype not in FLOATS or not tensors[key].isfinite().all():
             raise ValueError(f"{key} is {tensors[key].dtype}, or not finite")
-    return config, tensors, sample
+    return config, tensors, sample, layers, heads
 
 
 def check_options(options, required):

@@ -758,34 +758,40 @@ def test_a_base_of_zeros_is_a_plain_product():
 
 
 @cases("dtype", [torch.float32, "nf4"])
-def test_an_interrupt_while_merging_leaves_all_as_it_was(dtype):
-    """At any line of the second layer's, as an error of memory or Ctrl-C would."""
+@cases("change", [merge_lora, unmerge_lora, lambda model: disable_lora(model).__enter__()])
+def test_after_an_interrupt_at_any_line_all_can_be_had_back(change, dtype):
+    """As by Ctrl-C or out of memory, in each function of lora.py that changes a state."""
     model = injected(lambda: in_dtype(SmallGPT(), dtype), targets="mlp")
     before, adapted = bits(model), logits(model)
-    lines = interrupted = 0
+    codes = [getattr(lora, name).__code__ for name in (
+        "merge_lora", "merge_layer", "replace_modules", "restore_wrappers", "disable_lora")]
+    codes[-1] = disable_lora.__wrapped__.__code__
+    interrupted = left = 0
 
     def interrupt(frame, event, arg):
-        nonlocal lines, interrupted
-        if frame.f_code is not lora.merge_layer.__code__ or frame.f_locals["layer"] is first:
-            return interrupt if event == "call" else None
-        lines += event == "line"
-        if lines > interrupted:
-            lines, interrupted = 0, interrupted + 1
+        nonlocal left
+        if frame.f_code not in codes:
+            return None
+        left -= event == "line"
+        if left == 0:
+            sys.settrace(None)
             raise KeyboardInterrupt
         return interrupt
 
-    first = wrappers(model)[0]
-    while not lora.is_merged(model):
-        lines = 0
+    while True:
+        if change is unmerge_lora:
+            merge_lora(model)
+        left = interrupted = interrupted + 1
         sys.settrace(interrupt)
         try:
-            merge_lora(model)
+            change(model)
+            break
         except KeyboardInterrupt:
-            sys.settrace(None)
-            assert same_bits(bits(model), before) and torch.equal(logits(model), adapted)
+            unmerge_lora(model)
+            assert same_bits(bits(model), before) and torch.equal(logits(model), adapted), left
         finally:
             sys.settrace(None)
-    assert interrupted >= 6
+    assert interrupted > 20
 
 
 @cases("dtype", [torch.float32, torch.bfloat16, "nf4"])
