@@ -34,8 +34,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from lora import dequantize_nf4, load_adapter, merge_lora, strip_lora
 from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, agree, check_ids,
                         checkpoints, describe_adapter, encode_prompt, format_prompt, gather,
-                        join_processes, load_model, loading, number, pick_device, pick_dtype,
-                        read_table, run_script)
+                        hash_of, join_processes, load_model, loading, number, pick_device,
+                        pick_dtype, read_table, run_script)
 
 
 # --- flags ---
@@ -101,14 +101,15 @@ def adopt_training(args, adapters):
 # --- answers ---
 
 NUMBER = re.compile(r"""
-    (?P<unread_latex>\\[dt]?frac[{]?)?          # a fraction that was not rewritten below
+    (?P<unread_latex>\\(?:[dt]?frac|sqrt)[{]?)? # a fraction not rewritten below, or a root
     (?P<minus>(?<![\w)])-)?                     # in 10-5 it is an operator
     (?:[$€£][ ]?(?P<minus_inside>-)?)?
     (?:(?P<whole>[0-9]+)[ ](?=[0-9]+[ ]?/[ ]?[0-9]))?       # of a mixed number, 1 1/2
     (?P<digits>[0-9]*\.?[0-9]+)                 # 12, 1.5, .5
     (?:[ ]?/[ ]?(?P<denominator>[0-9]+))?
     (?P<unread>[ ]?\\(?:sqrt|pi|[dt]?frac)      # 2\sqrt{3}
-    |[²³½¼¾]|(?:(?:[ ]?(?:[/^]|\*\*)[ ]?|[ ]?(?:×|x|\\times|\\cdot|\*)[ ]?(?=10\^)|[.eE{])
+    |[ ]?[²³⁴⁵⁶⁷⁸⁹½¼¾!]
+    |(?:(?:[ ]?(?:[/^]|\*\*)[ ]?|[ ]?(?:×|x|\\times|\\cdot|\*)[ ]?(?=10\^)|[.eE{])
         [-+.{}]*[0-9][0-9.{}]*)*)               # 10^6, 1e5, 1.2.3
     """, re.VERBOSE)
 sys.set_int_max_str_digits(0)  # a model may repeat one digit thousands of times
@@ -188,6 +189,8 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
             print("padding changes what this model computes: one prompt at a time", flush=True)
             batch_size = 1
         leave_after = 16 if has_plain_cache(model, encoded[0]) else max_new_tokens
+        # Under the plain prompt a model may go on with a question of its own. It is not answered.
+        stop = None if isinstance(prompts[0], list) else "Question:"
         # Like lengths share a batch, to save padding. The longest come first, so that running out
         # of memory comes soon.
         order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
@@ -195,7 +198,8 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
         completions = {}
         for start in tqdm(starts, unit="batch", disable=RANK > 0 or None):
             batch = {i: encoded[i] for i in order[start:start + batch_size]}
-            completions |= complete_batch(model, tokenizer, batch, eos, max_new_tokens, leave_after)
+            completions |= complete_batch(model, tokenizer, batch, eos, stop, max_new_tokens,
+                                          leave_after)
     finally:
         model.generation_config = own
     for others in gather(completions):
@@ -227,8 +231,8 @@ def padding_matters(model, row, pad):
     return not agree(logits[1], logits[0], tolerance)
 
 
-def complete_batch(model, tokenizer, prompts, eos, max_new_tokens, leave_after):
-    """Complete {i: token ids} as {i: (text, cut off)}.
+def complete_batch(model, tokenizer, prompts, eos, stop, max_new_tokens, leave_after):
+    """Complete {i: token ids} as {i: (text, cut off)}, up to an EOS or the text `stop`.
 
     Every leave_after tokens, rows that have ended leave the batch: kept, they would cost as much as
     the longest.
@@ -241,10 +245,11 @@ def complete_batch(model, tokenizer, prompts, eos, max_new_tokens, leave_after):
         keep = []
         for place, new in enumerate(out.sequences[:, width:].tolist()):
             text = tokenizer.decode(new, skip_special_tokens=True)
-            start, goes_on, _ = text.partition("Question:")  # it asks a question of its own
-            ended = goes_on or any(token in eos for token in new)
+            stopped = stop is not None and stop in text
+            ended = stopped or any(token in eos for token in new)
             if ended or len(new) == max_new_tokens:
-                completions[rows[place]] = start + goes_on, not ended
+                text = text[:text.index(stop) + len(stop)] if stopped else text
+                completions[rows[place]] = text, not ended
             else:
                 keep.append(place)
         rows = [rows[place] for place in keep]
@@ -349,7 +354,7 @@ def ask(args, model, tokenizer, adapters):
         print(f"\n{text}")
         for name, completions in said.items():
             completion, cut_off = completions[i]
-            text = completion.split("Question:")[0].strip() or "(it ended at once)"
+            text = completion.removesuffix("Question:").strip() or "(it ended at once)"
             print(f"--- {name}\n{text}{' ...' * cut_off}")
 
 
@@ -374,17 +379,16 @@ def plan(args, adapters, settings):
     scores = []
     for name, folder in {"base": None, **adapters}.items():
         path = Path(args.out, f"{name}-{Path(args.data).stem}-{settings['n']}.json")
-        wanted = settings | {"adapter": None}
-        if folder:  # another adapter may have lain in the same folder
-            wanted |= {"adapter": str(folder), "adapter_hash": adapter_hash(folder)}
+        wanted = settings | {"adapter_hash": folder and adapter_hash(folder)}
         if path.exists():
             with loading("--out", path):
                 found = json.loads(path.read_text())
-            for key, value in wanted.items():
-                if found.get(key, value) != value:  # older files lack some
-                    raise ValueError(f"{path} was made with {key} = {found[key]}, now it is "
-                                     f"{value}: choose another --out, or rename a folder")
-        scores.append((name, folder, path, wanted))
+                for key, value in wanted.items():
+                    if found.get(key, value) != value:  # older files lack some
+                        raise ValueError(f"it was made with {key} = {found[key]}, now it is "
+                                         f"{value}: choose another --out, or rename a folder")
+        where = {"adapter": folder and str(folder), "data": args.data}
+        scores.append((name, folder, path, where | wanted))
     return scores
 
 
@@ -452,8 +456,9 @@ def main(args):
                 reference(row)
         args.chat = isinstance(rows[0].question, list)
         settings = dict(
-            model=args.model, data=args.data, dtype=str(dtype)[6:], nf4=args.nf4, chat=args.chat,
-            shots=args.shots, max_new_tokens=args.max_new_tokens, n=len(rows) - args.shots)
+            model=args.model, dtype=str(dtype).removeprefix("torch."), nf4=args.nf4,
+            chat=args.chat, shots=args.shots, max_new_tokens=args.max_new_tokens,
+            n=len(rows) - args.shots, data_hash=hash_of(rows))
         if settings["n"] < 1:
             raise ValueError(f"--shots {args.shots} leaves none of {len(rows)} problems")
         if args.chat and args.shots:

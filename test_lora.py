@@ -763,9 +763,9 @@ def test_after_an_interrupt_at_any_line_all_can_be_had_back(change, dtype):
     """As by Ctrl-C or out of memory, in each function of lora.py that changes a state."""
     model = injected(lambda: in_dtype(SmallGPT(), dtype), targets="mlp")
     before, adapted = bits(model), logits(model)
-    codes = [getattr(lora, name).__code__ for name in (
-        "merge_lora", "merge_layer", "replace_modules", "restore_wrappers", "disable_lora")]
-    codes[-1] = disable_lora.__wrapped__.__code__
+    codes = [function.__code__ for function in (
+        merge_lora.__wrapped__, disable_lora.__wrapped__, lora.merge_layer, lora.replace_modules,
+        lora.restore_wrappers)]
     interrupted = left = 0
 
     def interrupt(frame, event, arg):
@@ -1232,7 +1232,7 @@ def test_rows_of_all_columns_and_kinds_of_file():
     rows = [{"query": "2024-01-01", "response": "r"}, {"question": "q", "answer": "r\u2028s"},
             {"prompt": "p", "completion": "c"}, {"instruction": "do", "output": "so"},
             {"instruction": "do", "input": "it", "output": "so"},
-            {"instruction": "do", "context": "it", "response": "so"}]
+            {"instruction": "do", "context": "it", "output": None, "response": "so"}]
     wanted = [("2024-01-01", "r"), ("q", "r\u2028s"), ("p", "c"), ("do", "so"), ("do\nit", "so"),
               ("do\nit", "so")]
     Path("x.json").write_text(json.dumps(rows))
@@ -1315,7 +1315,8 @@ def test_held_out_rows_stand_behind_the_training_rows_and_ask_something_else():
     assert hold_out(rows, 3, 2) == (rows[:3], [rows[4], rows[6]], 2)
     assert hold_out(rows, 99, 2) == (rows[:6], rows[6:], 0)  # a smaller file: its last ones
     assert hold_out(rows, 99, 0) == (rows, [], 0)
-    assert [len(part) for part in hold_out(10 * rows, 60)[:2]] == [60, 0]  # all are repeated
+    with pytest.warns(match="no row is held out"):  # all are repeated
+        assert [len(part) for part in hold_out(10 * rows, 60)[:2]] == [60, 0]
     assert [len(part) for part in hold_out([Row("q", "a", i, i) for i in range(64)], 99)[:2]] == [
         58, 6]
     refused("--val-samples 8 leaves nothing to train on", hold_out, rows, 99, 8)
@@ -2281,6 +2282,9 @@ def test_another_adapter_in_the_same_folder_is_not_taken_for_the_first(tiny):
     evaluate(tiny, "--adapter", "a", "--nb-samples", "2")
     saved("a", lambda: load(tiny)[0], r=2)
     refused("was made with adapter_hash = ", evaluate, tiny, "--adapter", "a", "--nb-samples", "2")
+    Path("test.jsonl").write_text((tiny / "train.jsonl").read_text())
+    flags = ["--data", "test.jsonl", "--nb-samples", "2"]
+    refused("was made with data_hash = ", evaluate, tiny, *flags)
 
 
 @cases("flags, message", [

@@ -282,7 +282,8 @@ def examples_of(row, chat):
         for i in answers:
             yield turns[:i], turns[i]["content"]
         return
-    names = next((pair for pair in COLUMNS if set(pair) <= set(row)), None)
+    pairs = [pair for pair in COLUMNS if set(pair) <= set(row)]
+    names = next((pair for pair in pairs if row[pair[1]] is not None), (*pairs, None)[0])
     if names is None or None in row:  # None: more fields than columns, in a .csv file
         raise ValueError(f"it has {[*row]}, expected messages or one of "
                          f"{', '.join(map('/'.join, COLUMNS))}")
@@ -321,6 +322,8 @@ def hold_out(rows, nb_samples, val_samples=None):
             repeated += 1
         else:
             held_out.append(row)
+    if val_samples and not held_out:
+        warnings.warn("no row is held out: each one left asks what a training row asks")
     return rows[:n], held_out, repeated
 
 
@@ -736,7 +739,7 @@ def settle_memory(model, batch, recompute):
         if recompute:
             recompute_blocks(model)
         print("activations are recomputed" if recompute else
-              "activations are kept: --checkpoint-activations takes less memory, and longer",
+              "activations are kept: --checkpoint-activations takes less memory, but more time",
               flush=True)
         return
     torch.cuda.reset_peak_memory_stats(device)
@@ -1095,6 +1098,9 @@ def experiment(args, run):
     held_out_examples = encode(held_out, tokenizer, args.max_length)
     if not examples:
         raise ValueError(f"--max-length {args.max_length} leaves none of {len(rows)} rows")
+    if not any(tokenizer.eos_token_id in ids[prompt:] for ids, prompt in examples):
+        warnings.warn(f"no target holds {tokenizer.eos_token}: the chat template writes none, so "
+                      "that the model will not learn to stop")
     encoded = [ids for ids, _ in examples + held_out_examples]
     check_ids(model, encoded)
     check_head(model, max(encoded, key=len))
