@@ -62,6 +62,7 @@ def train(flags, name, args):
     trial, peak = map(float, found.groups())
     kept = re.search(r"activations (kept|recomputed)", printed)[1]
     log = [json.loads(line) for line in open(args.work / f"runs/{name}/metrics.jsonl")]
+    log = [line for line in log if "loss" in line]  # step 0 has a held-out loss alone
     later = log[5:]  # the first steps load kernels
     seconds = sum(line["tokens"] / line["tokens_per_s"] for line in later)
     speed = sum(line["tokens"] for line in later) / seconds

@@ -86,8 +86,8 @@ def run_ours(args):
     command = [sys.executable, str(ROOT / "train_math.py"), "--model", args.model, "--data",
                args.data, "--nb-samples", str(args.batch * args.steps), "--epochs", "1",
                "--batch-size", str(args.batch), "--grad-accum", "1", "--dropout", "0",
-               "--warmup-steps", "0", "--targets", *args.targets, "--run-name", "bench",
-               "--dtype", str(dtype()).removeprefix("torch."), *args.flags]
+               "--warmup-steps", "0", "--val-samples", "0", "--run-name", "bench", "--targets",
+               *args.targets, "--dtype", str(dtype()).removeprefix("torch."), *args.flags]
     if subprocess.run(command, cwd=work, stdout=subprocess.DEVNULL).returncode:
         sys.exit("vs_peft.py: train_math.py failed")
     steps = [json.loads(line) for line in open(f"{work}/runs/bench/metrics.jsonl")]
