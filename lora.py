@@ -129,7 +129,7 @@ class LoRALinear(nn.Module):
             return self.scaling * (self.lora_B @ self.lora_A)
 
     def merged_weight(self, W0):
-        """Return the weight of a plain layer that does the same; both are (d, k) in fp32."""
+        """Return the weight of a plain layer that does the same; both (d, k), in fp32 or fp64."""
         return W0 + self.delta()
 
     def adapter_parameters(self):
@@ -245,14 +245,14 @@ def count_parameters(model):
 # places, and each holds its wrapper in `waiting`: (wrapper, None) if off, (wrapper, W0) if merged.
 # Over a packed base W0 is no tensor, and the base itself stands for it.
 # nn.Module registers nothing that is in a tuple, so that state_dict() and .to() do not see it.
-# After an interrupt at any line, unmerge_lora gives back what was there.
+# After an interrupt while merging or unmerging, unmerge_lora gives back what was there.
 
 @torch.no_grad()
 def merge_lora(model):
     """Put plain layers with W0 + scaling * B A in the wrappers' places; return the model.
 
-    No latency is added (Sec. 4.1). Summed in fp32, rounded once. A second call does nothing.
-    Raises ValueError, with no layer merged.
+    No latency is added (Sec. 4.1). Summed in fp32 or fp64, and rounded once. A second call does
+    nothing. Raises ValueError, with no layer merged.
     """
     if is_merged(model):
         return model
