@@ -7,8 +7,8 @@
     torchrun --nproc-per-node 2 -- eval_gsm8k.py --adapter DIR       # score on two GPUs
 
 Scores compare each adapter with the base. In --out: NAME-DATA-N.json (scores of N problems),
-NAME-DATA-N.jsonl (every completion) and, with matplotlib, a chart. A score that stands there is
-read and not made again, and refused if it was made with other settings.
+NAME-DATA-N.jsonl (every completion) and, with matplotlib, the chart DATA-N.png. A score that stands
+there is read, not made again, and refused if it was made with other settings.
 
 Completions that end in "#### n" score as in lm-evaluation-harness (gsm8k, strict and flexible).
 Different on purpose: "The answer is n" (MetaMathQA) counts too, and the later of two markers wins;
@@ -22,7 +22,6 @@ import os
 import re
 import sys
 import time
-import warnings
 from fractions import Fraction
 from pathlib import Path
 
@@ -33,9 +32,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from lora import dequantize_nf4, load_adapter, merge_lora, strip_lora
 from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, agree, check_ids,
-                        checkpoints, describe_adapter, encode_prompt, format_prompt, gather,
-                        hash_of, join_processes, load_model, loading, number, pick_device,
-                        pick_dtype, read_table, run_script)
+                        checkpoints, encode_prompt, format_prompt, gather, hash_of,
+                        join_processes, load_model, loading, number, pick_device, pick_dtype,
+                        read_table, run_script, trained_with, warn_of_another_use)
 
 
 # --- flags ---
@@ -78,24 +77,16 @@ def adopt_training(args, adapters):
 
     Warns of every adapter that was trained otherwise.
     """
-    given = vars(args).copy()
-    args.chat, args.nf4 = bool(args.chat), bool(args.nf4)
-    for i, folder in enumerate(adapters.values()):
+    trained = {}
+    for folder in adapters.values():
         with loading("--adapter", folder):
-            config, trained = describe_adapter(folder)
-        model = trained.get("model") or config.get("base_model_name_or_path")
-        if i == 0:
-            args.model = given["model"] or model
-        if model and model != args.model:
-            warnings.warn(f"{folder} was trained on {model}, and runs on {args.model} here")
-        for name in ("chat", "nf4"):
-            trained_with = trained.get(name, str(getattr(args, name))) == "True"
-            if i == 0 and given[name] is None:
-                setattr(args, name, trained_with)
-            if trained_with != getattr(args, name):
-                words = ("with", "without") if trained_with else ("without", "with")
-                warnings.warn(f"{folder} was trained {words[0]} --{name}, and runs {words[1]} it")
-    args.model = args.model or BASE_MODEL
+            trained[folder] = trained_with(folder)
+    first = next(iter(trained.values()), {})
+    for name, default in (("model", BASE_MODEL), ("chat", False), ("nf4", False)):
+        if getattr(args, name) is None:
+            setattr(args, name, first.get(name, default))
+    for folder, flags in trained.items():
+        warn_of_another_use(args, folder, flags)
 
 
 # --- answers ---
@@ -108,7 +99,7 @@ NUMBER = re.compile(r"""
     (?P<digits>[0-9]*\.?[0-9]+)                 # 12, 1.5, .5
     (?:[ ]?/[ ]?(?P<denominator>[0-9]+))?
     (?P<unread>[ ]?\\(?:sqrt|pi|[dt]?frac)      # 2\sqrt{3}
-    |[ ]?[²³⁴⁵⁶⁷⁸⁹½¼¾!]
+    |[ ]?[²³⁴⁵⁶⁷⁸⁹½¼¾]
     |(?:(?:[ ]?(?:[/^]|\*\*)[ ]?|[ ]?(?:×|x|\\times|\\cdot|\*)[ ]?(?=10\^)|[.eE{])
         [-+.{}]*[0-9][0-9.{}]*)*)               # 10^6, 1e5, 1.2.3
     """, re.VERBOSE)
@@ -166,7 +157,7 @@ def reference(row):
         bare = not re.search(r"[A-Za-z0-9\\-]", NUMBER.sub("", row.answer))
         value = numbers[0] if len(numbers) == 1 and bare else None
     if value is None:
-        raise ValueError(f"row {row.number}: expected an answer that ends in #### and a number, or "
+        raise ValueError(f"row {row.place}: expected an answer that ends in #### and a number, or "
                          f"is a number, found {row.answer[-40:]!r}")
     return value
 
@@ -353,9 +344,11 @@ def ask(args, model, tokenizer, adapters):
     for i, text in enumerate(args.ask):
         print(f"\n{text}")
         for name, completions in said.items():
-            completion, cut_off = completions[i]
-            text = completion.removesuffix("Question:").strip() or "(it ended at once)"
-            print(f"--- {name}\n{text}{' ...' * cut_off}")
+            completion, goes_on = completions[i]
+            if completion.endswith("Question:"):  # complete() stops there
+                completion, goes_on = completion.removesuffix("Question:"), True
+            end = " ..." if goes_on else ""
+            print(f"--- {name}\n{completion.strip() or '(it ended at once)'}{end}")
 
 
 def describe_prompt(args):
@@ -370,8 +363,9 @@ def save_merged(args, model, tokenizer, adapters):
     if RANK == 0:
         model.save_pretrained(args.save_merged)
         tokenizer.save_pretrained(args.save_merged)
+    prompt = describe_prompt(args) if "chat" in trained_with(folder) else "one it does not tell"
     print(f"written: {args.save_merged}/, a plain model of {folder} in {model.dtype}; it was "
-          f"trained under this prompt: {describe_prompt(args)}")
+          f"trained under this prompt: {prompt}")
 
 
 def plan(args, adapters, settings):
@@ -414,7 +408,7 @@ def score(args, model, tokenizer, rows, scores):
         base, results[name] = base or records, result
         print(describe(name, result), flush=True)
     if RANK == 0:
-        plot(path.with_suffix(".png"), results)
+        plot(Path(args.out, f"{Path(args.data).stem}-{result['n']}.png"), results)
 
 
 def plot(path, results):
@@ -446,7 +440,8 @@ def main(args):
                          f"{', '.join(map(str, adapters.values())) or 'none'}")
     if args.save_merged and Path(args.save_merged).exists():
         raise ValueError(f"--save-merged {args.save_merged} exists: give another name")
-    device = join_processes(pick_device(args.device))
+    device = pick_device(args.device)
+    join_processes(device)
     dtype, reason = pick_dtype(args.dtype, device)
     if not args.ask and not args.save_merged:
         limit = args.nb_samples and args.nb_samples + args.shots

@@ -1259,7 +1259,7 @@ def test_empty_answers_are_left_out_and_only_calculator_marks_removed(capsys):
     ("x.csv", "query,response\n", "no row"), ("x.csv", "query,response\n1,2,3\n", "row 1: it has"),
     ("x.csv", 'question,answer\na,b\n1+1?,"two\n2+2?,4\n', "row 2: unexpected end"),
     ("x.jsonl", '{"question": "a", "answer": "b"}\n\n{broken\n', "row 2: Expecting"),
-    ("x.parquet", "PAR1", "Arrow"), ("x.tsv", "question\tanswer", "ends in .jsonl"),
+    ("x.parquet", "PAR1", "Arrow"), ("x.txt", "question\tanswer", "ends in .jsonl"),
     ("x.json", '[{"query": 1, "response": "b"}]', "row 1: query is 1, expected text"),
     ("x.json", '[{"instruction": "a", "input": NaN, "output": "b"}]', "row 1: input is nan"),
     ("x.json", '[{"instruction": "a", "input": [1], "output": "b"}]', "row 1: input is .1."),
@@ -1331,7 +1331,7 @@ def test_a_row_s_original_question_is_what_metamathqa_calls_so():
     assert first.question == [dict(role="user", content="a")] and first.answer == "b"
     assert (first.original, second.original) == ("c", str(second.question))
     assert len(turns) == 2 and turns[0].original == turns[1].original
-    assert [row.number for row in (first, second, *turns)] == [1, 2, 3, 3]
+    assert [row.place for row in (first, second, *turns)] == [1, 2, 3, 3]
 
 
 # --- train_math.py: token ids ---
@@ -1936,7 +1936,7 @@ def test_interrupting_saves_and_says_how_to_go_on(signum, tiny, patch, capfd):
     def interrupt(step, *rest):
         if step == 1:
             signal.raise_signal(signum)
-            assert "finishing this step" in capfd.readouterr().err  # said at once
+            assert "stopping after a whole step" in capfd.readouterr().err  # said at once
             assert all(signal.getsignal(number) == handler  # a second one ends it
                        for number, handler in before.items())
         return learning_rate_at(step, *rest)
@@ -1989,10 +1989,10 @@ def test_chat_rows_are_told_in_the_adapter_s_header(tiny, patch):
     write_rows("chat.jsonl", *rows)
     flags = f"--model base --max-steps 1 --data {Path('chat.jsonl').absolute()}"
     last = run(tiny, flags)
-    assert train_math.describe_adapter(last)[1]["chat"] == "True"
-    with pytest.warns(match="was trained with chat = True, which differs here"):
-        train_math.main(parse_args([*command(tiny, "--run-name two --max-steps 1 --model base"),
-                                    "--adapter", str(last)]))
+    more = [*command(tiny, "--run-name two --max-steps 1 --model base"), "--adapter", str(last)]
+    assert train_math.trained_with(last)["chat"] is True is parse_args(more).chat
+    with pytest.warns(match="was trained with --chat, and runs without it"):
+        train_math.main(parse_args([*more, "--no-chat"]))
     refused("--adapter : ", parse_args, ["--adapter", ""])
     assert parse_args(["--adapter", str(last)]).model == "base"
 
@@ -2368,7 +2368,7 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, caps
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     again = train_sst2.main(args)
     assert again[:-1] == runs[:-1] and again[-1]["val_loss"] == runs[-1]["val_loss"]
-    refused("--lr was 0.005, is 0.1; .*--grad-accum was 1, is 2; give another --out",
+    refused(" lr was 0.005, is 0.1; .*grad_accum was 1, is 2; give another --out",
             train_sst2.main, sst2(encoder, "--lr 0.1 --grad-accum 2"))
     path.write_text(path.read_text()[:-30])
     refused("--out runs/sst2: ", train_sst2.main, args)

@@ -9,7 +9,7 @@
     torchrun --nproc-per-node 2 -- train_math.py                   # the same run on two GPUs
 
 Data: rows of query/response, question/answer, prompt/completion, instruction (+ input or context)
-and output or response, or messages, as .jsonl, .json, .parquet, .csv or a data set of the Hub.
+and output or response, or messages, as .jsonl, .json, .parquet, .csv, .tsv or from the Hub.
 
 Written: checkpoints/RUN/step_000375/ (an adapter in PEFT's format), state_000375.pt (optimizer) and
 run.json (flags) beside it, and runs/RUN/ (metrics.jsonl with a line per step, TensorBoard events,
@@ -51,8 +51,8 @@ from transformers.masking_utils import sdpa_mask
 from lora import (LoRAConfig, count_parameters, inject_lora, load_adapter, lora_layers,
                   quantize_nf4, save_adapter)
 
-# torch then takes huge pages for large tensors (Linux). Without them the process of a training on a
-# CPU grew to up to twice the size of its tensors.
+# torch then takes huge pages for large tensors (Linux). Without them a training process on a CPU
+# grew to twice the size of its tensors.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 RANK = int(os.environ.get("RANK", 0))  # both from torchrun
@@ -86,6 +86,7 @@ def number(kind, low, high=math.inf):
 def parse_args(argv=None):
     """Return the flags. With --resume or --adapter, those that were saved are the defaults."""
     parser, count = Parser(description=__doc__), number(int, 1)
+    on_or_off = argparse.BooleanOptionalAction
 
     def add(flag, default=None, help="", **options):
         if default is not None and default is not False:
@@ -93,15 +94,15 @@ def parse_args(argv=None):
         parser.add_argument(flag, default=default, help=help, **options)
 
     add("--model", BASE_MODEL, "Hub id or folder of the base model")
-    add("--data", "meta-math/MetaMathQA", "Hub id, or .jsonl/.json/.parquet/.csv")
-    add("--chat", False, "prompts by the tokenizer's chat template", action="store_true")
+    add("--data", "meta-math/MetaMathQA", "Hub id, or .jsonl/.json/.parquet/.csv/.tsv")
+    add("--chat", False, "prompts by the tokenizer's chat template", action=on_or_off)
     add("--nb-samples", 10000, "train on the first N rows, or turns of messages", type=count)
     add("--val-samples", None, "hold out the N rows after them, or the last ones (default: "
         "200 or a tenth, whichever is less; 0 for none)", type=number(int, 0))
     add("--epochs", 3, type=count)
     add("--max-steps", None, "stop after N steps; the learning rate ends there too", type=count)
-    add("--adapter", None, "start from this adapter, with its base and the five flags below",
-        metavar="DIR")
+    add("--adapter", None, "start from this adapter, trained on as it was: its base, prompt, and "
+        "the five flags below", metavar="DIR")
     add("--r", 8, "rank (Sec. 4.1)", type=count)
     add("--alpha", 16.0, "the update is scaled by alpha / r", type=number(float, 1e-9))
     add("--dropout", 0.05, "on the adapter's input", type=number(float, 0, 0.99))
@@ -115,9 +116,9 @@ def parse_args(argv=None):
     add("--grad-accum", 8, "micro-batches per step", type=count)
     add("--max-length", 512, "tokens; longer rows are left out", type=number(int, 2))
     add("--dtype", "auto", choices=["auto", "float32", "bfloat16", "float16"])
-    add("--nf4", False, "hold the base's linear layers in 4 bits (QLoRA)", action="store_true")
+    add("--nf4", False, "hold the base's linear layers in 4 bits (QLoRA)", action=on_or_off)
     add("--checkpoint-activations", None, "keep only each block's input, and recompute the rest in "
-        "backward (default: where memory runs out)", action=argparse.BooleanOptionalAction)
+        "backward (default: where memory runs out)", action=on_or_off)
     add("--device", "auto", "auto, cpu, cuda, cuda:1, mps")
     add("--vram", None, "cap CUDA memory at N GiB, 0.5 of it for CUDA itself",
         type=number(float, 0.6))
@@ -133,7 +134,7 @@ def parse_args(argv=None):
     saved = saved_flags(args)
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    for key in saved.keys() - MAY_CHANGE_ON_RESUME:
+    for key in saved.keys() - MAY_DIFFER - (set() if args.resume else {"chat", "nf4"}):
         now, then = getattr(args, key), saved[key]
         if now != then and not (key == "targets" and sorted(now) == sorted(then)):
             whose = f"the run {args.run_name}" if args.resume else args.adapter
@@ -149,47 +150,61 @@ def name_run(args):
 
 
 def saved_flags(args):
-    """Return the flags that hold because a run or an adapter was begun with them."""
+    """Return the flags of the run that is resumed, or of the adapter that is started from."""
     if args.resume:
         path = Path("checkpoints", args.run_name, "run.json")
         with loading("--resume", path):
             return json.loads(path.read_text())["flags"]
     if args.adapter is not None:
         with loading("--adapter", args.adapter):
-            config, header = describe_adapter(args.adapter)
-            targets = config["target_modules"]
-            base = header.get("model") or config.get("base_model_name_or_path")
-            return {"r": config["r"], "alpha": float(config["lora_alpha"]),
-                    "dropout": float(config.get("lora_dropout", 0)),
-                    "rslora": bool(config.get("use_rslora")),
-                    "targets": targets if isinstance(targets, list) else [targets],
-                    "model": base or args.model}
+            flags = trained_with(args.adapter)
+            return {key: value for key, value in flags.items() if key != "head"}
     return {}
 
 
-def describe_adapter(folder, task="CAUSAL_LM"):
-    """Return an adapter's config, and its header, where train_math.py writes model, chat, nf4."""
+def trained_with(folder, task="CAUSAL_LM"):
+    """Return the flags an adapter was trained with, those of model, chat and nf4 where known."""
     if steps := checkpoints(folder):
-        raise ValueError(f"a run of {len(steps)} checkpoints: give one of them, as {steps[-1]}")
+        raise ValueError(f"a run of {len(steps)} checkpoints: give one, for example {steps[-1]}")
     path = Path(folder, "adapter_config.json")
     if Path(folder).is_dir() and not path.exists():
         raise ValueError("this folder holds no adapter_config.json, so it is no adapter")
     config = json.loads(path.read_text(encoding="utf8"))
     if config.get("task_type") not in (None, task):
         raise ValueError(f"an adapter for {config['task_type']}, expected one for {task}")
+    targets = config["target_modules"]
+    flags = {"r": config["r"], "alpha": float(config["lora_alpha"]),
+             "dropout": float(config.get("lora_dropout", 0)),
+             "rslora": bool(config.get("use_rslora")),
+             "targets": targets if isinstance(targets, list) else [targets],
+             "head": config.get("modules_to_save") or []}
     with safe_open(Path(folder, "adapter_model.safetensors"), "pt") as file:
-        return config, file.metadata() or {}
+        header = file.metadata() or {}  # where experiment() writes these three
+    if base := header.get("model") or config.get("base_model_name_or_path"):
+        flags["model"] = base
+    return flags | {key: header[key] == "True" for key in ("chat", "nf4") if key in header}
+
+
+def warn_of_another_use(args, folder, trained):
+    """Warn if an adapter was trained on another base than args', over other bits or prompts."""
+    if trained.get("model", args.model) != args.model:
+        warnings.warn(f"{folder} was trained on {trained['model']}, and runs on {args.model} here")
+    for name in ("chat", "nf4"):
+        if trained.get(name, getattr(args, name)) != getattr(args, name):
+            words = ("with", "without") if trained[name] else ("without", "with")
+            warnings.warn(f"{folder} was trained {words[0]} --{name}, and runs {words[1]} it")
 
 
 # --- prompt and data: from a file to token ids ---
 
 # A question is a text, or the turns of a chat before the answer. Rows with the same `original` ask
-# the same, since MetaMathQA rephrases its problems. `number` counts the rows of the file.
-Row = namedtuple("Row", "question answer number original")
+# the same, since MetaMathQA rephrases its problems. `place` counts the rows of the file from 1.
+Row = namedtuple("Row", "question answer place original")
 
 COLUMNS = (("query", "response"), ("question", "answer"), ("prompt", "completion"),
            ("instruction", "output"), ("instruction", "response"))
-FILES = (".jsonl", ".json", ".parquet", ".csv")
+FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+SUBSETS = {"gsm8k": "main", "glue": "sst2"}  # of data sets that have several
 
 
 def format_prompt(question):
@@ -238,8 +253,7 @@ def open_table(data, split):
     path = Path(data)
     if not path.exists() and path.suffix not in FILES:
         import datasets  # takes seconds
-        subset = "main" if data.endswith("gsm8k") else None  # GSM8K has two
-        return datasets.load_dataset(data, subset, split=split)
+        return datasets.load_dataset(data, SUBSETS.get(path.name), split=split)
     # Files are read as they stand: datasets would turn "2024-01-01" into a date.
     if path.suffix == ".parquet":
         from pyarrow import parquet
@@ -251,6 +265,9 @@ def open_table(data, split):
         try:
             if path.suffix == ".csv":
                 rows.extend(csv.DictReader(file, strict=True))
+                return rows
+            if path.suffix == ".tsv":  # GLUE's quote nothing: a row may begin with a lone quote
+                rows.extend(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
                 return rows
             text = file.read()
             if text.lstrip().startswith("["):
@@ -283,10 +300,11 @@ def examples_of(row, chat):
             yield turns[:i], turns[i]["content"]
         return
     pairs = [pair for pair in COLUMNS if set(pair) <= set(row)]
-    names = next((pair for pair in pairs if row[pair[1]] is not None), (*pairs, None)[0])
-    if names is None or None in row:  # None: more fields than columns, in a .csv file
+    if not pairs or None in row:  # None: more fields than columns, in a .csv file
         raise ValueError(f"it has {[*row]}, expected messages or one of "
                          f"{', '.join(map('/'.join, COLUMNS))}")
+    answered = [pair for pair in pairs if row[pair[1]] is not None]
+    names = (answered or pairs)[0]
     question, answer = row[names[0]], row[names[1]]
     question, answer = text(question, names[0]), text("" if answer is None else answer, names[1])
     for name in ("input", "context", "system", "history"):
@@ -344,7 +362,7 @@ def chat_text(tokenizer, turns):
 
 
 def encode_row(tokenizer, question, answer):
-    """Return (ids of the prompt, ids of prompt and answer with EOS)."""
+    """Return (ids of prompt and answer, how many of them are prompt)."""
     chat = isinstance(question, list)
     if chat:  # the template brings its own BOS and EOS
         turns = [*question, {"role": "assistant", "content": answer}]
@@ -363,23 +381,23 @@ def encode_row(tokenizer, question, answer):
     if ids[:len(prompt)] != prompt:  # a token holds the end of the prompt and the answer's start
         ids = prompt + tokenizer(rest, add_special_tokens=False,
                                  split_special_tokens=not chat).input_ids
-    return prompt, ids + end
+    return ids + end, len(prompt)
 
 
 def encode(rows, tokenizer, max_length):
-    """Return [(token ids, how many of them are prompt)] of Rows, or of (question, answer) pairs.
+    """Return [(token ids with EOS, how many of them are prompt)] of Rows, or of (question, answer).
 
     Rows over max_length are left out, not cut: without its EOS a row would teach not to stop.
     """
     examples = []
-    for place, (question, answer, *number) in enumerate(rows, 1):
+    for i, row in enumerate(rows, 1):
         try:
-            prompt, ids = encode_row(tokenizer, question, answer)
+            example = encode_row(tokenizer, *row[:2])
         except Exception as error:  # a chat template is a program and may raise anything
-            row = number[0] if number else place
-            raise ValueError(f"--data: row {row}: {first_line(error)}") from None
-        if len(ids) <= max_length:
-            examples.append((ids, len(prompt)))
+            place = getattr(row, "place", i)
+            raise ValueError(f"--data: row {place}: {first_line(error)}") from None
+        if length(example) <= max_length:
+            examples.append(example)
     return examples
 
 
@@ -476,7 +494,7 @@ def load_model(name, dtype, device, nf4=False):
             name, dtype=dtype, output_loading_info=True)
         missing = sorted(info["missing_keys"])[:3]  # they would be random
         if missing or tokenizer.eos_token_id is None:
-            raise ValueError(f"{missing or 'an EOS token'} is missing")
+            raise ValueError(f"{', '.join(missing) or 'an EOS token'} is missing")
     if nf4:  # on the CPU: the device never holds the layers dense
         quantize_nf4(model)
         for parameter in model.parameters():  # views of the mapped file, which keep all of it
@@ -499,7 +517,7 @@ def check_ids(model, encoded, new_tokens=0):
 #
 # The base's weights and activations are in --dtype; A, B, their gradients and AdamW's moments are
 # in float32, and so is the loss. float16 has 5 bits of exponent: gradients on their way down to A
-# and B would vanish below 6e-8, so the loss is scaled up first, and the gradients down afterwards.
+# and B would vanish below 3e-8, so the loss is scaled up first, and the gradients down afterwards.
 # bfloat16 has float32's 8 bits of exponent, and needs no scaling. It has fewer digits, which is why
 # what sums up small steps, A and B, is not held in it.
 
@@ -583,103 +601,6 @@ def validation_loss(model, examples, batch_size):
     return sum(losses[i] for i in range(len(batches))) / count_targets(examples)
 
 
-# --- the attention, and what a model must be like ---
-
-def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
-    """Return (softmax(scaling Q K^T + causal bias) V, None): (b, n, h, c), and no weights.
-
-    query (b, h, n, c); key and value (b, g, n, c), h a multiple of g; attention_mask, where causal
-    is not enough, (b, 1, n, n), True where to look.
-    """
-    if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise NotImplementedError("a cap, sinks or a position bias")
-    b, h, n, c = query.shape
-    group = h // key.shape[1]
-    if query.device.type != "cpu":
-        # Below compute capability 8 torch's fused kernels take no grouped heads: without this,
-        # scores of (b, h, n, n) would be in memory.
-        if group > 1:
-            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-        out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout,
-                                             is_causal=attention_mask is None, scale=scaling)
-    else:
-        # The fused kernel's backward is slow here. The query heads of a group are stacked in the
-        # rows, so that K and V are not repeated.
-        if attention_mask is None:
-            attention_mask = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
-        bias = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
-        rows = (query * (scaling or c**-0.5)).reshape(b, -1, group * n, c)
-        scores = rows @ key.transpose(2, 3)  # (b, g, h/g n, n)
-        scores += bias.repeat(1, 1, group, 1)  # in place: scores are the largest tensors here
-        weights = F.dropout(F.softmax(scores, dim=-1), dropout)
-        out = (weights @ value).view(b, h, n, -1)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("lora_training", attention)
-AttentionMaskInterface.register("lora_training", sdpa_mask)  # else the mask is silently None
-
-
-def use_attention(model):
-    """Set the attention above, in place of transformers' own."""
-    model.set_attn_implementation("lora_training")
-
-
-def last_logits(model, ids):
-    """Return the logits at the last 16 positions, as batch_loss computes them, in float32."""
-    ids = torch.tensor([ids], device=model.device)
-    head = model.get_output_embeddings()
-    with torch.no_grad():
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -16:]
-        return head(hidden.to(head.weight.dtype)).float()
-
-
-def agree(logits, others, tolerance):
-    return bool((logits - others).norm() <= tolerance * others.norm())  # False for NaN
-
-
-def check_head(model, ids):
-    """Raise ValueError unless batch_loss computes the model's own logits, and they are causal.
-
-    ids: the longest row, so that sliding windows take effect.
-    """
-    # The relative error that one product may have.
-    rounding = 1e-5 if model.dtype == torch.float32 else 0.01
-    try:
-        with torch.no_grad():
-            inputs = torch.tensor([ids], device=model.device)
-            own = model(input_ids=inputs, use_cache=False).logits[:, -16:].float()
-        seen = last_logits(model, ids)
-        other = (ids[-1] + 1) % len(model.get_input_embeddings().weight)
-        changed = last_logits(model, [*ids[:-1], other])
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise ValueError(f"{type(model).__name__} is not supported here: {first_line(error)}"
-                         ) from None
-    if not agree(seen, own, rounding):
-        raise ValueError(f"{type(model).__name__} scales or caps its logits or shows no hidden "
-                         f"states (not supported here), or overflows in {model.dtype}")
-    if not agree(changed[:, :-1], seen[:, :-1], max(1e-4, rounding)):
-        raise ValueError(f"{type(model).__name__} is not causal: its logits see later tokens")
-
-
-def try_attention(model, ids):
-    """Set the attention above, unless it would change the model's logits."""
-    own, logits = model.config._attn_implementation, last_logits(model, ids)
-    # The relative error that all blocks may add up; over 30 it was 0.01 in 16 bits.
-    rounding = 1e-4 if model.dtype == torch.float32 else 0.05
-    try:
-        use_attention(model)
-        same = agree(last_logits(model, ids), logits, rounding)
-    except Exception as error:  # a mask of another kind, a cap, sinks
-        if is_out_of_memory(error):
-            raise
-        same = False
-    if not same:
-        model.set_attn_implementation(own)
-
-
 # --- memory ---
 
 MEMORY_ADVICE = ("try --nf4, --dtype float16, a smaller --batch-size; in training "
@@ -709,8 +630,10 @@ def fits(model, batch, reserve):
             batch_loss(model, batch).backward()
             del held
             return True
-        except torch.OutOfMemoryError:  # without `as error`: its traceback holds the activations
-            return False
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return False  # `error` ends here, whose traceback holds the activations
         finally:
             model.zero_grad(set_to_none=True)
 
@@ -774,7 +697,7 @@ def peak_memory(device):
 # scale and the step, written in full before a rename makes them visible. run.json says what must
 # be the same: flags, rows, base.
 
-MAY_CHANGE_ON_RESUME = {"model", "data", "device", "vram", "save_every", "resume", "run_name",
+MAY_DIFFER = {"model", "data", "device", "vram", "save_every", "resume", "run_name",
                         "checkpoint_activations"}  # the contents of model and data are compared
 
 
@@ -1042,7 +965,7 @@ def plot_loss(path):
 def catch_signals():
     """Yield a list that notes Ctrl-C and SIGTERM, for train() to stop after the step."""
     def note(signum, _):
-        os.write(2, b"\nfinishing this step; a second signal ends at once\n")
+        os.write(2, b"\nstopping after a whole step; a second signal ends at once\n")
         caught.append(signum)
         restore()
 
@@ -1056,6 +979,104 @@ def catch_signals():
         yield caught
     finally:
         restore()
+
+
+# --- the attention, and what a model must be like ---
+
+def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
+    """Return (softmax(scaling Q K^T + causal bias) V, None): (b, n, h, c), and no weights.
+
+    query (b, h, n, c); key and value (b, g, n, c), h a multiple of g; attention_mask, where causal
+    is not enough, (b, 1, n, n), True where to look.
+    """
+    if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise NotImplementedError("a cap, sinks or a position bias")
+    b, h, n, c = query.shape
+    group = h // key.shape[1]
+    if query.device.type != "cpu":
+        # Below compute capability 8 torch's fused kernels take no grouped heads: without this,
+        # scores of (b, h, n, n) would be in memory.
+        if group > 1:
+            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+        out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout,
+                                             is_causal=attention_mask is None, scale=scaling)
+    else:
+        # The fused kernel's backward is slow here. The query heads of a group are stacked in the
+        # rows, so that K and V are not repeated.
+        if attention_mask is None:
+            attention_mask = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
+        bias = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+        rows = (query * (scaling or c**-0.5)).reshape(b, -1, group * n, c)
+        scores = rows @ key.transpose(2, 3)  # (b, g, h/g n, n)
+        scores += bias.repeat(1, 1, group, 1)  # in place: scores are the largest tensors here
+        weights = F.dropout(F.softmax(scores, dim=-1), dropout)
+        out = (weights @ value).view(b, h, n, -1)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("lora_training", attention)
+AttentionMaskInterface.register("lora_training", sdpa_mask)  # else the mask is silently None
+
+
+def use_attention(model):
+    """Set the attention above, in place of transformers' own."""
+    model.set_attn_implementation("lora_training")
+
+
+def last_logits(model, ids):
+    """Return the logits at the last 16 positions, as batch_loss computes them, in float32."""
+    ids = torch.tensor([ids], device=model.device)
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -16:]
+        return head(hidden.to(head.weight.dtype)).float()
+
+
+def agree(logits, others, tolerance):
+    return bool((logits - others).norm() <= tolerance * others.norm())  # False for NaN
+
+
+def check_head(model, ids):
+    """Raise ValueError unless batch_loss computes the model's own logits, and they are causal.
+
+    ids: the longest row, so that sliding windows take effect.
+    """
+    # The relative error that one product may have.
+    rounding = 1e-5 if model.dtype == torch.float32 else 0.01
+    try:
+        with torch.no_grad():
+            inputs = torch.tensor([ids], device=model.device)
+            own = model(input_ids=inputs, use_cache=False).logits[:, -16:].float()
+        seen = last_logits(model, ids)
+        other = (ids[-1] + 1) % len(model.get_input_embeddings().weight)
+        changed = last_logits(model, [*ids[:-1], other])
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{type(model).__name__} is not supported here: {first_line(error)}"
+                         ) from None
+    if not agree(seen, own, rounding):
+        raise ValueError(f"{type(model).__name__} scales or caps its logits or shows no hidden "
+                         f"states (not supported here), or overflows in {model.dtype}")
+    if not agree(changed[:, :-1], seen[:, :-1], max(1e-4, rounding)):
+        raise ValueError(f"{type(model).__name__} is not causal: its logits see later tokens")
+
+
+def try_attention(model, ids):
+    """Set the attention above, unless it would change the model's logits."""
+    own, logits = model.config._attn_implementation, last_logits(model, ids)
+    # The relative error that all blocks may add up; over 30 it was 0.01 in 16 bits.
+    rounding = 1e-4 if model.dtype == torch.float32 else 0.05
+    try:
+        use_attention(model)
+        same = agree(last_logits(model, ids), logits, rounding)
+    except Exception as error:  # a mask of another kind, a cap, sinks
+        if is_out_of_memory(error):
+            raise
+        same = False
+    if not same:
+        print("the model's own attention is kept")
+        model.set_attn_implementation(own)
 
 
 # --- a run, from flags to files ---
@@ -1082,14 +1103,16 @@ def experiment(args, run):
     elif checkpoints(run):
         raise ValueError(f"{run} has checkpoints: add --resume, or give another --run-name")
     config = LoRAConfig(args.r, args.alpha, args.dropout, args.targets, rslora=args.rslora)
-    device = join_processes(pick_device(args.device))
+    device = pick_device(args.device)
+    join_processes(device)
     cap_memory(device, args.vram)
     dtype, reason = pick_dtype(args.dtype, device)
     args.dtype = str(dtype).removeprefix("torch.")
     if adapter is not None:
         print(f"begins with {adapter}")
 
-    spare = 10 * (200 if args.val_samples is None else args.val_samples)  # some are passed over
+    # Enough to hold out, even if nine in ten are passed over.
+    spare = 10 * (200 if args.val_samples is None else args.val_samples)
     table = read_table(args.data, "train", args.nb_samples + spare, args.chat)
     rows, held_out, passed_over = hold_out(table, args.nb_samples, args.val_samples)
     args.chat = isinstance(rows[0].question, list)
@@ -1111,7 +1134,8 @@ def experiment(args, run):
         inject_lora(model, config)
     else:
         load_adapter(model, adapter)
-        warn_of_another_prompt(args, adapter)
+        if not args.resume:
+            warn_of_another_use(args, adapter, trained_with(adapter))
 
     trainable, total = count_parameters(model)
     ids, prompt = examples[0]
@@ -1129,15 +1153,6 @@ def experiment(args, run):
     metadata = {"model": args.model, "chat": str(args.chat), "nf4": str(args.nf4)}
     train(model, examples, args, held_out_examples, state, metadata)
     return report(run, Path("runs", args.run_name, "metrics.jsonl"), device)
-
-
-def warn_of_another_prompt(args, adapter):
-    """Warn if an adapter was trained under another kind of prompt, or over another base."""
-    header = describe_adapter(adapter)[1]
-    for name in ("chat", "nf4"):
-        trained = header.get(name, str(getattr(args, name)))
-        if trained != str(getattr(args, name)):
-            warnings.warn(f"{adapter} was trained with {name} = {trained}, which differs here")
 
 
 def report(run, metrics, device):
@@ -1247,14 +1262,13 @@ def demo(seed):
 # --- processes, and the edge of a script ---
 
 def join_processes(device):
-    """Join torchrun's group, and silence all ranks but 0. Return the device."""
+    """Join torchrun's group, where there is one; only rank 0 prints."""
     if WORLD > 1:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    return device
 
 
 def gather(value):
@@ -1294,7 +1308,10 @@ def is_out_of_memory(error):
 
 
 def run_script(name, main, parse_args):
-    """End in one line on stderr and exit code 2 for what a flag or a file can cause."""
+    """End in one line on stderr and exit code 2 for what a flag or a file can cause.
+
+    `python -X dev` shows the traceback instead.
+    """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     hub_logging.set_verbosity_error()  # it would announce each of its five attempts
     sys.stdout.reconfigure(errors="backslashreplace")  # for consoles that cannot show a character
@@ -1306,6 +1323,8 @@ def run_script(name, main, parse_args):
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, SafetensorError) as error:  # the last: a full disk
+        if sys.flags.dev_mode:
+            raise
         message = " ".join(str(error).split()) or first_line(error)
     except RuntimeError as error:
         if not is_out_of_memory(error):

@@ -9,7 +9,7 @@
 
 One experiment is one folder, --out: sst2.jsonl has a line per finished run, and these are skipped;
 sst2.png the curves; r8-s0/ adapter and head of r=8 and seed 0, as PEFT saves them. Own data is a
-folder with train and validation as .jsonl or .tsv: sentence, and label 0 or 1.
+folder with train and validation, as .jsonl, .csv, .tsv or .parquet: sentence, and label 0 or 1.
 
 Weights are in float32 and products in --dtype, by autocast: an encoder is small, and full
 fine-tuning needs float32 weights. (train_math.py holds its base in --dtype, to fit a small card.)
@@ -17,7 +17,6 @@ SST-2's validation has 872 rows: at 93% one run's 95% interval is +/- 1.7 points
 targets share one alpha and lr, and the update is scaled by alpha / r: another rank (Sec. 7.2), or
 other targets at one budget (Sec. 7.1), is another scale too.
 """
-import csv
 import itertools
 import json
 import math
@@ -36,8 +35,9 @@ from tqdm import tqdm
 from eval_gsm8k import wilson_interval
 from lora import (LoRAConfig, count_parameters, inject_lora, load_adapter, lora_layers,
                   save_adapter)
-from train_math import (WORLD, GiB, LossScaler, Parser, agree, describe_adapter, epoch_batches,
-                        length, loading, number, peak_memory, pick_device, pick_dtype, run_script)
+from train_math import (FILES, WORLD, GiB, LossScaler, Parser, agree, epoch_batches, hash_of,
+                        length, loading, number, open_table, peak_memory, pick_device, pick_dtype,
+                        run_script, trained_with)
 
 BASE = "roberta-base"
 
@@ -85,21 +85,11 @@ def parse_args(argv=None):
 
 def read_sentences(data, split):
     """Return [(sentence, 0 or 1)] of a split. Raise ValueError for what cannot be read."""
-    tsv, jsonl = Path(data, f"{split}.tsv"), Path(data, f"{split}.jsonl")
+    files = [path for suffix in FILES if (path := Path(data, split + suffix)).exists()]
     with loading("--data", data):
-        if tsv.exists():
-            # GLUE's own files quote nothing: a row may begin with a lone quotation mark.
-            table = csv.DictReader(tsv.read_text(encoding="utf-8-sig").split("\n"),
-                                   delimiter="\t", quoting=csv.QUOTE_NONE)
-        elif jsonl.exists():
-            lines = jsonl.read_text(encoding="utf-8-sig").split("\n")
-            table = map(json.loads, filter(str.strip, lines))
-        elif Path(data).exists():
+        if Path(data).exists() and not files:
             raise ValueError(f"expected a folder with {split}.jsonl or {split}.tsv")
-        else:
-            import datasets
-            subset = "sst2" if data.endswith("glue") else None
-            table = datasets.load_dataset(data, subset, split=split)
+        table = open_table(str(files[0]) if files else data, split)
         rows = [(row.get("sentence"), str(row.get("label"))) for row in table]
         for place, (text, label) in enumerate(rows, 1):
             if not isinstance(text, str) or label not in ("0", "1"):
@@ -158,9 +148,9 @@ def load_encoder(args, r, seed):
 def load_adapted(args):
     """Return --adapter on its base; set --model and --head, if not given, to its own."""
     with loading("--adapter", args.adapter):
-        config, _ = describe_adapter(args.adapter, "SEQ_CLS")
-        args.model = args.model or config["base_model_name_or_path"] or BASE
-        args.head = args.head or config["modules_to_save"] or []
+        trained = trained_with(args.adapter, "SEQ_CLS")
+    args.model = args.model or trained.get("model", BASE)
+    args.head = args.head or trained["head"]
     model = load_encoder(args, None, 0)
     load_adapter(model, args.adapter)
     return model.eval()
@@ -241,6 +231,7 @@ def train(args, data, r, seed):
     windows = [chunks(window, args.batch_size) for epoch in range(args.epochs)
                for window in epoch_batches(data["train"], size, seed, epoch)]
     steps = len(windows)
+    warmup = max(1, min(100, 0.06 * steps))
     quarters = {round(steps * n / (4 * args.epochs)) for n in range(1, 4 * args.epochs + 1)}
     history, losses, done, seconds = [], [], 0, 0.0
 
@@ -248,9 +239,8 @@ def train(args, data, r, seed):
         start = time.perf_counter()
         model.train()
 
-        # 1. Learning rate: it rises over 6% of the steps (Table 9), at most 100, and then follows
-        #    a line from the peak at step 0 down to zero at the end. Skipped steps do not count.
-        warmup = max(1, min(100, 0.06 * steps))
+        # 1. Learning rate: the peak times the share of the steps that are left, and at first times
+        #    less, over 6% of the steps (Table 9), at most 100. Skipped steps do not count.
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * min((done + 1) / warmup, (steps - done) / steps)
 
@@ -297,8 +287,9 @@ def train(args, data, r, seed):
              + ("lr alpha dropout targets" if r else "full_lr"))
     n = len(data["validation"])
     run = {flag: getattr(args, flag) for flag in flags.split()}
-    run |= {"r": r, "seed": seed, "adapter_parameters": adapter, "trainable": trainable,
-            "total": total, **history[-1], "n": n, "ci95": list(wilson_interval(accuracy * n, n)),
+    run |= {"data_hash": hash_of(data), "r": r, "seed": seed, "adapter_parameters": adapter,
+            "trainable": trainable, "total": total, **history[-1], "n": n,
+            "ci95": list(wilson_interval(accuracy * n, n)),
             "skipped": steps - done, "seconds": seconds,
             "peak_memory_gib": peak_memory(args.device) / GiB, "history": history}
     positive = sum(label for _, label in data["validation"]) / n
@@ -311,14 +302,15 @@ def train(args, data, r, seed):
 
 # --- one experiment: its folder, table and picture ---
 
-def read_runs(args, path):
+def read_runs(path, args, data):
     """Return the finished runs. Refuse those of another experiment."""
+    settings = vars(args) | {"data_hash": hash_of(data)}
     lines = path.read_text().splitlines() if path.exists() else []
     with loading("--out", args.out):
         runs = [json.loads(line) for line in lines]
     for run in runs:
-        changed = [f"--{flag.replace('_', '-')} was {run[flag]}, is {value}"
-                   for flag, value in vars(args).items() if run.get(flag, value) != value]
+        changed = [f"{name} was {run[name]}, is {value}"  # older lines lack some
+                   for name, value in settings.items() if run.get(name, value) != value]
         if changed:
             raise ValueError(f"{path} holds other runs: {'; '.join(changed)}; give another --out")
     return runs
@@ -363,7 +355,8 @@ def report(runs, picture):
 @torch.no_grad()
 def predict(args):
     """Print label and probability of each sentence; return the probabilities of label 1."""
-    model, probabilities = load_adapted(args), []
+    model = load_adapted(args)  # its base, now in args.model, has the tokenizer
+    probabilities = []
     for text, ids in zip(args.predict, encode(args, args.predict)):
         p = float(logits_of(model, [ids], args.dtype).softmax(-1)[0, 1])
         print(f"{'positive' if p > 0.5 else 'negative'} {max(p, 1 - p):.1%}  {text}")
@@ -372,7 +365,8 @@ def predict(args):
 
 
 def score_adapter(args):
-    model, examples = load_adapted(args), read_data(args, "validation")
+    model = load_adapted(args)  # its base, now in args.model, has the tokenizer
+    examples = read_data(args, "validation")
     check_padding(model, max(examples, key=length)[0])
     accuracy, loss = evaluate(model, examples, args.dtype)
     low, high = wilson_interval(accuracy * len(examples), len(examples))
@@ -428,7 +422,7 @@ def main(args):
         raise ValueError("one process only: start it without torchrun")
     args.device = pick_device(args.device)
     dtype, reason = pick_dtype(args.dtype, args.device)
-    args.dtype = str(dtype)[6:]
+    args.dtype = str(dtype).removeprefix("torch.")
     print(f"{args.device}: float32 weights, matrix products in {args.dtype} ({reason})")
     if args.device.type == "mps" and args.checkpoint_activations:
         raise ValueError("--checkpoint-activations: on MPS torch recomputes other dropout masks")
@@ -439,7 +433,7 @@ def main(args):
     args.model = args.model or BASE
     data = {split: read_data(args, split) for split in ("train", "validation")}
     path = Path(args.out, "sst2.jsonl")
-    runs = read_runs(args, path)
+    runs = read_runs(path, args, data)
     path.parent.mkdir(parents=True, exist_ok=True)
     for r, seed in itertools.product(args.ranks + [None] * args.full_finetune, args.seeds):
         if (r, seed) not in [(run["r"], run["seed"]) for run in runs]:

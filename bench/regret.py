@@ -5,8 +5,8 @@
 
 A run is one of train_sst2.py: 10,000 sentences of the training set, one epoch, judged by the loss
 on its last 2,000 sentences, kept out of it. The validation split is never read. Learning rates go
-in factors of two, six at least, and on until the best, for seed 0, lies at no edge. Then come seeds
-1 and 2 at the best, batches of 256 at the best and higher rates, and both seeds at its neighbours.
+in factors of two, six at least, and on until the best, for seed 0, lies at no edge; the same with
+batches of 256, four at least. Then come seeds 1 and 2 at the best, and at its neighbours.
 Two processes with different --only share the work: both append to --lines.
 
 Printed: the best rate of each setting, and the differences that the published claims are about,
@@ -81,26 +81,30 @@ def run(args, setting, power, seed, batch=32):
     return line["val_loss"]
 
 
+def sweep(args, setting, powers, batch=32):
+    """Return the learning rate, as a power of 2, that is best for seed 0 and lies at no edge."""
+    losses = {power: run(args, setting, power, 0, batch) for power in powers}
+    while (best := min(losses, key=losses.get)) in (min(losses), max(losses)):
+        power = best + (1 if best == max(losses) else -1)
+        losses[power] = run(args, setting, power, 0, batch)
+    return best
+
+
 def make_runs(args):
-    best = {}
+    best = {}  # by setting and batch size
     for setting in args.only:
         powers = range(-16, -10) if setting == "full" else range(-12, -6)
-        losses = {power: run(args, setting, power, 0) for power in powers}
-        while (least := min(losses, key=losses.get)) in (min(losses), max(losses)):
-            power = least + (1 if least == max(losses) else -1)
-            losses[power] = run(args, setting, power, 0)
-        best[setting] = least
-    for setting in args.only:
-        for seed in (1, 2):
-            run(args, setting, best[setting], seed)
+        best[setting, 32] = sweep(args, setting, powers)
     for setting in set(LARGE) & set(args.only):
-        for higher in (0, 1, 2, 3):
-            for seed in (0, 1, 2):
-                run(args, setting, best[setting] + higher, seed, batch=256)
+        power = best[setting, 32]
+        best[setting, 256] = sweep(args, setting, range(power, power + 4), 256)
+    for (setting, batch), power in best.items():
+        for seed in (1, 2):
+            run(args, setting, power, seed, batch)
     for setting in args.only:
         for neighbour in (-1, 1):
             for seed in (1, 2):
-                run(args, setting, best[setting] + neighbour, seed)
+                run(args, setting, best[setting, 32] + neighbour, seed)
 
 
 def interval(values, sign=""):
