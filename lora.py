@@ -12,7 +12,7 @@
 Use, with any PyTorch model:
 
     inject_lora(model, LoRAConfig(r=8, alpha=16, targets=("q_proj", "v_proj")))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-4)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     ...                                 # your training loop
     save_adapter(model, "my-adapter")   # a few MB, in PEFT's format
 
@@ -22,7 +22,7 @@ Use, with any PyTorch model:
 
 On a first reading, stop at "which layers can be adapted". The appendix (a 4-bit base) can go.
 
-Differences from the paper
+Differences from the paper and the authors' code
 - A starts as nn.Linear's weight does, and its input has dropout, as in the authors' code. In the
   paper A is Gaussian, and Eq. 3 has no dropout.
 - The paper subtracts B A to get W0 back, which rounding makes inexact. W0 is put aside here.
@@ -77,7 +77,7 @@ class LoRAConfig:
             object.__setattr__(self, field, (names,) if isinstance(names, str) else tuple(names))
         in_range = {
             "r": isinstance(self.r, Integral) and self.r >= 1,
-            "alpha": isinstance(self.alpha, Real) and 0 < self.alpha < 1e30,  # no NaN
+            "alpha": isinstance(self.alpha, Real) and 0 < self.alpha < 1e30,  # no NaN or infinity
             "dropout": isinstance(self.dropout, Real) and 0 <= self.dropout < 1,
             "targets": self.targets != (),
             "rslora": isinstance(self.rslora, bool)}
@@ -96,13 +96,13 @@ class LoRAConfig:
 class LoRALinear(nn.Module):
     """h = W0 x + scaling * B A x (Eq. 3): a low-rank update beside a frozen linear layer.
 
-    Maps (..., k) to (..., d), in x's dtype. A and B are kept in fp32 whatever the base's dtype,
-    because small updates round away in 16 bits: in bf16, 0.02 + 3e-5 is 0.02 again.
+    Maps (..., k) to (..., d), in x's dtype, or autocast's. A and B are kept in fp32 whatever the
+    base's dtype, because small updates round away in 16 bits: in bf16, 0.02 + 3e-5 is 0.02 again.
 
-    A variant is a subclass: it overrides forward() and merged_weight(), adds its tensors to
-    adapter_parameters(), and lists in `options` what it adds to adapter_config.json. Loading finds
-    the layers by the name of lora_A, and builds each over an nn.Linear on the meta device first, to
-    learn the shapes of its tensors.
+    A variant is a subclass. It overrides forward() and, to the same effect, merged_weight(), adds
+    its tensors to adapter_parameters(), and lists in `options` what it adds to adapter_config.json.
+    d_by_k() turns the weight of a Conv1D. Loading finds the layers by the name of lora_A, and
+    builds each over an nn.Linear on the meta device first, to learn the shapes of its tensors.
     """
     options = {}
 
@@ -121,7 +121,9 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))        # (..., k) -> (..., r)
         update = F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        return self.base(x) + update  # base last: a block that is recomputed can stop before it
+        # The frozen base comes last. It saves nothing for the gradients of A and B, so that where
+        # activations are recomputed, torch stops before it.
+        return self.base(x) + update
 
     def delta(self):
         """Return the update scaling * B A, (d, k) in fp32."""
@@ -137,7 +139,8 @@ class LoRALinear(nn.Module):
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
     scaling = property(lambda self: self.config.scaling)
-    weight = property(lambda self: self.base.weight)  # for model code that reads layer.weight
+    # For model code that asks for their dtype or device. Computing with them bypasses A and B.
+    weight = property(lambda self: self.base.weight)
     bias = property(lambda self: self.base.bias)
 
     def extra_repr(self):
@@ -169,7 +172,7 @@ def is_packed(layer):
 def is_transposed(layer):
     """True for GPT-2's Conv1D in transformers, also if it is packed: its weight is (k, d)."""
     conv1d = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
-    return conv1d or is_packed(layer) and layer.transposed
+    return conv1d or (is_packed(layer) and layer.transposed)
 
 
 def d_by_k(weight, layer):
@@ -186,13 +189,14 @@ def device_of(module):
 def inject_lora(model, config, layer=LoRALinear):
     """Freeze the model, wrap the targets, train also_train (Sec. 4.2); return the wrapped names.
 
-    Create the optimizer afterwards. Raises ValueError, with the model untouched.
+    Create the optimizer afterwards. Raises ValueError, or RuntimeError while the adapter is merged
+    or off, with the model untouched.
     """
     refuse_waiting(model, "inject")
     if dict(lora_layers(model)):
         raise ValueError("the model carries an adapter: call strip_lora(model) first")
     layers, heads = select(model, config)
-    for name in named(model):
+    for name in named(model):  # PEFT compares letters, not whole parts of a name
         if name.endswith(config.also_train) and not ends_in(name, config.also_train):
             raise ValueError(f"also_train={config.also_train}: PEFT would take {name} too, whose "
                              "name ends in the same letters: name both, or write full names")
@@ -216,8 +220,9 @@ def replace_modules(model, replacements):
     """Put replacements[module] in each module's place, under every name that it has."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if replacements.get(child, parent) is not parent:  # a wrapper keeps its own base
-                parent._modules[name] = replacements[child]
+            new = replacements.get(child)
+            if new is not None and new is not parent:  # a wrapper keeps its own base
+                parent._modules[name] = new
 
 
 def named(model):
@@ -238,12 +243,32 @@ def count_parameters(model):
     return trainable, packed + sum(p.numel() for p in model.parameters())
 
 
+# --- heads: modules that train in full (also_train) ---
+#
+# A head stays in its place, and has two sets of weights: those of the base, and those that train.
+# One set is in the module. The other is in its dictionary `other_weights`, which nn.Module ignores.
+
+def train_in_full(module):
+    """Put a copy of the module's weights in, to train; the base's become the other ones."""
+    module.other_weights = {name: nn.Parameter(p.detach().clone())
+                            for name, p in module.named_parameters(recurse=False)}
+    swap_weights(module)
+
+
+def swap_weights(module):
+    """Exchange the weights in a head with its other ones."""
+    inside, outside = module._parameters, module.other_weights
+    for name, weight in outside.items():
+        weight.data = weight.data.to(inside[name])  # those inside may have been moved or cast
+        inside[name], outside[name] = weight, inside[name]
+
+
 # --- merge, switch off, take off ---
 #
-# An adapter is on, off or merged: which modules stand in the model says it, and no flag repeats it.
-# While it is on, these are the wrappers. While it is off or merged, plain layers stand in their
+# An adapter is on, off or merged, and the modules in the model are its state; there is no flag.
+# While it is on, these are the wrappers. While it is off or merged, plain layers are in their
 # places, and each holds its wrapper in `waiting`: (wrapper, None) if off, (wrapper, W0) if merged.
-# Over a packed base W0 is no tensor, and the base itself stands for it.
+# Over a packed base W0 is no tensor, and the base itself is put aside instead.
 # nn.Module registers nothing that is in a tuple, so that state_dict() and .to() do not see it.
 # After an interrupt while merging or unmerging, unmerge_lora gives back what was there.
 
@@ -251,8 +276,9 @@ def count_parameters(model):
 def merge_lora(model):
     """Put plain layers with W0 + scaling * B A in the wrappers' places; return the model.
 
-    No latency is added (Sec. 4.1). Summed in fp32 or fp64, and rounded once. A second call does
-    nothing. Raises ValueError, with no layer merged.
+    No latency is added (Sec. 4.1). Summed in fp32, over an fp64 base in fp64, and rounded once. A
+    second call does nothing. Raises ValueError, or RuntimeError while the adapter is off, with no
+    layer merged.
     """
     if is_merged(model):
         return model
@@ -305,14 +331,16 @@ def refuse_waiting(model, action):
 def check_product(base):
     """Raise ValueError unless the base's output is x W^T + b, tried on one random row.
 
-    A dense layer has to follow when W changes, which one with a mask or a copy of W does not.
+    A dense layer is tried with another W too, which a layer with a mask or a copy of W does not
+    follow.
     """
     dense = base.to_dense() if is_packed(base) else base
     W = dense._parameters.get("weight")  # None if it is computed, as by weight_norm
     plain = W is not None and W.dtype in FLOATS and not W.is_meta and is_product(base, W, dense)
     if plain and dense is base:
-        other = W.flip(0, 1)
-        plain = is_product(partial(functional_call, base, {"weight": other}), other, dense)
+        d, k = d_by_k(W, base).shape
+        other = d_by_k(torch.outer(random_row(d), random_row(k)) / math.sqrt(k), base).to(W)
+        plain = is_product(partial(functional_call, base, {"weight": other}), other, base)
     if not plain:
         raise ValueError(f"cannot merge into this {type(base).__name__}: its output is not "
                          "x W^T + b, with a dense W of floats")
@@ -320,8 +348,7 @@ def check_product(base):
 
 def is_product(function, W, layer):
     """True if function(x) is x W^T + b within 1%, with the layer's b and its layout of W."""
-    k = d_by_k(W, layer).shape[1]
-    x = torch.randn(1, 1, k, generator=torch.Generator().manual_seed(0), device="cpu").to(W)
+    x = random_row(d_by_k(W, layer).shape[1]).expand(1, 1, -1).to(W)
     try:
         y = function(x)
     except Exception:  # such as sizes that do not match
@@ -330,6 +357,11 @@ def is_product(function, W, layer):
     product = F.linear(x.float(), d_by_k(W.float(), layer), b)
     return (isinstance(y, torch.Tensor) and y.shape == product.shape
             and bool((y.float() - product).norm() <= 0.01 * product.norm()))
+
+
+def random_row(n):
+    """Return n numbers from N(0, 1), on the CPU and always the same."""
+    return torch.randn(n, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 def unmerge_lora(model):
@@ -387,26 +419,6 @@ def disable_lora(model):
         restore_wrappers(model)
         for module in swapped:
             swap_weights(module)
-
-
-# --- heads: modules that train in full (also_train) ---
-#
-# A head stays in its place, and has two sets of weights: those of the base, and those that train.
-# One set is in the module. The other is in its dictionary `other_weights`, which nn.Module ignores.
-
-def train_in_full(module):
-    """Put a copy of the module's weights in, to train; the base's become the other ones."""
-    module.other_weights = {name: nn.Parameter(p.detach().clone())
-                            for name, p in module.named_parameters(recurse=False)}
-    swap_weights(module)
-
-
-def swap_weights(module):
-    """Exchange the weights in a head with its other ones."""
-    inside, outside = module._parameters, module.other_weights
-    for name, weight in outside.items():
-        weight.data = weight.data.to(inside[name])  # those inside may have been moved or cast
-        inside[name], outside[name] = weight, inside[name]
 
 
 # --- which layers can be adapted ---
@@ -524,7 +536,7 @@ def save_adapter(model, folder, metadata=None):
     """Write adapter_model.safetensors and adapter_config.json, which PEFT and load_adapter read.
 
     metadata, {string: string}, goes into the header of the safetensors file. Raises ValueError
-    for what load_adapter could not restore.
+    for what load_adapter could not restore, and RuntimeError while the adapter is merged or off.
     """
     from safetensors.torch import save
     while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):
@@ -547,8 +559,8 @@ def save_adapter(model, folder, metadata=None):
             raise ValueError(f"{key} holds NaN or infinity")
     zero = [name for name, layer in layers.items() if not layer.lora_B.any()]
     if zero:
-        warnings.warn(f"B is still zero in {zero[0]}: it was not trained, or the optimizer was "
-                      "made before injecting")
+        warnings.warn(f"B is still zero in {zero[0]}: it was not trained, the optimizer was made "
+                      "before injecting, or the model never calls the layer")
 
     options = {
         "peft_type": "LORA", "task_type": task_type(model, heads),
@@ -573,7 +585,7 @@ def save_adapter(model, folder, metadata=None):
 
 
 def shortened(names, model):
-    """Return the last parts of the names, if no other module's name ends so, else the names."""
+    """Shorten names to their last parts, unless these would match other modules too."""
     endings = sorted({name.rpartition(".")[2] for name in names})
     others = [name for name in named(model) if ends_in(name, endings) and name not in names]
     return list(names) if others else endings
@@ -615,7 +627,8 @@ def load_adapter(model, folder, layer=LoRALinear):
     """Put a folder's adapter onto the model, replacing any other; return its config.
 
     Create the optimizer afterwards: loading replaces A and B. Raises ValueError, with the model
-    as it was, if the files are damaged or for another model.
+    as it was, if the files are damaged or for another model, and RuntimeError while an adapter is
+    merged or off. Warns of another base, which files of PEFT do not tell.
     """
     refuse_waiting(model, "load an adapter")
     with disable_lora(model):  # names and shapes in the file are compared with the base's
@@ -649,7 +662,7 @@ def read_adapter(model, folder, layer):
         sample = torch.tensor(json.loads((file.metadata() or {}).get("base", "[]"))).float()
 
     # The tensors' names say which layers are adapted: patterns in the config are not evaluated.
-    # In modules_to_save PEFT lists both "classifier" and "score", of which a model has one.
+    # In modules_to_save PEFT lists both "classifier" and "score": what is not here is passed over.
     names = list(named(model))
     adapted = [name for name in names if f"{PREFIX}{name}.lora_A.weight" in tensors]
     if not adapted:
@@ -790,9 +803,8 @@ def quantize_nf4(model, skip=("lm_head",)):
     """Put an NF4Linear in place of the linear layers; return their names.
 
     Call it on the CPU before injecting, then move the model, so that a GPU never holds the dense
-    weights.
-    The output head and names that end in one of skip stay dense, and, with a warning, layers that
-    cannot be packed.
+    weights. The output head and names that end in one of skip stay dense, and, with a warning,
+    layers that cannot be packed.
     """
     refuse_waiting(model, "quantise")
     if dict(lora_layers(model)):

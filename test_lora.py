@@ -74,7 +74,7 @@ def linear(kind, k, d):
     return layer
 
 
-def shake(model):
+def perturb(model):
     """Change everything that trains, as if it had been trained."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -111,7 +111,7 @@ def test_A_starts_as_the_weight_of_nn_linear_does():
 def test_forward_is_a_dense_layer_with_the_update_added(kind, rslora, scaling):
     """y must be (W0 + s B A) x + b (Eq. 3), s = alpha / r, or alpha / sqrt(r); dx, dA, dB too."""
     layer = LoRALinear(linear(kind, 24, 16), LoRAConfig(r=4, alpha=12, rslora=rslora))
-    shake(layer)
+    perturb(layer)
     weight = layer.base.weight if kind is nn.Linear else layer.base.weight.T
     x, A, B = torch.randn(3, 5, 24, requires_grad=True), layer.lora_A, layer.lora_B
     dense = F.linear(x, weight + scaling * B @ A, layer.base.bias)
@@ -120,10 +120,10 @@ def test_forward_is_a_dense_layer_with_the_update_added(kind, rslora, scaling):
     close(layer.delta(), scaling * B @ A)
 
 
-def test_dropout_is_on_the_adapter_s_input():
+def test_dropout_is_on_the_input_of_the_adapter():
     """With probability p, in training alone, it must drop elements of x, never of W0 x."""
     layer = LoRALinear(linear(nn.Linear, 24, 16), LoRAConfig(r=4, alpha=8, dropout=0.25))
-    shake(layer)
+    perturb(layer)
     x = torch.randn(9, 24)
     for mode, p in ((True, 0.25), (False, 0)):
         torch.manual_seed(3)
@@ -195,7 +195,7 @@ def injected(build, **options):
     """Return a model with an adapter that does something."""
     model = build()
     inject_lora(model, LoRAConfig(**dict(r=4, alpha=8) | options))
-    shake(model)
+    perturb(model)
     return model
 
 
@@ -203,6 +203,11 @@ def saved(folder, build=llama, **options):
     model = injected(build, **options)
     save_adapter(model, folder)
     return model
+
+
+def put_aside(model, state):
+    """Return a with block in which the wrappers wait, "merged" or "off"."""
+    return disable_lora(model) if state == "off" else nullcontext(merge_lora(model))
 
 
 def wrappers(model):
@@ -243,7 +248,7 @@ def logits(model):
     return getattr(output, "logits", output)
 
 
-def apart(a, b):
+def relative_error(a, b):
     """Return the norm of the difference, relative to that of b."""
     return float((a.float() - b.float()).norm() / b.float().norm())
 
@@ -281,24 +286,26 @@ def test_base_never_changes():
     assert changed(bits(model), before) == trained
 
 
-ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3, "nf4": 1e-6}
+ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3,
+            "nf4": 1e-6}
 
 
 @cases("build, target", [(llama, "v_proj"), (gpt2, "c_attn")])
 @cases("dtype", ROUNDING)
 def test_merge_rounds_once_and_unmerge_restores_every_bit(build, target, dtype):
-    """Merged W must be round(W0 + s B A), also when merged twice."""
+    """Merged W must be round(W0 + s B A), summed in fp32 or more, also when merged twice."""
     model = injected(lambda: in_dtype(build(), dtype), targets=target)
     before, unmerged, rounded = bits(model), logits(model), []
     for layer in wrappers(model):
         update = 2 * layer.lora_B @ layer.lora_A
         update = update.T if build is gpt2 else update
-        rounded.append((layer.weight.float() + update).to(layer.weight.dtype))
+        W0 = layer.weight if dtype == torch.float64 else layer.weight.float()
+        rounded.append((W0 + update).to(layer.weight.dtype))
     with torch.autocast("cpu", torch.bfloat16):  # the sum stays fp32
         assert merge_lora(model) is model and merge_lora(model) is model
     merged = [module.weight for name, module in model.named_modules() if name.endswith(target)]
     assert all(map(torch.equal, merged, rounded)) and len(merged) == 2
-    assert apart(logits(model), unmerged) < ROUNDING[dtype]
+    assert relative_error(logits(model), unmerged) < ROUNDING[dtype]
     assert unmerge_lora(model) is model
     assert same_bits(bits(model), before) and torch.equal(logits(model), unmerged)
 
@@ -344,8 +351,8 @@ DISTILBERT = dict(targets=("q_lin", "v_lin"), also_train=("pre_classifier", "cla
 @cases("kind, sizes, options, trainable", [
     ("llama", TINY, {}, 1_126_400), ("llama", TINY, dict(r=64, targets="all-linear"), 50_462_720),
     ("llama", {}, {}, 4_194_304),  # Llama-2-7B
-    *(("roberta", {}, HEAD | dict(also_train="classifier.out_proj", r=r), adapter + 1_538)
-      for r, adapter in ((1, 36_864), (2, 73_728), (4, 147_456), (8, 294_912))),
+    *(("roberta", {}, HEAD | dict(also_train="classifier.out_proj", r=r), adapter + 768 * 2 + 2)
+      for r, adapter in ((1, 36_864), (8, 294_912))),
     ("distilbert", {}, DISTILBERT, 739_586),
     ("llama", GPT3, dict(r=1), 4_718_592), ("llama", GPT3, {}, 37_748_736)])
 def test_parameter_counts_of_the_published_models(kind, sizes, options, trainable):
@@ -360,7 +367,7 @@ def test_parameter_counts_of_the_published_models(kind, sizes, options, trainabl
 
 @cases("build, options", [
     (llama, {}), (llama, dict(rslora=True)), (gpt2, dict(targets=("c_attn",))), (roberta, HEAD)])
-def test_training_curve_equals_peft_s(build, options):
+def test_training_curve_equals_that_of_peft(build, options):
     """PEFT must load our file and have the losses of 20 AdamW steps within 1e-4."""
     peft = pytest.importorskip("peft")
     model = saved(".", build, **options)
@@ -369,7 +376,7 @@ def test_training_curve_equals_peft_s(build, options):
     assert train(model, 20) == pytest.approx(train(theirs, 20), abs=1e-4)
 
 
-def test_the_readme_s_lines_adapt_a_gpt_of_one_s_own(monkeypatch):
+def test_the_snippet_of_the_readme_adapts_a_gpt(monkeypatch):
     """The README's snippet must work, also without lora.py's appendix."""
     source = Path(lora.__file__).read_text(encoding="utf8")
     source = source[:source.index("# --- appendix: a 4-bit base (NF4) ---\n")]
@@ -414,12 +421,12 @@ class DoRALinear(LoRALinear):
 
 
 @cases("build, target", [(llama, "q_proj"), (gpt2, "c_attn")])
-def test_dora_is_a_subclass_with_peft_s_losses_and_files(build, target):
+def test_dora_as_a_subclass_has_losses_and_files_of_peft(build, target):
     """Losses of 20 steps must be PEFT's; files must be read both ways; merging must agree."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=[target], use_dora=True)
     theirs = peft.get_peft_model(build(), config).eval()
-    shake(theirs)
+    perturb(theirs)
     theirs.save_pretrained(".")
     load_adapter(model := build(), ".", DoRALinear)
     close(logits(model), logits(theirs))
@@ -516,7 +523,7 @@ def test_a_gate_without_experts_is_adapted():
     assert inject_lora(block, LoRAConfig(targets="all-linear")) == ["experts.0"]
 
 
-def test_mamba_s_dt_proj_is_left_out():
+def test_dt_proj_of_mamba_is_left_out():
     """Its weight is read, it is never called: every adapted layer must get a gradient."""
     model = make("mamba", vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
     names = inject_lora(model, LoRAConfig(r=2, targets="all-linear"))
@@ -548,13 +555,13 @@ def test_an_offloaded_layer_is_refused():
     inject_lora(llama().to("meta"), LoRAConfig())
 
 
-def test_wrappers_come_after_injection():
+def test_parallel_models_are_wrapped_after_injection():
     """DDP would not synchronise a later adapter; saving from inside must work."""
     model = saved(".")
     before, parallel = weights("."), nn.DataParallel(model)
     refused("inject first, then wrap", inject_lora, nn.DataParallel(llama()), LoRAConfig())
     refused("no layer here has a name as in base_model", load_adapter, parallel, ".")
-    save_adapter(torch.compile(parallel), ".")
+    save_adapter(parallel, ".")
     assert same_bits(weights("."), before)
 
 
@@ -603,7 +610,7 @@ def test_a_trained_head_stays_after_merging():
 def test_no_wrapper_can_be_used_while_it_waits(state):
     """Each would lose the adapter or apply it twice."""
     model = saved(".")
-    with disable_lora(model) if state == "off" else nullcontext(merge_lora(model)):
+    with put_aside(model, state):
         calls = [(inject_lora, model, LoRAConfig()), (save_adapter, model, "."),
                  (load_adapter, model, "."), (adapter_state_dict, model),
                  (disable_lora(model).__enter__,), (quantize_nf4, model)]
@@ -621,7 +628,7 @@ def test_no_adapter_is_a_clear_error():
     refused("no adapter.*inject_lora", merge_lora, llama())
     refused("carries no adapter", save_adapter, llama(), ".")
     with disable_lora(model := llama()):
-        logits(model)
+        assert torch.equal(logits(model), logits(llama()))
 
 
 @cases("dtype", [torch.float32, "nf4"])
@@ -630,7 +637,7 @@ def test_casts_moves_and_modes_reach_what_waits(state, dtype):
     """Afterwards all must be where and what it is in a model that stood there all along."""
     model = injected(lambda: in_dtype(roberta(), dtype), targets="query", dropout=0.5)
     W0 = wrappers(model)[0].weight.detach().clone()
-    with disable_lora(model) if state == "off" else nullcontext(merge_lora(model)):
+    with put_aside(model, state):
         model.bfloat16().train()
     unmerge_lora(model)
     wanted = injected(lambda: in_dtype(roberta(), dtype), targets="query", dropout=0.5)
@@ -638,7 +645,7 @@ def test_casts_moves_and_modes_reach_what_waits(state, dtype):
     if dtype == torch.float32:
         assert torch.equal(wrappers(model)[0].weight, W0.bfloat16())  # cast once
     assert all(module.training for module in model.modules())
-    with disable_lora(model) if state == "off" else nullcontext(merge_lora(model)):
+    with put_aside(model, state):
         model.to("meta")
     assert all(tensor.is_meta for tensor in bits(unmerge_lora(model)).values())
 
@@ -653,7 +660,7 @@ def test_a_head_is_cast_while_its_other_weights_wait():
     assert torch.equal(logits(model.bfloat16()), adapted)
 
 
-def test_the_optimizer_s_parameters_stay_the_same():
+def test_parameters_stay_the_same_for_the_optimizer():
     model = injected(roberta, **HEAD)
     before = {name: p for name, p in model.named_parameters() if p.requires_grad}
     unmerge_lora(merge_lora(model))
@@ -690,7 +697,9 @@ def test_hooks_fire_once_a_call_in_every_state(dtype):
     assert states == [["before", "forward"]] * 4
     for handle in handles:
         handle.remove()
-    assert not fired() and not [merge_lora(model), fired()][1]
+    assert not fired()
+    merge_lora(model)
+    assert not fired()
 
 
 class Louder(nn.Linear):
@@ -706,10 +715,10 @@ class Pair(nn.Linear):
 class Masked(nn.Linear):
     """Its weight is zero already where the mask will cut the update."""
 
-    def __init__(self, k, d):
-        super().__init__(k, d)
-        self.mask = torch.ones(d, k).tril()
-        self.weight.data *= self.mask
+    def __init__(self, mask):
+        super().__init__(*mask.T.shape)
+        self.mask = mask
+        self.weight.data *= mask
 
     def forward(self, x):
         return F.linear(x, self.weight * self.mask, self.bias)
@@ -734,8 +743,11 @@ def doubled():
     return layer
 
 
-@cases("base", [lambda: Louder(16, 16), lambda: Pair(16, 16), doubled, lambda: Masked(16, 16),
-                lambda: Cached(16, 16), lambda: Turned(16, 16),
+TRIANGLE, TWO_BLOCKS = torch.ones(16, 16).tril(), torch.block_diag(*torch.ones(2, 8, 8))
+
+
+@cases("base", [lambda: Louder(16, 16), lambda: Pair(16, 16), doubled, lambda: Masked(TRIANGLE),
+                lambda: Masked(TWO_BLOCKS), lambda: Cached(16, 16), lambda: Turned(16, 16),
                 lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
                 lambda: nn.Linear(16, 16, device="meta")])
 def test_merging_refuses_what_is_no_plain_product(base):
@@ -752,7 +764,7 @@ def test_a_base_of_zeros_is_a_plain_product():
     nn.init.zeros_(base.weight)
     model = nn.Sequential(base)
     inject_lora(model, LoRAConfig(r=2, targets="0"))
-    shake(model)
+    perturb(model)
     update = model[0].delta()
     assert torch.equal(merge_lora(model)[0].weight, update)
 
@@ -804,7 +816,7 @@ def test_compiled_copied_and_pickled_models_agree(dtype):
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(twin), merged)
         assert torch.equal(logits(unmerge_lora(twin)), unmerged)
-        shake(twin)
+        perturb(twin)
         assert torch.equal(logits(model), merged)
 
 
@@ -843,10 +855,10 @@ def test_an_adapted_layer_keeps_its_input_once(wrap):
     assert len(calls) == 1  # recomputing stops before the base
 
 
-def test_copies_of_the_adapter_s_state_go_back():
+def test_copies_of_the_adapter_go_back():
     model = injected(roberta, **HEAD)
     before = adapter_state_dict(model)
-    shake(model)
+    perturb(model)
     assert changed(adapter_state_dict(model), before) == before.keys()
     wrappers(model)[0].lora_A.requires_grad_(False)  # a frozen A belongs to the adapter too
     assert adapter_state_dict(model).keys() == before.keys()
@@ -908,8 +920,9 @@ def test_targets_are_written_as_endings_where_these_say_the_same(build, options,
 
 @cases("kind, options, task", [
     ("llama", {}, "CAUSAL_LM"), ("roberta", HEAD, "SEQ_CLS"),
+    ("roberta", dict(targets="query"), None),  # for SEQ_CLS PEFT wants the head in the file
     ("distilbert", DISTILBERT, "SEQ_CLS"), ("t5", dict(targets="q"), "SEQ_2_SEQ_LM")])
-def test_peft_s_auto_classes_open_what_is_saved(kind, options, task):
+def test_auto_classes_of_peft_open_what_is_saved(kind, options, task):
     """task_type must be the one by which PEFT chooses the model's class; logits must agree."""
     peft = pytest.importorskip("peft")
     if kind == "t5":
@@ -925,20 +938,15 @@ def test_peft_s_auto_classes_open_what_is_saved(kind, options, task):
     model = type(base).from_pretrained("base").eval()
     saved("a", lambda: model, **options)
     assert adapter_config("a")["task_type"] == task
+    if task is None:
+        theirs = peft.PeftModel.from_pretrained(roberta(), "a").eval()
+        return close(logits(theirs), logits(model))
     auto = {"CAUSAL_LM": peft.AutoPeftModelForCausalLM,
             "SEQ_CLS": peft.AutoPeftModelForSequenceClassification,
             "SEQ_2_SEQ_LM": peft.AutoPeftModelForSeq2SeqLM}[task]
     theirs = auto.from_pretrained("a").eval()
     more = dict(decoder_input_ids=IDS) if kind == "t5" else {}
     close(theirs(input_ids=IDS, **more).logits, model(input_ids=IDS, **more).logits)
-
-
-def test_a_classifier_whose_head_is_not_saved_opens_in_peft():
-    """For SEQ_CLS PEFT would want the head in the file."""
-    peft = pytest.importorskip("peft")
-    model = saved(".", roberta, targets="query")
-    assert adapter_config()["task_type"] is None
-    close(logits(peft.PeftModel.from_pretrained(roberta(), ".").eval()), logits(model))
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -1053,14 +1061,14 @@ def test_adapters_that_peft_made_load_and_agree(build, targets, options):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, **options)
     theirs = peft.get_peft_model(build(), config).eval()
-    shake(theirs)
+    perturb(theirs)
     theirs.save_pretrained(".")
     load_adapter(model := build(), ".")
     close(logits(model), logits(theirs))
 
 
 @cases("dtype", DTYPES)
-def test_peft_s_base_of_an_adapted_head_must_be_this_model_s(dtype):
+def test_the_base_of_a_head_in_a_file_must_be_the_same(dtype):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
     peft.get_peft_model(llama(), config).save_pretrained(".")
@@ -1092,8 +1100,7 @@ def test_every_option_of_peft_is_honoured_harmless_or_refused():
 
 # --- lora.py: a 4-bit base ---
 
-def test_nf4_codes_agree_with_bitsandbytes():
-    """Each value must be its block's nearest, in 4.25 bits, as in bitsandbytes."""
+def test_nf4_takes_the_nearest_value_in_4_25_bits():
     layer = linear(nn.Linear, 320, 256)
     weight, packed = layer.weight.detach(), NF4Linear(layer)
     blocks, back = weight.view(-1, 64), packed.weight.view(-1, 64)
@@ -1105,7 +1112,11 @@ def test_nf4_codes_agree_with_bitsandbytes():
     nn.init.zeros_(ragged.weight)
     assert torch.equal(NF4Linear(ragged).weight, ragged.weight)
 
+
+def test_nf4_codes_agree_with_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
+    layer = linear(nn.Linear, 320, 256)
+    weight, packed = layer.weight.detach(), NF4Linear(layer)
     codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     assert torch.equal(codes.flatten(), packed.codes)
     close(packed.weight, functional.dequantize_4bit(codes, state), atol=3e-4)
@@ -1208,6 +1219,12 @@ def run(tiny, *flags):
     return train_math.main(parse_args(command(tiny, *flags)))
 
 
+def torchrun(script, flags):
+    """Run two processes on gloo; each rank's stderr is in the result."""
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run([*call, "--", str(script), *flags], capture_output=True, text=True)
+
+
 def metrics(name="run"):
     return [json.loads(line) for line in open(f"runs/{name}/metrics.jsonl")]
 
@@ -1284,7 +1301,7 @@ def test_bad_data_is_one_clear_error(name, text, message):
     refused(f"--data {name}: .*{message}", read_rows, name, "train")
 
 
-def test_a_hub_data_set_s_subset_and_split(patch):
+def test_subset_and_split_of_a_data_set_on_the_hub(patch):
     """GSM8K and GLUE need a subset; scores must come from the split asked for."""
     import datasets
 
@@ -1322,7 +1339,7 @@ def test_held_out_rows_stand_behind_the_training_rows_and_ask_something_else():
     refused("--val-samples 8 leaves nothing to train on", hold_out, rows, 99, 8)
 
 
-def test_a_row_s_original_question_is_what_metamathqa_calls_so():
+def test_the_original_question_is_what_metamathqa_calls_so():
     """The turns of one conversation ask the same; so do equal questions."""
     write_rows("x.jsonl", dict(query="a", response="b", original_question="c"),
                dict(query="a", response="b"),
@@ -1382,7 +1399,7 @@ TURNS = [dict(role="user", content="1+1?"), dict(role="assistant", content="2"),
 
 
 @cases("template, target", [(LLAMA_2, " 4 </s>"), (CHATML, "4<|im_end|>\n")])
-def test_a_chat_s_ids_are_the_template_s_own(template, target):
+def test_ids_of_a_chat_are_those_of_the_template(template, target):
     """A row for each turn of the assistant; no second BOS or EOS; the target is the turn."""
     tokenizer = letters(template)
     write_rows("x.jsonl", {"messages": TURNS})
@@ -1441,7 +1458,7 @@ def test_a_process_of_torchrun_touches_its_own_gpu_alone(monkeypatch, patch):
     refused("--device cuda:9: ", train_math.pick_device, "cuda")
 
 
-def test_half_precision_without_units_is_the_user_s_choice(patch):
+def test_half_precision_without_units_has_to_be_asked_for(patch):
     """There auto must be float32; another dtype by name must warn and obey."""
     patch(torch.cpu, get_capabilities=dict)
     assert train_math.pick_dtype("auto", CPU)[0] == torch.float32
@@ -1468,7 +1485,7 @@ def test_models_are_loaded_as_asked_or_refused(tiny):
         refused(f"--model {name}: .*{words}", load_model, name, torch.float32, CPU)
 
 
-def test_rows_beyond_the_model_s_positions_are_refused(tiny):
+def test_rows_beyond_the_positions_are_refused(tiny):
     """Learned positions would end in an index error, rotary ones in nonsense."""
     model, tokenizer = load(tiny)
     model.config.max_position_embeddings = 40
@@ -1717,7 +1734,7 @@ def test_vram_caps_what_the_allocator_may_take(patch):
 
 # --- train_math.py: loss scaling, schedule, numbers that go wrong ---
 
-def test_loss_scaler_agrees_with_torch_s_grad_scaler():
+def test_loss_scaler_agrees_with_grad_scaler():
     ours, scales = LossScaler(True, scale=2.0**16, interval=3), set()
     theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
     mine, weight, unreached = [nn.Parameter(torch.ones(2)) for _ in range(3)]
@@ -1950,7 +1967,7 @@ def test_interrupting_saves_and_says_how_to_go_on(signum, tiny, patch, capfd):
     assert all(signal.getsignal(number) == handler for number, handler in before.items())
 
 
-def test_a_run_is_one_process_s(tiny):
+def test_a_second_process_is_refused(tiny):
     Path("checkpoints/run").mkdir(parents=True)
     with filelock.FileLock("checkpoints/run/.lock"):
         refused("is being trained by another process", run, tiny, "--max-steps 1")
@@ -1958,7 +1975,7 @@ def test_a_run_is_one_process_s(tiny):
 
 
 @cases("two_steps", [False, True])
-def test_the_demo_s_problems_are_right(two_steps):
+def test_problems_of_the_demo_are_right(two_steps):
     for seed in range(200):
         problem = demo_problem(random.Random(seed), two_steps)
         steps = re.findall(r"(\d+) ([+-]) (\d+) = (\d+) \.", problem["answer"])
@@ -1972,13 +1989,13 @@ def test_the_demo_s_problems_are_right(two_steps):
         assert problem["answer"].endswith(f"The answer is {have}")
 
 
-def test_the_demo_takes_no_run_of_one_s_own_away(tiny):
+def test_the_demo_deletes_no_other_run(tiny):
     last = run(tiny, "--max-steps 1 --run-name demo")
     refused("a run of your own", train_math.main, parse_args(["--demo"]))
     assert last.exists()
 
 
-def test_chat_rows_are_told_in_the_adapter_s_header(tiny, patch):
+def test_an_adapter_tells_that_it_was_trained_on_chats(tiny, patch):
     """messages are a chat without --chat; another prompt than the adapter's must be told."""
     base = Path(shutil.copytree(tiny / "base", "base"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(base)
@@ -2018,9 +2035,7 @@ def test_a_log_that_a_kill_cut_short_is_read_up_to_there():
 # --- train_math.py: command lines ---
 
 @cases("flags, message", [
-    ("--vram 4", "--vram 4 needs a CUDA device, and this is cpu"),
-    ("--max-length 4", "4 leaves none of 64 rows"), ("--targets q_porj", "'q_porj' matches no"),
-    ("--val-samples 64", "leaves nothing to train on"), ("--demo", "--demo takes no flag but"),
+    ("--max-length 4", "4 leaves none of 64 rows"), ("--demo", "--demo takes no flag but"),
     ("--adapter nowhere", "--adapter nowhere: no such file or folder")])
 def test_wrong_input_is_one_line(flags, message, tiny):
     refused(message, run, tiny, flags)
@@ -2051,7 +2066,7 @@ def test_help_shows_the_defaults(script, capsys):
     (r"The answer is: -\frac{1}{2}", "-1/2"), (r"The answer is $2\frac{3}{4}$", "11/4"),
     (r"The answer is \$1{,}000", "1000"), (r"The answer is $1\,000$.", "1000"),
     ("The answer is 1\u202f000.", "1000"), ("The answer is 1 1/2.", "3/2"),
-    ("The answer is 12...", "12"), (r"The answer is \boxed{12.}", "12"),
+    ("The answer is 12...", "12"), ("The answer is 12!", "12"), (r"It: #### \boxed{12.}", "12"),
     ("The answer is 1e5.", "-"), ("The answer is 1.5 \u00d7 10^6.", "-"), ("#### 1.2.3", "-"),
     (r"The answer is \frac12", "-"), ("The answer is 10^6", "-"), ("#### 3/4/2024", "-"),
     ("#### 7\nThe answer is: 8\n\nQuestion: next\nAnswer: The answer is 9", "8"),
@@ -2139,7 +2154,7 @@ SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, eos_tok
                      num_experts_per_tok=2, max_position_embeddings=128, pad_token_id=0,
                      layer_types=["linear_attention", "full_attention"])),
     ("openai-gpt", dict(n_embd=32, n_layer=2, n_head=4, n_positions=128))])
-def test_no_model_s_completions_depend_on_the_batch(kind, options, tiny, patch):
+def test_no_completion_depends_on_its_batch(kind, options, tiny, patch):
     """Where padding moves the logits, or a cache cannot be cut, another way must be taken."""
     _, tokenizer = load(tiny)
     torch.manual_seed(0)
@@ -2392,7 +2407,7 @@ def test_a_run_at_chance_says_so(encoder, patch, capsys):
         assert ("r=1, seed 0 is within chance" in capsys.readouterr().out) == (right == 0.5)
 
 
-def test_predictions_are_the_adapter_s(encoder, capsys):
+def test_predictions_are_those_of_the_adapter(encoder, capsys):
     os.chdir(encoder.parent)
     texts = ["superb music but dull story", "dull music but superb story"]
     args = train_sst2.parse_args([*"--adapter demo-sst2/r4-s1 --device cpu --dtype float32".split(),
@@ -2453,7 +2468,7 @@ def test_recomputed_blocks_give_equal_gradients_and_save_less(encoder):
     for flags in ("", "--checkpoint-activations"):
         args, data = prepared(encoder, flags)
         model = train_sst2.load_encoder(args, 4, 0)
-        shake(model.train())  # B = 0 would hide A's gradient
+        perturb(model.train())  # B = 0 would hide A's gradient
         step = lambda: losses.append(train_sst2.classify(model, data["train"][:16], "float32")[0])
         sizes.append(saved_for_backward(step, model.parameters()))
         losses[-1].backward()
@@ -2664,10 +2679,10 @@ def test_every_link_leads_somewhere(folder):
 
 def test_the_table_from_paper_to_code_names_what_exists():
     from operator import attrgetter
-    rows = re.findall(r"^\|[^|]+\| `(\w+)\.py`: `([\w.]+)` \| `(test_\w+)` \|$", README, re.M)
+    rows = re.findall(r"^\|[^|]+\| `(\w+)\.py`: `([\w.]+)` \|$", README, re.M)
     assert len(rows) >= 10
-    for file, name, test in rows:
-        assert attrgetter(name)(sys.modules[file]) and test in globals()
+    for file, name in rows:
+        assert attrgetter(name)(sys.modules[file])
 
 
 # --- train_math.py: what starts processes ---
@@ -2690,12 +2705,6 @@ def test_sigkill_at_random_moments(tiny):
         process.kill()
         assert process.wait() == -signal.SIGKILL  # it did not end by itself
     assert same_bits(weights(run(tiny, flags, "--resume")), weights(alone))
-
-
-def torchrun(script, flags):
-    """Run two processes on gloo; each rank's stderr is in the result."""
-    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run([*call, "--", str(script), *flags], capture_output=True, text=True)
 
 
 def test_two_processes_train_like_one_also_after_one_died(tiny):
