@@ -348,7 +348,8 @@ def ask(args, model, tokenizer, adapters):
             if completion.endswith("Question:"):  # complete() stops there
                 completion, goes_on = completion.removesuffix("Question:"), True
             end = " ..." if goes_on else ""
-            print(f"--- {name}\n{completion.strip() or '(it ended at once)'}{end}")
+            completion = completion.strip() or "(it ended at once)"
+            print(f"--- {name}\n{completion}{end}")
 
 
 def describe_prompt(args):

@@ -1257,6 +1257,8 @@ def test_rows_of_all_columns_and_kinds_of_file():
     assert read_rows("x.json", "train") == wanted and read_rows("x.jsonl", "train", 2) == wanted[:2]
     Path("x.csv").write_text('\ufeffquestion,answer\nNA,"b,\n2"\n', encoding="utf8")
     assert read_rows("x.csv", "train") == [("NA", "b,\n2")]
+    Path("x.tsv").write_text('question\tanswer\n"half open\t2\n')
+    assert read_rows("x.tsv", "train") == [('"half open', "2")]
     from pyarrow import parquet, table
     parquet.write_table(table({"query": ["q"], "response": ["r"]}), "x[0].parquet")
     assert read_rows("x[0].parquet", "train") == [("q", "r")]
@@ -1670,7 +1672,7 @@ class Hungry(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         if ctx.when == "backward" and Hungry.alive() > 1:
-            raise torch.OutOfMemoryError
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")
         return gradient, None
 
     @staticmethod
@@ -2229,7 +2231,7 @@ def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, ca
         assert ("p_value" in one) == (one["adapter"] is not None) == (name != "base")
         assert records_of(name, "one") == records_of(name, "two")
     assert {"model", "data", "accuracy", "ci95", "correct_flexible", "truncated"} < set(one)
-    assert len(os.listdir("one")) == 7  # two files each, and a chart
+    assert len(os.listdir("one")) == 7 and Path("one/test-16.png").exists()  # two each, a chart
 
 
 @cases("flags", [[], ["--nf4"]])
@@ -2248,7 +2250,7 @@ def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny, patch)
     assert say("Question: Ann", max_new_tokens=3)[0]["generated_text"].startswith("Question: Ann")
 
 
-def test_asking_prints_base_and_adapters_and_writes_nothing(tiny, capsys):
+def test_asking_prints_base_and_adapters_and_writes_nothing(tiny, capsys, patch):
     saved("adapter", lambda: load(tiny)[0], also_train="lm_head")
     before = sorted(os.listdir())
     evaluate(tiny, "--adapter", "adapter", "--ask", "Ann has 3 eggs .", "Ben has 4 pens .")
@@ -2262,6 +2264,9 @@ def test_asking_prints_base_and_adapters_and_writes_nothing(tiny, capsys):
     found = re.findall("--- (?:base|adapter)\n(.*)", out)
     assert [text.removesuffix(" ...") for text in found] == wanted and wanted[0] != wanted[1]
     assert out.index("Ann has") < out.index("Ben has") and sorted(os.listdir()) == before
+    patch(eval_gsm8k, complete=lambda *_: [("4\nQuestion:", False)])
+    evaluate(tiny, "--ask", "2+2?")
+    assert "--- base\n4 ...\n" in capsys.readouterr().out  # it went on, and was stopped
 
 
 def test_an_adapter_says_how_it_was_trained(tiny, patch):
@@ -2385,6 +2390,9 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, caps
     assert again[:-1] == runs[:-1] and again[-1]["val_loss"] == runs[-1]["val_loss"]
     refused(" lr was 0.005, is 0.1; .*grad_accum was 1, is 2; give another --out",
             train_sst2.main, sst2(encoder, "--lr 0.1 --grad-accum 2"))
+    other = shutil.copytree(encoder, "other")
+    Path(other, "validation.tsv").write_text("sentence\tlabel\nlovely story\t1\n")
+    refused("data_hash was", train_sst2.main, sst2(encoder, f"--data {other}"))
     path.write_text(path.read_text()[:-30])
     refused("--out runs/sst2: ", train_sst2.main, args)
 
@@ -2555,8 +2563,10 @@ def test_sentences_are_read_as_they_stand():
     tsv = ["sentence\tlabel"] + [f"{text}\t{label}" for text, label in rows]
     Path("d[1]").mkdir()
     for name, lines in [("train.jsonl", jsonl), ("train.tsv", tsv)]:
-        Path("d[1]", name).write_text("\n".join(lines))
+        path = Path("d[1]", name)
+        path.write_text("\n".join(lines))
         assert train_sst2.read_sentences("d[1]", "train") == rows
+        path.unlink()
 
 
 @cases("flags, message", [

@@ -158,7 +158,8 @@ def saved_flags(args):
     if args.adapter is not None:
         with loading("--adapter", args.adapter):
             flags = trained_with(args.adapter)
-            return {key: value for key, value in flags.items() if key != "head"}
+        del flags["head"]
+        return flags
     return {}
 
 
