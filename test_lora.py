@@ -453,35 +453,60 @@ def test_config_refuses_values_out_of_range(bad):
     refused(rf"^{field} = {re.escape(repr(value))} is out of range$", lambda: LoRAConfig(**bad))
 
 
-@cases("names, options", [
-    ("blocks.0.q_proj blocks.1.q_proj", dict(targets=["q_proj"])),
-    ("blocks.0.q_proj blocks.0.eq_proj blocks.0.v_proj blocks.0.mlp",
-     dict(targets="all-linear", also_train="blocks.1"))])
-def test_targets_match_whole_names(names, options):
-    """q_proj must not match eq_proj; all-linear must leave the head and also_train."""
-    assert inject_lora(SmallGPT(), LoRAConfig(**options)) == names.split()
-
-
-def test_a_name_without_match_lists_what_exists():
+def tied_by_hand():
     model = SmallGPT()
-    refused("'q_porj' matches no layer.*: eq_proj, lm_head, mlp, q_proj, v_proj",
-            inject_lora, model, LoRAConfig(targets=("q_proj", "q_porj")))
-    refused("'head' matches no", inject_lora, model, LoRAConfig(also_train="head"))
-    refused("'mlp' matches no", inject_lora, model, LoRAConfig(targets=("0.v_proj", "mlp"),
-                                                               also_train="mlp"))
-    refused("no linear layer", inject_lora, nn.Linear(8, 8), LoRAConfig(targets="all-linear"))
-    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.unembed = nn.Linear(16, 64, bias=False)
+    model.unembed.weight = model.embedding.weight
+    return model
 
 
-def test_a_tied_weight_is_refused_by_name_and_left_out_of_all_linear():
-    """Training a head that is the embedding too would change both."""
-    model = llama(tie_word_embeddings=True)
-    for config in (LoRAConfig(targets=("q_proj", "lm_head")), LoRAConfig(also_train="lm_head")):
-        refused("lm_head shares a weight.*leave it out", inject_lora, model, config)
-    own = SmallGPT()
-    own.unembed = nn.Linear(16, 64, bias=False)
-    own.unembed.weight = own.embedding.weight
-    assert len(inject_lora(own, LoRAConfig(targets="all-linear"))) == 8
+FOUR = ("q_proj", "eq_proj", "v_proj", "mlp")
+
+
+@cases("build, options, names", [
+    (SmallGPT, dict(targets=["q_proj"]), ["blocks.0.q_proj", "blocks.1.q_proj"]),
+    (SmallGPT, dict(targets="all-linear", also_train="blocks.1"), [f"blocks.0.{n}" for n in FOUR]),
+    (tied_by_hand, dict(targets="all-linear"), [f"blocks.{i}.{n}" for i in (0, 1) for n in FOUR])])
+def test_targets_match_whole_names(build, options, names):
+    """q_proj must not match eq_proj; all-linear must leave head, tied layers and also_train."""
+    assert inject_lora(build(), LoRAConfig(**options)) == names
+
+
+def tied():
+    return llama(tie_word_embeddings=True)
+
+
+def offloaded(part):
+    model = llama()
+    model.get_submodule(part).to("meta")
+    return model
+
+
+def distilbert():
+    return make("distilbert", vocab_size=64, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+
+
+@cases("build, options, message", [
+    (SmallGPT, dict(targets=("q_proj", "q_porj")),
+     "'q_porj' matches no layer.*: eq_proj, lm_head, mlp, q_proj, v_proj"),
+    (SmallGPT, dict(also_train="head"), "'head' matches no"),
+    (SmallGPT, dict(targets=("0.v_proj", "mlp"), also_train="mlp"), "'mlp' matches no"),
+    (lambda: nn.Linear(8, 8), dict(targets="all-linear"), "no linear layer"),
+    (tied, dict(targets=("q_proj", "lm_head")), "lm_head shares a weight.*leave it out"),
+    (tied, dict(also_train="lm_head"), "lm_head shares a weight.*leave it out"),
+    (lambda: offloaded("model.layers.1"), {}, "offloaded"),
+    (lambda: offloaded("lm_head"), dict(also_train="lm_head"), "offloaded"),
+    (distilbert, DISTILBERT | dict(also_train="classifier"), "pre_classifier.*name both"),
+    (lambda: in_dtype(roberta(), "nf4"), HEAD, "buffers"),
+    (lambda: nn.DataParallel(llama()), {}, "inject first, then wrap"),
+    (lambda: injected(llama), {}, "strip_lora")])
+def test_what_cannot_be_adapted_is_refused_with_the_model_untouched(build, options, message):
+    """Each would change another layer too, be lost on saving, or train nothing."""
+    model = build()
+    trains = [parameter.requires_grad for parameter in model.parameters()]
+    refused(message, inject_lora, model, LoRAConfig(**options))
+    assert [parameter.requires_grad for parameter in model.parameters()] == trains
+    assert bool([*lora_layers(model)]) == (message == "strip_lora")
 
 
 def test_layers_are_known_by_their_class():
@@ -532,34 +557,16 @@ def test_dt_proj_of_mamba_is_left_out():
     refused("'dt_proj' matches no", inject_lora, strip_lora(model), LoRAConfig(targets="dt_proj"))
 
 
-def test_a_head_whose_name_ends_another_is_refused():
-    """PEFT would train both, so both must be named."""
-    model = make("distilbert", vocab_size=64, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
-    config = LoRAConfig(**DISTILBERT | dict(also_train="classifier"))
-    refused("pre_classifier.*name both", inject_lora, model, config)
-    inject_lora(model, LoRAConfig(**DISTILBERT))
-
-
 def test_a_head_in_16_bits_is_a_warning():
     """Small updates to it round away."""
     with pytest.warns(match="^classifier trains in 16 bits"):
         inject_lora(roberta().bfloat16(), LoRAConfig(**HEAD))
 
 
-def test_an_offloaded_layer_is_refused():
-    """A layer on the meta device in a model that is elsewhere has no weights to adapt."""
-    for options in ({}, dict(also_train="lm_head")):
-        model = llama()
-        (model.lm_head if options else model.model.layers[1]).to("meta")
-        refused("offloaded", inject_lora, model, LoRAConfig(**options))
-    inject_lora(llama().to("meta"), LoRAConfig())
-
-
 def test_parallel_models_are_wrapped_after_injection():
     """DDP would not synchronise a later adapter; saving from inside must work."""
     model = saved(".")
     before, parallel = weights("."), nn.DataParallel(model)
-    refused("inject first, then wrap", inject_lora, nn.DataParallel(llama()), LoRAConfig())
     refused("no layer here has a name as in base_model", load_adapter, parallel, ".")
     save_adapter(parallel, ".")
     assert same_bits(weights("."), before)
@@ -931,7 +938,7 @@ def test_auto_classes_of_peft_open_what_is_saved(kind, options, task):
         torch.manual_seed(0)
         base = transformers.T5ForConditionalGeneration(config)
     elif kind == "distilbert":
-        base = make(kind, vocab_size=64, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+        base = distilbert()
     else:
         base = make(kind, **SMALL)
     base.save_pretrained("base")
@@ -1158,8 +1165,6 @@ def test_quantising_leaves_what_it_must():
     assert quantize_nf4(model, ()) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
     inject_lora(model, LoRAConfig())
     refused("quantise first", quantize_nf4, model)
-    refused("strip_lora", inject_lora, model, LoRAConfig())
-    refused("buffers", inject_lora, in_dtype(roberta(), "nf4"), LoRAConfig(**HEAD))
     own, damaged = type("Own", (nn.Linear,), {})(8, 8), nn.Linear(8, 8)
     nn.init.constant_(damaged.weight, math.nan)
     layers = nn.Sequential(own, damaged, *(nn.Linear(8, 8) for _ in range(3)))
