@@ -31,10 +31,10 @@ from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lora import dequantize_nf4, load_adapter, merge_lora, strip_lora
-from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, agree, check_ids,
-                        checkpoints, encode_prompt, format_prompt, gather, hash_of,
+from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, agree, base_hash,
+                        check_ids, checkpoints, encode_prompt, format_prompt, gather, hash_of,
                         join_processes, load_model, loading, number, pick_device, pick_dtype,
-                        read_table, run_script, trained_with, warn_of_another_use)
+                        plain_text, read_table, run_script, trained_with, warn_of_another_use)
 
 
 # --- flags ---
@@ -44,7 +44,8 @@ def parse_args(argv=None):
     add, on_or_off = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", help="Hub id or folder of the base (default: the adapter's own)")
     add("--adapter", nargs="+", action="extend", default=[], metavar="DIR", help="adapters or runs")
-    add("--ask", nargs="+", metavar="TEXT", help="print what base and adapters say, and no more")
+    add("--ask", nargs="+", metavar="TEXT", type=plain_text,
+        help="print what base and adapters say, and no more")
     add("--save-merged", metavar="DIR", help="write base and adapter as one model, and no more")
     add("--data", default="openai/gsm8k", help="Hub id or file (default: openai/gsm8k)")
     add("--nb-samples", type=count, help="the first N problems (default: all)")
@@ -75,18 +76,19 @@ def list_adapters(folders):
 def adopt_training(args, adapters):
     """Set --model, --chat and --nf4, where they are not given, to those of the first adapter.
 
-    Warns of every adapter that was trained otherwise.
+    Return {folder: flags it was trained with}.
     """
     trained = {}
     for folder in adapters.values():
         with loading("--adapter", folder):
             trained[folder] = trained_with(folder)
     first = next(iter(trained.values()), {})
-    for name, default in (("model", BASE_MODEL), ("chat", False), ("nf4", False)):
-        if getattr(args, name) is None:
-            setattr(args, name, first.get(name, default))
-    for folder, flags in trained.items():
-        warn_of_another_use(args, folder, flags)
+    args.model = args.model or first.get("model", BASE_MODEL)
+    if args.nf4 is None:
+        args.nf4 = first.get("nf4", False)
+    if args.chat is None:
+        args.chat = first.get("chat") or None  # None: as the rows are
+    return trained
 
 
 # --- answers ---
@@ -340,7 +342,7 @@ def ask(args, model, tokenizer, adapters):
         if folder:
             load_adapter(model, folder)
         said[name] = complete(model, tokenizer, prompts, args.batch_size, args.max_new_tokens)
-    print(f"prompt: {describe_prompt(args)}")
+    print(f"prompt: {describe_prompt(args.chat)}")
     for i, text in enumerate(args.ask):
         print(f"\n{text}")
         for name, completions in said.items():
@@ -352,8 +354,8 @@ def ask(args, model, tokenizer, adapters):
             print(f"--- {name}\n{completion}{end}")
 
 
-def describe_prompt(args):
-    return "the tokenizer's chat template" if args.chat else repr(format_prompt("..."))
+def describe_prompt(chat):
+    return "the tokenizer's chat template" if chat else repr(format_prompt("..."))
 
 
 def save_merged(args, model, tokenizer, adapters):
@@ -364,9 +366,23 @@ def save_merged(args, model, tokenizer, adapters):
     if RANK == 0:
         model.save_pretrained(args.save_merged)
         tokenizer.save_pretrained(args.save_merged)
-    prompt = describe_prompt(args) if "chat" in trained_with(folder) else "one it does not tell"
-    print(f"written: {args.save_merged}/, a plain model of {folder} in {model.dtype}; it was "
-          f"trained under this prompt: {prompt}")
+    trained = trained_with(folder)
+    prompt = describe_prompt(trained["chat"]) if "chat" in trained else "unknown"
+    print(f"written: {args.save_merged}/, a plain model of {folder} in {model.dtype}. The prompt "
+          f"of its training: {prompt}")
+
+
+def read_score(path):
+    """Return a finished score and its records, or None if there is none."""
+    if not path.exists():
+        return None
+    with loading("--out", path):
+        result = json.loads(path.read_text())
+        records = [json.loads(line) for line in open(path.with_suffix(".jsonl"))]
+        if len(records) != result["n"] or not all("correct" in record for record in records):
+            raise ValueError(f"not the score of the {len(records)} completions in "
+                             f"{path.stem}.jsonl: delete both files")
+        return result, records
 
 
 def plan(args, adapters, settings):
@@ -375,14 +391,15 @@ def plan(args, adapters, settings):
     for name, folder in {"base": None, **adapters}.items():
         path = Path(args.out, f"{name}-{Path(args.data).stem}-{settings['n']}.json")
         wanted = settings | {"adapter_hash": folder and adapter_hash(folder)}
-        if path.exists():
-            with loading("--out", path):
-                found = json.loads(path.read_text())
-                for key, value in wanted.items():
-                    if found.get(key, value) != value:  # older files lack some
-                        raise ValueError(f"it was made with {key} = {found[key]}, now it is "
-                                         f"{value}: choose another --out, or rename a folder")
-        where = {"adapter": folder and str(folder), "data": args.data}
+        found = read_score(path)
+        for key, value in wanted.items() if found else ():
+            if found[0].get(key, value) != value:  # older files lack some
+                what = f"{key} = {found[0][key]}, now it is {value}"
+                if key.endswith("_hash"):
+                    what = f"different {key.removesuffix('_hash')}"
+                raise ValueError(f"--out {path} was made with {what}: choose another --out, or "
+                                 "rename a folder")
+        where = {"model": args.model, "adapter": folder and str(folder), "data": args.data}
         scores.append((name, folder, path, where | wanted))
     return scores
 
@@ -390,17 +407,16 @@ def plan(args, adapters, settings):
 def score(args, model, tokenizer, rows, scores):
     """Score the base and each adapter, or read their scores; write them and a chart."""
     base, results = None, {}
-    for name, folder, path, result in scores:
-        if path.exists():
-            records = [json.loads(line) for line in open(path.with_suffix(".jsonl"))]
-            result = json.loads(path.read_text())
+    for name, folder, path, settings in scores:
+        if found := read_score(path):
+            result, records = found
         else:
             if folder:
                 load_adapter(model, folder)
             start = time.perf_counter()
             records = answer(model, tokenizer, rows, args.shots, args.batch_size,
                              args.max_new_tokens, args.chat)
-            result |= summarise(records, base) | {
+            result = settings | summarise(records, base) | {
                 "seconds": round(time.perf_counter() - start, 1)}
             if RANK == 0:
                 lines = [json.dumps(record, default=str) + "\n" for record in records]
@@ -433,46 +449,56 @@ def plot(path, results):
 def main(args):
     """Ask, export, or score."""
     adapters = list_adapters(args.adapter)
-    adopt_training(args, adapters)
-    if args.ask and args.save_merged:
+    trained = adopt_training(args, adapters)
+    scoring = args.ask is None and args.save_merged is None
+    if args.ask is not None and args.save_merged is not None:
         raise ValueError("--ask and --save-merged are two things to do: give one of them")
-    if args.save_merged and len(adapters) != 1:
+    if args.save_merged is not None and len(adapters) != 1:
         raise ValueError(f"--save-merged takes one --adapter, found {len(adapters)}: "
                          f"{', '.join(map(str, adapters.values())) or 'none'}")
-    if args.save_merged and Path(args.save_merged).exists():
+    if args.save_merged is not None and Path(args.save_merged).exists():
         raise ValueError(f"--save-merged {args.save_merged} exists: give another name")
     device = pick_device(args.device)
     join_processes(device)
     dtype, reason = pick_dtype(args.dtype, device)
-    if not args.ask and not args.save_merged:
-        limit = args.nb_samples and args.nb_samples + args.shots
-        with loading("--data", args.data):
-            rows = read_table(args.data, "test", limit, args.chat)
-            for row in rows[args.shots:]:
-                reference(row)
+    if scoring:
+        rows = read_problems(args)
         args.chat = isinstance(rows[0].question, list)
-        settings = dict(
-            model=args.model, dtype=str(dtype).removeprefix("torch."), nf4=args.nf4,
-            chat=args.chat, shots=args.shots, max_new_tokens=args.max_new_tokens,
-            n=len(rows) - args.shots, data_hash=hash_of(rows))
-        if settings["n"] < 1:
-            raise ValueError(f"--shots {args.shots} leaves none of {len(rows)} problems")
-        if args.chat and args.shots:
-            raise ValueError("--shots stand in a plain prompt, and this is a chat: leave them out")
-        scores = plan(args, adapters, settings)
-        os.makedirs(args.out, exist_ok=True)
+    for folder, flags in trained.items():
+        warn_of_another_use(args, folder, flags)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
+    base = base_hash(model)
     for folder in adapters.values():  # a broken adapter ends the run now, not after an hour
         load_adapter(model, folder)
     strip_lora(model)
     print(f"{args.model}{' over NF4' * args.nf4} on {device} in {dtype} ({reason})", flush=True)
-    if args.ask:
+    if args.ask is not None:
         ask(args, model, tokenizer, adapters)
-    elif args.save_merged:
+    elif args.save_merged is not None:
         save_merged(args, model, tokenizer, adapters)
     else:
+        settings = dict(
+            base_hash=base, dtype=str(dtype).removeprefix("torch."), nf4=args.nf4,
+            chat=args.chat, shots=args.shots, max_new_tokens=args.max_new_tokens,
+            n=len(rows) - args.shots, data_hash=hash_of(rows))
+        scores = plan(args, adapters, settings)
+        os.makedirs(args.out, exist_ok=True)
         print(f"{settings['n']} problems, scores in {args.out}/", flush=True)
         score(args, model, tokenizer, rows, scores)
+
+
+def read_problems(args):
+    """Return the rows of --data: shots first, then problems. Raises ValueError for other rows."""
+    limit = args.nb_samples and args.nb_samples + args.shots
+    rows = read_table(args.data, "test", limit, args.chat)
+    with loading("--data", args.data):
+        for row in rows[args.shots:]:
+            reference(row)
+    if len(rows) <= args.shots:
+        raise ValueError(f"--shots {args.shots} leaves none of {len(rows)} problems")
+    if args.shots and isinstance(rows[0].question, list):
+        raise ValueError("--shots stand in a plain prompt, and this is a chat: leave them out")
+    return rows
 
 
 if __name__ == "__main__":

@@ -1262,8 +1262,6 @@ def test_rows_of_all_columns_and_kinds_of_file():
     assert read_rows("x.json", "train") == wanted and read_rows("x.jsonl", "train", 2) == wanted[:2]
     Path("x.csv").write_text('\ufeffquestion,answer\nNA,"b,\n2"\n', encoding="utf8")
     assert read_rows("x.csv", "train") == [("NA", "b,\n2")]
-    Path("x.tsv").write_text('question\tanswer\n"half open\t2\n')
-    assert read_rows("x.tsv", "train") == [('"half open', "2")]
     from pyarrow import parquet, table
     parquet.write_table(table({"query": ["q"], "response": ["r"]}), "x[0].parquet")
     assert read_rows("x[0].parquet", "train") == [("q", "r")]
@@ -1283,7 +1281,7 @@ def test_empty_answers_are_left_out_and_only_calculator_marks_removed(capsys):
     ("x.csv", "query,response\n", "no row"), ("x.csv", "query,response\n1,2,3\n", "row 1: it has"),
     ("x.csv", 'question,answer\na,b\n1+1?,"two\n2+2?,4\n', "row 2: unexpected end"),
     ("x.jsonl", '{"question": "a", "answer": "b"}\n\n{broken\n', "row 2: Expecting"),
-    ("x.parquet", "PAR1", "Arrow"), ("x.txt", "question\tanswer", "ends in .jsonl"),
+    ("x.parquet", "PAR1", "Arrow"), ("x.tsv", "question\tanswer", "ends in .jsonl"),
     ("x.json", '[{"query": 1, "response": "b"}]', "row 1: query is 1, expected text"),
     ("x.json", '[{"instruction": "a", "input": NaN, "output": "b"}]', "row 1: input is nan"),
     ("x.json", '[{"instruction": "a", "input": [1], "output": "b"}]', "row 1: input is .1."),
@@ -1301,11 +1299,20 @@ def test_empty_answers_are_left_out_and_only_calculator_marks_removed(capsys):
     ("x.json", '[{"messages": [{"role": "user", "content": "a"}, {"role": "bot"}]}]', "content is"),
     ("x.json", '[{"messages": [{"role": "bot", "content": "a"}]}]', "row 1: .*found .'bot'."),
     ("x.json", '[{"messages": [{"role": "assistant", "content": null}]}]', "row 1: content is Non"),
-    ("x.json", "[1]", "row 1: "), ("nothere.jsonl", None, "no such file")])
+    ("x.json", '[{"messages": [{"role": "user", "content": "a"}], "system": "b"}]', "beside mess"),
+    ("x.json", '[{"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}]', "1: .*tool"),
+    ("x.json", "[1]", "row 1: found 1, expected columns"), ("nothere.jsonl", None, "no such file")])
 def test_bad_data_is_one_clear_error(name, text, message):
     if text is not None:
         Path(name).write_text(text)
     refused(f"--data {name}: .*{message}", read_rows, name, "train")
+
+
+def test_other_encodings_and_a_chat_without_its_template_are_refused():
+    Path("x.jsonl").write_text('{"question": "a", "answer": "b"}', encoding="utf-16")
+    refused("--data x.jsonl: expected text in UTF-8", read_rows, "x.jsonl", "train")
+    write_rows("x.jsonl", {"messages": TURNS})
+    refused("leave --no-chat out", read_table, "x.jsonl", "train", None, False)
 
 
 def test_subset_and_split_of_a_data_set_on_the_hub(patch):
@@ -1977,7 +1984,7 @@ def test_interrupting_saves_and_says_how_to_go_on(signum, tiny, patch, capfd):
 def test_a_second_process_is_refused(tiny):
     Path("checkpoints/run").mkdir(parents=True)
     with filelock.FileLock("checkpoints/run/.lock"):
-        refused("is being trained by another process", run, tiny, "--max-steps 1")
+        refused("in use by another process.*another --run-name", run, tiny, "--max-steps 1")
     run(tiny, "--max-steps 1")
 
 
@@ -1998,7 +2005,8 @@ def test_problems_of_the_demo_are_right(two_steps):
 
 def test_the_demo_deletes_no_other_run(tiny):
     last = run(tiny, "--max-steps 1 --run-name demo")
-    refused("a run of your own", train_math.main, parse_args(["--demo"]))
+    refused("--demo checkpoints/demo/run.json: a run of your own", train_math.main,
+            parse_args(["--demo"]))
     assert last.exists()
 
 
@@ -2019,6 +2027,9 @@ def test_an_adapter_tells_that_it_was_trained_on_chats(tiny, patch):
         train_math.main(parse_args([*more, "--no-chat"]))
     refused("--adapter : ", parse_args, ["--adapter", ""])
     assert parse_args(["--adapter", str(last)]).model == "base"
+    config = json.loads((last / CONFIG).read_text())
+    (last / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": "hub/base"}))
+    assert parse_args(["--adapter", str(last)]).model == "hub/base"  # as edited to be published
 
 
 def test_two_states_stay_whatever_lies_damaged_later():
@@ -2032,8 +2043,10 @@ def test_two_states_stay_whatever_lies_damaged_later():
 
 
 def test_a_log_that_a_kill_cut_short_is_read_up_to_there():
-    """Its whole lines must stay, those of later steps go."""
-    Path("metrics.jsonl").write_text('{"step": 0, "val_loss": 1}\n{"step": 1}\n{"step": 2}\n{"st')
+    """Its whole lines must stay, those of later steps go; without one there is no picture."""
+    train_math.plot_loss(Path("metrics.jsonl"))
+    Path("metrics.jsonl").write_text('{"step": 0, "val_loss": 1}\nnull\n{"st\n{"step": 1}\n'
+                                     '{"step": 2}\n{"st')
     train_math.open_log(Path("metrics.jsonl"), 1)({"step": 2, "loss": 1.5})
     assert train_math.read_log(Path("metrics.jsonl")) == [
         {"step": 0, "val_loss": 1}, {"step": 1}, {"step": 2, "loss": 1.5}]
@@ -2301,15 +2314,34 @@ def test_a_score_is_read_not_made_again(tiny, patch):
             "1")
 
 
-def test_another_adapter_in_the_same_folder_is_not_taken_for_the_first(tiny):
-    """Its score must be refused, not read: the file's content counts."""
+def test_another_content_of_the_same_name_is_not_taken_for_what_was_there(tiny):
+    """Another adapter, data or base of the same name must be refused, another spelling not."""
     saved("a", lambda: load(tiny)[0])
     evaluate(tiny, "--adapter", "a", "--nb-samples", "2")
     saved("a", lambda: load(tiny)[0], r=2)
-    refused("was made with adapter_hash = ", evaluate, tiny, "--adapter", "a", "--nb-samples", "2")
+    flags = ["--adapter", "a", "--nb-samples", "2"]
+    refused("was made with different adapter", evaluate, tiny, *flags)
     Path("test.jsonl").write_text((tiny / "train.jsonl").read_text())
     flags = ["--data", "test.jsonl", "--nb-samples", "2"]
-    refused("was made with data_hash = ", evaluate, tiny, *flags)
+    refused("was made with different data", evaluate, tiny, *flags)
+    shutil.copytree(tiny / "base", "base")
+    flags = ["--nb-samples", "2", "--out", "b", "--model"]
+    evaluate(tiny, *flags, "base")
+    evaluate(tiny, *flags, "../" + Path.cwd().name + "/base")
+    model = load(tiny)[0]
+    model.model.norm.weight.data += 1
+    model.save_pretrained("base")
+    refused("was made with different base", evaluate, tiny, *flags, "base")
+
+
+@cases("what", ["", "{}\n" * 2, '{"correct": false}\n'])
+def test_a_damaged_score_is_refused(what, tiny):
+    """Else the next one would stand without its p, or end in a traceback."""
+    evaluate(tiny, "--nb-samples", "2")
+    Path("eval_results/base-test-2.jsonl").write_text(what)
+    refused("--out .*base-test-2.json: not the score of", evaluate, tiny, "--nb-samples", "2")
+    Path("eval_results/base-test-2.json").write_text("{}")
+    refused("--out .*base-test-2.json: ", evaluate, tiny, "--nb-samples", "2")
 
 
 @cases("flags, message", [
@@ -2334,6 +2366,8 @@ def test_bad_runs_end_before_a_model_is_loaded(flags, message, tiny, patch):
 
 def test_bad_flags_are_one_line_and_exit_code_2(capsys):
     for script, flag, value in ((eval_gsm8k, "--shots", "-1"), (train_math, "--lr", "nan"),
+                                (eval_gsm8k, "--ask", "caf\udce9"),
+                                (train_sst2, "--predict", "caf\udce9"),
                                 (train_math, "--clip", "inf"), (train_sst2, "--lr", "inf")):
         refused("^2$", script.parse_args, [flag, value], error=SystemExit)
         assert re.fullmatch(f".* {flag}: .*\n", capsys.readouterr().err)
@@ -2397,9 +2431,20 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, caps
             train_sst2.main, sst2(encoder, "--lr 0.1 --grad-accum 2"))
     other = shutil.copytree(encoder, "other")
     Path(other, "validation.tsv").write_text("sentence\tlabel\nlovely story\t1\n")
-    refused("data_hash was", train_sst2.main, sst2(encoder, f"--data {other}"))
+    changed = "--ranks 1 2 --seeds 0 1 --full-finetune --data"
+    refused("different data", train_sst2.main, sst2(encoder, f"{changed} {other}"))
+    path.write_text(path.read_text().rstrip())  # an editor's, without the last line's end
+    shutil.copytree(encoder, "same")
+    assert len(train_sst2.main(sst2(encoder, "--ranks 4 --data same --model same/base"))) == 7
+    assert len(path.read_text().splitlines()) == 7
+    model = train_sst2.load_encoder(prepared(encoder)[0], None, 0)
+    model.bert.pooler.dense.bias.data += 1
+    model.bert.save_pretrained("same/base")
+    refused("different base", train_sst2.main, sst2(encoder, "--model same/base"))
+    with filelock.FileLock("runs/sst2/.lock"):
+        refused("in use by another process.*another --out", train_sst2.main, args)
     path.write_text(path.read_text()[:-30])
-    refused("--out runs/sst2: ", train_sst2.main, args)
+    refused("--out runs/sst2/sst2.jsonl: ", train_sst2.main, args)
 
 
 def test_an_adapter_with_its_head_scores_the_same_elsewhere(encoder):
@@ -2575,15 +2620,21 @@ def test_sentences_are_read_as_they_stand():
 
 
 @cases("flags, message", [
-    ("--data /", "--data /: expected a folder with train.jsonl"),
-    ("--data text/train.jsonl", "expected a folder with train.jsonl"),
+    ("--data /", "--data /: expected a folder with one train.jsonl"),
+    ("--data text/train.jsonl", "expected a folder with one train.jsonl"),
     ("--data text", "--data text: train, row 1: expected sentence"),
-    ("--data labels", "row 1: .*label 0 or 1"), ("--adapter nowhere", "--adapter nowhere: "),
+    ("--data labels", "row 1: .*label 0 or 1"), ("--data fields", "train, row 1: "),
+    ("--data both", "found train.jsonl, train.csv"), ("--data half", "surrogates"),
+    ("--adapter nowhere", "--adapter nowhere: "),
     ("--device x", "--device x: "), ("--model three", "--model three: a classifier of 3 classes")])
 def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder):
-    for name, row in [("text", '{"text": "a"}'), ("labels", '{"sentence": "a", "label": -1}')]:
+    for name, row in [("text", '{"text": "a"}'), ("labels", '{"sentence": "a", "label": -1}'),
+                      ("half", '{"sentence": "\\ud83d", "label": 1}'), ("both", "{}")]:
         Path(name).mkdir()
         Path(name, "train.jsonl").write_text(row)
+    Path("fields").mkdir()
+    for name in ("both", "fields"):
+        Path(name, "train.csv").write_text("label,sentence\n1,A film, and so on\n")
     config = transformers.BertConfig.from_pretrained(encoder / "base")
     config.num_labels = 3
     transformers.BertForSequenceClassification(config).save_pretrained("three")

@@ -9,7 +9,7 @@
     torchrun --nproc-per-node 2 -- train_math.py                   # the same run on two GPUs
 
 Data: rows of query/response, question/answer, prompt/completion, instruction (+ input or context)
-and output or response, or messages, as .jsonl, .json, .parquet, .csv, .tsv or from the Hub.
+and output or response, or messages, as .jsonl, .json, .parquet, .csv or from the Hub.
 
 Written: checkpoints/RUN/step_000375/ (an adapter in PEFT's format), state_000375.pt (optimizer) and
 run.json (flags) beside it, and runs/RUN/ (metrics.jsonl with a line per step, TensorBoard events,
@@ -59,6 +59,7 @@ RANK = int(os.environ.get("RANK", 0))  # both from torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 BASE_MODEL = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"
 GiB = 2**30
+csv.field_size_limit(2**31 - 1)  # of a cell; the module's own limit is 128 KiB
 
 
 # --- flags ---
@@ -94,8 +95,9 @@ def parse_args(argv=None):
         parser.add_argument(flag, default=default, help=help, **options)
 
     add("--model", BASE_MODEL, "Hub id or folder of the base model")
-    add("--data", "meta-math/MetaMathQA", "Hub id, or .jsonl/.json/.parquet/.csv/.tsv")
-    add("--chat", False, "prompts by the tokenizer's chat template", action=on_or_off)
+    add("--data", "meta-math/MetaMathQA", "Hub id, or .jsonl/.json/.parquet/.csv")
+    add("--chat", None, "prompts by the tokenizer's chat template (default: for messages)",
+        action=on_or_off)
     add("--nb-samples", 10000, "train on the first N rows, or turns of messages", type=count)
     add("--val-samples", None, "hold out the N rows after them, or the last ones (default: "
         "200 or a tenth, whichever is less; 0 for none)", type=number(int, 0))
@@ -159,7 +161,7 @@ def saved_flags(args):
         with loading("--adapter", args.adapter):
             flags = trained_with(args.adapter)
         del flags["head"]
-        return flags
+        return flags | {"chat": flags.get("chat") or None}  # None: as the rows are
     return {}
 
 
@@ -181,17 +183,18 @@ def trained_with(folder, task="CAUSAL_LM"):
              "head": config.get("modules_to_save") or []}
     with safe_open(Path(folder, "adapter_model.safetensors"), "pt") as file:
         header = file.metadata() or {}  # where experiment() writes these three
-    if base := header.get("model") or config.get("base_model_name_or_path"):
+    if base := config.get("base_model_name_or_path") or header.get("model"):
         flags["model"] = base
     return flags | {key: header[key] == "True" for key in ("chat", "nf4") if key in header}
 
 
 def warn_of_another_use(args, folder, trained):
     """Warn if an adapter was trained on another base than args', over other bits or prompts."""
-    if trained.get("model", args.model) != args.model:
-        warnings.warn(f"{folder} was trained on {trained['model']}, and runs on {args.model} here")
+    base = trained.get("model", args.model)
+    if Path(base).resolve() != Path(args.model).resolve():
+        warnings.warn(f"{folder} was trained on {base}, and runs on {args.model} here")
     for name in ("chat", "nf4"):
-        if trained.get(name, getattr(args, name)) != getattr(args, name):
+        if trained.get(name, bool(getattr(args, name))) != bool(getattr(args, name)):
             words = ("with", "without") if trained[name] else ("without", "with")
             warnings.warn(f"{folder} was trained {words[0]} --{name}, and runs {words[1]} it")
 
@@ -204,7 +207,7 @@ Row = namedtuple("Row", "question answer place original")
 
 COLUMNS = (("query", "response"), ("question", "answer"), ("prompt", "completion"),
            ("instruction", "output"), ("instruction", "response"))
-FILES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+FILES = (".jsonl", ".json", ".parquet", ".csv")
 SUBSETS = {"gsm8k": "main", "glue": "sst2"}  # of data sets that have several
 
 
@@ -218,11 +221,11 @@ def read_rows(data, split, nb_samples=None):
     return [(row.question, row.answer) for row in read_table(data, split, nb_samples)]
 
 
-def read_table(data, split, limit=None, chat=False):
+def read_table(data, split, limit=None, chat=None):
     """Return the first `limit` Rows of a file, or of a split on the Hub.
 
-    `messages` give a Row for each turn of the assistant. With chat, any other row becomes a user's
-    turn and its answer.
+    `messages` give a Row for each turn of the assistant, and are refused if chat is False. If it is
+    True, any other row becomes a user's turn and its answer.
     """
     rows, empty = [], 0
     with loading("--data", data):
@@ -244,6 +247,8 @@ def read_table(data, split, limit=None, chat=False):
             raise ValueError("no row has an answer")
         if len({type(row.question) for row in rows}) > 1:
             raise ValueError("messages stand beside rows of other columns: add --chat")
+        if chat is False and isinstance(rows[0].question, list):
+            raise ValueError("messages are a chat: leave --no-chat out")
     left_out = f", {empty:,} without an answer left out" if empty else ""
     print(f"{data}: {len(table):,} rows{left_out}")
     return rows[:limit]
@@ -267,9 +272,6 @@ def open_table(data, split):
             if path.suffix == ".csv":
                 rows.extend(csv.DictReader(file, strict=True))
                 return rows
-            if path.suffix == ".tsv":  # GLUE's quote nothing: a row may begin with a lone quote
-                rows.extend(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-                return rows
             text = file.read()
             if text.lstrip().startswith("["):
                 return json.loads(text)
@@ -277,22 +279,36 @@ def open_table(data, split):
                 rows.append(json.loads(line))
         except (csv.Error, json.JSONDecodeError) as error:
             raise ValueError(f"row {len(rows) + 1}: {error}") from None
+        except UnicodeDecodeError:
+            raise ValueError("expected text in UTF-8") from None
     return rows
+
+
+def plain_text(value, name="it"):
+    """Return a text, of a row or a flag. Raises ValueError for another type or broken characters.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r:.60}, expected text")
+    value.encode("utf8")  # raises for a lone surrogate, half of a character
+    return value
 
 
 def examples_of(row, chat):
     """Yield the (question, answer) of a row. Raises ValueError for what is not understood."""
-    def text(value, name):
-        if not isinstance(value, str):
-            raise ValueError(f"{name} is {value!r:.60}, expected text")
-        value.encode("utf8")  # a lone surrogate, half of a character, is an error
-        return value
-
+    if not isinstance(row, dict):
+        raise ValueError(f"found {row!r:.60}, expected columns and their values")
+    more = [name for name in ("input", "context", "system", "history", "tools")
+            if row.get(name) not in (None, "", [])]
     found = row.get("messages")
     if found is not None:
+        if more:
+            raise ValueError(f"it has {', '.join(more)}, which is not read beside messages")
         if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
             raise ValueError(f"messages is {found!r:.60}, expected a list of role and content")
-        turns = [{key: text(turn.get(key), key) for key in ("role", "content")} for turn in found]
+        turns = [{key: plain_text(turn.get(key), key) for key in ("role", "content")}
+                 for turn in found]
+        if any(turn.get("tool_calls") for turn in found):
+            raise ValueError("its messages have tool_calls, which are not read")
         answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         if not answers or answers[0] == 0:
             raise ValueError("its messages need a turn of the assistant after another turn, found "
@@ -307,14 +323,13 @@ def examples_of(row, chat):
     answered = [pair for pair in pairs if row[pair[1]] is not None]
     names = (answered or pairs)[0]
     question, answer = row[names[0]], row[names[1]]
-    question, answer = text(question, names[0]), text("" if answer is None else answer, names[1])
-    for name in ("input", "context", "system", "history"):
-        if row.get(name) in (None, "", []):
-            continue
-        if names[0] != "instruction" or name in ("system", "history"):
+    question = plain_text(question, names[0])
+    answer = plain_text("" if answer is None else answer, names[1])
+    for name in more:
+        if names[0] != "instruction" or name not in ("input", "context"):
             raise ValueError(f"it has {name}, which is not read beside {names[0]}: write the row "
                              "as messages")
-        question += "\n" + text(row[name], name)
+        question += "\n" + plain_text(row[name], name)
     # GSM8K's <<48/2=24>> goes. Other text between << and >> may be code.
     answer = re.sub(r"<<[-+*/().,%\d]+=[-+*/().,%\d]+>>", "", answer)
     yield [{"role": "user", "content": question}] if chat else question, answer
@@ -489,6 +504,8 @@ def load_model(name, dtype, device, nf4=False):
         if Path(name, "adapter_config.json").exists():  # transformers would put it on, unasked
             raise ValueError("this folder holds an adapter: give its base as --model, and the "
                              "folder as --adapter")
+        if Path(name).is_dir() and not Path(name, "config.json").exists():
+            raise ValueError("this folder holds no config.json, so it is no model")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         # dtype= always: transformers 5 otherwise takes the checkpoint's
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -757,11 +774,14 @@ def hash_of(value):
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
+def base_hash(model):
+    """Return a hash of 64 weights of each tensor, which stand for the model."""
+    return hash_of([x.flatten()[:64].tolist() for x in [*model.parameters(), *model.buffers()]])
+
+
 def begin_run(run, args, examples, model, step):
     """Write run.json, or compare it on --resume. Raises ValueError if rows or base differ."""
-    # 64 weights of each tensor stand for the base.
-    sample = [tensor.flatten()[:64].tolist() for tensor in [*model.parameters(), *model.buffers()]]
-    hashes = {"data": hash_of(examples), "base": hash_of(sample)}
+    hashes = {"data": hash_of(examples), "base": base_hash(model)}
     wanted = gather({**hashes, "step": step})[0]  # every process must have what rank 0 has
     if wanted["step"] != step:
         raise ValueError(f"--resume: rank 0 has a checkpoint of step {wanted['step']}, this "
@@ -770,7 +790,7 @@ def begin_run(run, args, examples, model, step):
     if args.resume:
         wanted = json.loads(path.read_text())
     for name, flag in (("data", "data"), ("base", "model")):
-        if hashes[name] != wanted[name]:
+        if hashes[name] != wanted.get(name):
             raise ValueError(f"--{flag} {getattr(args, flag)}: not the {name} that this run began "
                              "with. Restore it, or begin another run with --run-name")
     if RANK == 0 and not args.resume:
@@ -894,14 +914,14 @@ def sum_over_processes(parameters, loss, stop):
 
 
 def read_log(path):
-    """Return the lines of metrics.jsonl, up to one that a kill cut short."""
+    """Return the lines of metrics.jsonl, but one that a kill cut short."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
-            break
-    return lines
+            continue
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 def open_log(path, step):
@@ -945,7 +965,10 @@ def plot_loss(path):
         from matplotlib.figure import Figure
     except ImportError:
         return
-    table = pandas.DataFrame(read_log(path)).set_index("step")
+    lines = read_log(path)
+    if not any("loss" in line for line in lines):
+        return
+    table = pandas.DataFrame(lines).set_index("step")
     axes = Figure(figsize=(7, 4), layout="constrained").subplots()
     losses = table.loss.dropna()
     window = 1 + len(losses) // 20
@@ -953,7 +976,7 @@ def plot_loss(path):
     if window > 1:
         mean = losses.rolling(window, center=True, min_periods=1).mean()
         axes.plot(mean, label=f"training, mean of {window} steps")
-    if best := lowest(read_log(path)):
+    if best := lowest(lines):
         axes.plot(table.val_loss.dropna(), "o-", label="held out")
         axes.plot(best[1], best[0], "o", label=f"lowest: {best[0]:.3f} at step {best[1]}")
     axes.set(title=path.parent.name, xlabel="optimizer step", ylabel="loss per target token (nats)")
@@ -1087,13 +1110,8 @@ def main(args):
     if args.demo:
         return demo(args.seed)
     run = Path("checkpoints", args.run_name)
-    run.mkdir(parents=True, exist_ok=True)
-    try:  # the lock goes with the process, also when it is killed
-        with FileLock(run / ".lock", timeout=0) if RANK == 0 else nullcontext():
-            return experiment(args, run)
-    except Timeout:
-        raise ValueError(f"{run} is being trained by another process: wait, or give another "
-                         "--run-name") from None
+    with locked(run, "--run-name"):
+        return experiment(args, run)
 
 
 def experiment(args, run):
@@ -1214,9 +1232,11 @@ def demo(seed):
         raise ValueError("--demo runs in one process: start it without torchrun")
     begun = Path("checkpoints/demo/run.json")
     if begun.exists():
-        if json.loads(begun.read_text())["flags"]["model"] != "demo/base":
-            raise ValueError("checkpoints/demo holds a run of your own: rename it, or run the demo "
-                             "in another folder")
+        with loading("--demo", begun):
+            if json.loads(begun.read_text())["flags"]["data"] != "demo/two-step-train.jsonl":
+                raise ValueError("a run of your own: rename it, or run the demo in another folder")
+        with locked(begun.parent, "folder"):
+            pass  # no run is writing there
         shutil.rmtree(begun.parent)
     if Path("demo/one-step-train.jsonl").exists():  # the last demo's
         for folder in ("demo/merged", "demo/scores", "demo/scores-merged"):
@@ -1261,6 +1281,18 @@ def demo(seed):
 
 
 # --- processes, and the edge of a script ---
+
+@contextmanager
+def locked(folder, flag):
+    """Hold a folder for this process. The lock goes with the process, also if it is killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0) if RANK == 0 else nullcontext():
+            yield
+    except Timeout:
+        raise ValueError(f"{folder} is in use by another process: wait, or give another {flag}"
+                         ) from None
+
 
 def join_processes(device):
     """Join torchrun's group, where there is one; only rank 0 prints."""

@@ -9,7 +9,8 @@
 
 One experiment is one folder, --out: sst2.jsonl has a line per finished run, and these are skipped;
 sst2.png the curves; r8-s0/ adapter and head of r=8 and seed 0, as PEFT saves them. Own data is a
-folder with train and validation, as .jsonl, .csv, .tsv or .parquet: sentence, and label 0 or 1.
+folder with train and validation, as .jsonl, .json, .parquet, .csv or, without quotes, .tsv, of
+sentence, and label 0 or 1.
 
 Weights are in float32 and products in --dtype, by autocast: an encoder is small, and full
 fine-tuning needs float32 weights. (train_math.py holds its base in --dtype, to fit a small card.)
@@ -17,6 +18,7 @@ SST-2's validation has 872 rows: at 93% one run's 95% interval is +/- 1.7 points
 targets share one alpha and lr, and the update is scaled by alpha / r: another rank (Sec. 7.2), or
 other targets at one budget (Sec. 7.1), is another scale too.
 """
+import csv
 import itertools
 import json
 import math
@@ -35,9 +37,9 @@ from tqdm import tqdm
 from eval_gsm8k import wilson_interval
 from lora import (LoRAConfig, count_parameters, inject_lora, load_adapter, lora_layers,
                   save_adapter)
-from train_math import (FILES, WORLD, GiB, LossScaler, Parser, agree, epoch_batches, hash_of,
-                        length, loading, number, open_table, peak_memory, pick_device, pick_dtype,
-                        run_script, trained_with)
+from train_math import (FILES, WORLD, GiB, LossScaler, Parser, agree, base_hash, epoch_batches,
+                        hash_of, length, loading, locked, number, open_table, peak_memory,
+                        pick_device, pick_dtype, plain_text, run_script, trained_with)
 
 BASE = "roberta-base"
 
@@ -52,7 +54,8 @@ def parse_args(argv=None):
     add("--targets", nargs="+", help="layers to adapt (default: query and value)")
     add("--head", nargs="+", help="modules trained in full (default: the classifier)")
     add("--adapter", metavar="DIR", help="score a saved adapter")
-    add("--predict", nargs="+", metavar="TEXT", help="print label and probability of sentences")
+    add("--predict", nargs="+", metavar="TEXT", type=plain_text,
+        help="print label and probability of sentences")
     add("--ranks", nargs="*", type=count, default=[8], help="(default: 8)")
     add("--seeds", nargs="+", type=number(int, 0), default=[0], help="(default: 0)")
     add("--alpha", type=rate, default=16.0, help="as released; 8 in Table 9 (default: 16)")
@@ -85,19 +88,27 @@ def parse_args(argv=None):
 
 def read_sentences(data, split):
     """Return [(sentence, 0 or 1)] of a split. Raise ValueError for what cannot be read."""
-    files = [path for suffix in FILES if (path := Path(data, split + suffix)).exists()]
+    files = [path for suffix in (".tsv", *FILES) if (path := Path(data, split + suffix)).exists()]
     with loading("--data", data):
-        if Path(data).exists() and not files:
-            raise ValueError(f"expected a folder with {split}.jsonl or {split}.tsv")
-        table = open_table(str(files[0]) if files else data, split)
-        rows = [(row.get("sentence"), str(row.get("label"))) for row in table]
-        for place, (text, label) in enumerate(rows, 1):
-            if not isinstance(text, str) or label not in ("0", "1"):
+        if Path(data).exists() and len(files) != 1:
+            raise ValueError(f"expected a folder with one {split}.jsonl, .json, .parquet, .csv or "
+                             f".tsv, found {', '.join(path.name for path in files) or 'none'}")
+        if files and files[0].suffix == ".tsv":
+            # GLUE's own files quote nothing: a row may begin with a lone quotation mark.
+            table = csv.DictReader(files[0].read_text(encoding="utf-8-sig").split("\n"),
+                                   delimiter="\t", quoting=csv.QUOTE_NONE)
+        else:
+            table = open_table(str(files[0]) if files else data, split)
+        rows = []
+        for place, row in enumerate(table, 1):
+            sentence, label = row.get("sentence"), str(row.get("label"))
+            if not isinstance(sentence, str) or label not in ("0", "1") or None in row:
                 raise ValueError(f"{split}, row {place}: expected sentence, and label 0 or 1, "
-                                 f"found {text!r:.40} and {label:.40}")
+                                 f"found {row!r:.100}")
+            rows.append((plain_text(sentence, f"{split}, row {place}"), int(label)))
         if not rows:
             raise ValueError(f"{split} has no rows")
-    return [(text, int(label)) for text, label in rows]
+    return rows
 
 
 def encode(args, sentences):
@@ -287,7 +298,7 @@ def train(args, data, r, seed):
              + ("lr alpha dropout targets" if r else "full_lr"))
     n = len(data["validation"])
     run = {flag: getattr(args, flag) for flag in flags.split()}
-    run |= {"data_hash": hash_of(data), "r": r, "seed": seed, "adapter_parameters": adapter,
+    run |= {"r": r, "seed": seed, "adapter_parameters": adapter,
             "trainable": trainable, "total": total, **history[-1], "n": n,
             "ci95": list(wilson_interval(accuracy * n, n)),
             "skipped": steps - done, "seconds": seconds,
@@ -302,14 +313,16 @@ def train(args, data, r, seed):
 
 # --- one experiment: its folder, table and picture ---
 
-def read_runs(path, args, data):
+def read_runs(path, settings):
     """Return the finished runs. Refuse those of another experiment."""
-    settings = vars(args) | {"data_hash": hash_of(data)}
     lines = path.read_text().splitlines() if path.exists() else []
-    with loading("--out", args.out):
+    with loading("--out", path):
         runs = [json.loads(line) for line in lines]
+        if not all(isinstance(run, dict) and "history" in run for run in runs):
+            raise ValueError("a line of it is no run")
     for run in runs:
-        changed = [f"{name} was {run[name]}, is {value}"  # older lines lack some
+        changed = [f"different {name.removesuffix('_hash')}" if name.endswith("_hash") else
+                   f"{name} was {run[name]}, is {value}"  # older lines lack some
                    for name, value in settings.items() if run.get(name, value) != value]
         if changed:
             raise ValueError(f"{path} holds other runs: {'; '.join(changed)}; give another --out")
@@ -428,19 +441,25 @@ def main(args):
         raise ValueError("--checkpoint-activations: on MPS torch recomputes other dropout masks")
     if args.predict:
         return predict(args)
-    if args.adapter:
+    if args.adapter is not None:
         return score_adapter(args)
     args.model = args.model or BASE
     data = {split: read_data(args, split) for split in ("train", "validation")}
-    path = Path(args.out, "sst2.jsonl")
-    runs = read_runs(path, args, data)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(Path(args.out), "--out"):
+        return experiment(args, data, Path(args.out, "sst2.jsonl"))
+
+
+def experiment(args, data, path):
+    """Train the runs that a file of runs lacks, and report all."""
+    base = load_encoder(args, None, 0).base_model
+    hashes = {"data_hash": hash_of(data), "base_hash": base_hash(base)}
+    settings = vars(args) | hashes
+    del settings["model"], settings["data"]  # their contents are compared, not their names
+    runs = read_runs(path, settings)
     for r, seed in itertools.product(args.ranks + [None] * args.full_finetune, args.seeds):
         if (r, seed) not in [(run["r"], run["seed"]) for run in runs]:
-            run = train(args, data, r, seed)[0]  # frees the model
-            runs.append(run)
-            with open(path, "a") as file:
-                file.write(json.dumps(run) + "\n")
+            runs.append(train(args, data, r, seed)[0] | hashes)  # [0]: the model is freed
+            path.write_text("".join(json.dumps(run) + "\n" for run in runs))
     report(runs, path.with_suffix(".png"))
     return runs
 
