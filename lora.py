@@ -34,7 +34,7 @@ import math
 import warnings
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from numbers import Integral, Real
@@ -626,9 +626,10 @@ def base_sample(layer):
 def load_adapter(model, folder, layer=LoRALinear):
     """Put a folder's adapter onto the model, replacing any other; return its config.
 
-    Create the optimizer afterwards: loading replaces A and B. Raises ValueError, with the model
-    as it was, if the files are damaged or for another model, and RuntimeError while an adapter is
-    merged or off. Warns of another base, which files of PEFT do not tell.
+    Create the optimizer afterwards: loading makes a new A and B, unless the model carries an
+    adapter of the same kind, whose Parameters then take the file's values. Raises ValueError, with
+    the model as it was, if the files are damaged or for another model, and RuntimeError while an
+    adapter is merged or off. Warns of another base, which files of PEFT do not tell.
     """
     refuse_waiting(model, "load an adapter")
     with disable_lora(model):  # names and shapes in the file are compared with the base's
@@ -638,14 +639,21 @@ def load_adapter(model, folder, layer=LoRALinear):
             reason = " ".join(str(error).split())
             raise ValueError(f"{folder} is no adapter for this model: {reason}") from None
         wrappers = {name: layer(base, config) for name, base in layers.items()}
-    install(strip_lora(model), {wrapper.base: wrapper for wrapper in wrappers.values()}, heads)
-    for key, parameter in file_parameters(wrappers, heads).items():
+    if kinds(dict(lora_layers(model))) != kinds(wrappers):
+        install(strip_lora(model), {wrapper.base: wrapper for wrapper in wrappers.values()}, heads)
+    for key, parameter in file_parameters(*adapter_modules(model)).items():
         parameter.detach().copy_(tensors[key])
     own_sample = torch.tensor(base_sample(list(wrappers.values())[-1]))
     # The relative difference is 0.1 for the same base in 4 bits, and 1.4 for another seed.
     if own_sample.shape == sample.shape and (own_sample - sample).norm() > 0.3 * sample.norm():
         warnings.warn(f"{folder} was trained on another base")
     return config
+
+
+def kinds(layers):
+    """Return {name: what a wrapper is, apart from the values of its tensors}."""
+    return {name: (type(layer), layer.base, replace(layer.config, targets="all"))
+            for name, layer in layers.items()}
 
 
 def read_adapter(model, folder, layer):
