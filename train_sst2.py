@@ -451,8 +451,8 @@ def main(args):
 
 def experiment(args, data, path):
     """Train the runs that a file of runs lacks, and report all."""
-    base = load_encoder(args, None, 0).base_model
-    hashes = {"data_hash": hash_of(data), "base_hash": base_hash(base)}
+    hashes = {"data_hash": hash_of(data),
+              "base_hash": base_hash(load_encoder(args, None, 0).base_model)}
     settings = vars(args) | hashes
     del settings["model"], settings["data"]  # their contents are compared, not their names
     runs = read_runs(path, settings)
