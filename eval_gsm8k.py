@@ -43,10 +43,11 @@ def parse_args(argv=None):
     parser, count = Parser(description=__doc__), number(int, 1)
     add, on_or_off = parser.add_argument, argparse.BooleanOptionalAction
     add("--model", help="Hub id or folder of the base (default: the adapter's own)")
-    add("--adapter", nargs="+", action="extend", default=[], metavar="DIR", help="adapters or runs")
+    add("--adapter", nargs="+", action="extend", default=[], metavar="DIR",
+        help="adapters, or runs: all their checkpoints, with --ask the last one")
     add("--ask", nargs="+", metavar="TEXT", type=plain_text,
-        help="print what base and adapters say, and no more")
-    add("--save-merged", metavar="DIR", help="write base and adapter as one model, and no more")
+        help="print what base and adapters say, then exit")
+    add("--save-merged", metavar="DIR", help="write base and adapter as one model, then exit")
     add("--data", default="openai/gsm8k", help="Hub id or file (default: openai/gsm8k)")
     add("--nb-samples", type=count, help="the first N problems (default: all)")
     add("--batch-size", type=count, default=16, help="problems at once (default: 16)")
@@ -60,11 +61,12 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def list_adapters(folders):
-    """Return {name: folder} of adapters, and of every checkpoint of a run."""
+def list_adapters(folders, last_only=False):
+    """Return {name: folder} of adapters, and of every checkpoint of a run, or its last one."""
     adapters = {}
     for folder in folders:
-        for path in checkpoints(folder) or [Path(folder)]:
+        steps = checkpoints(folder)
+        for path in (steps[-1:] if last_only else steps) or [Path(folder)]:
             run, name = ["", *path.resolve().parts][-2:]
             name = f"{run}-{name}" if name.startswith("step_") else name
             if name in adapters or name == "base":
@@ -448,7 +450,7 @@ def plot(path, results):
 
 def main(args):
     """Ask, export, or score."""
-    adapters = list_adapters(args.adapter)
+    adapters = list_adapters(args.adapter, last_only=args.ask is not None)
     trained = adopt_training(args, adapters)
     scoring = args.ask is None and args.save_merged is None
     if args.ask is not None and args.save_merged is not None:

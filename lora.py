@@ -101,8 +101,7 @@ class LoRALinear(nn.Module):
 
     A variant is a subclass. It overrides forward() and, to the same effect, merged_weight(), adds
     its tensors to adapter_parameters(), and lists in `options` what it adds to adapter_config.json.
-    d_by_k() turns the weight of a Conv1D. Loading finds the layers by the name of lora_A, and
-    builds each over an nn.Linear on the meta device first, to learn the shapes of its tensors.
+    It has to bear an nn.Linear on the meta device as its base, by which loading learns the shapes.
     """
     options = {}
 
@@ -121,8 +120,8 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))        # (..., k) -> (..., r)
         update = F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        # The frozen base comes last. It saves nothing for the gradients of A and B, so that where
-        # activations are recomputed, torch stops before it.
+        # The frozen base comes last: if this layer is the last of a block that is recomputed in
+        # backward, recomputation stops before this product, which no gradient needs.
         return self.base(x) + update
 
     def delta(self):
@@ -139,7 +138,7 @@ class LoRALinear(nn.Module):
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
     scaling = property(lambda self: self.config.scaling)
-    # For model code that asks for their dtype or device. Computing with them bypasses A and B.
+    # Some model code asks for layer.weight.dtype. Computing with this weight would bypass A and B.
     weight = property(lambda self: self.base.weight)
     bias = property(lambda self: self.base.bias)
 
@@ -314,7 +313,9 @@ def merge_layer(model, layer):
 
 
 def is_merged(model):
-    return any(W0 is not None for _, W0 in stashed(model, "waiting").values())
+    """True if no wrapper is in the model, and some wait with a W0."""
+    waits = any(W0 is not None for _, W0 in stashed(model, "waiting").values())
+    return waits and not dict(lora_layers(model))
 
 
 def stashed(model, attribute):
@@ -328,45 +329,10 @@ def refuse_waiting(model, action):
                            "call unmerge_lora(model), or leave the block")
 
 
-def check_product(base):
-    """Raise ValueError unless the base's output is x W^T + b, tried on one random row.
-
-    A dense layer is tried with another W too, which a layer with a mask or a copy of W does not
-    follow.
-    """
-    dense = base.to_dense() if is_packed(base) else base
-    W = dense._parameters.get("weight")  # None if it is computed, as by weight_norm
-    plain = W is not None and W.dtype in FLOATS and not W.is_meta and is_product(base, W, dense)
-    if plain and dense is base:
-        d, k = d_by_k(W, base).shape
-        other = d_by_k(torch.outer(random_row(d), random_row(k)) / math.sqrt(k), base).to(W)
-        plain = is_product(partial(functional_call, base, {"weight": other}), other, base)
-    if not plain:
-        raise ValueError(f"cannot merge into this {type(base).__name__}: its output is not "
-                         "x W^T + b, with a dense W of floats")
-
-
-def is_product(function, W, layer):
-    """True if function(x) is x W^T + b within 1%, with the layer's b and its layout of W."""
-    x = random_row(d_by_k(W, layer).shape[1]).expand(1, 1, -1).to(W)
-    try:
-        y = function(x)
-    except Exception:  # such as sizes that do not match
-        return False
-    b = None if layer.bias is None else layer.bias.float()
-    product = F.linear(x.float(), d_by_k(W.float(), layer), b)
-    return (isinstance(y, torch.Tensor) and y.shape == product.shape
-            and bool((y.float() - product).norm() <= 0.01 * product.norm()))
-
-
-def random_row(n):
-    """Return n numbers from N(0, 1), on the CPU and always the same."""
-    return torch.randn(n, generator=torch.Generator().manual_seed(0), device="cpu")
-
-
 def unmerge_lora(model):
     """Put the wrappers and every bit of W0 back, on the model's device; return the model."""
-    return restore_wrappers(model) if is_merged(model) else model
+    off = all(W0 is None for _, W0 in stashed(model, "waiting").values())
+    return model if off else restore_wrappers(model)
 
 
 def restore_wrappers(model):
@@ -506,6 +472,42 @@ def routers(model):
     return set(chain.from_iterable(module.modules() for module in found))
 
 
+def check_product(base):
+    """Raise ValueError unless the base's output is x W^T + b, tried on one random row.
+
+    A dense layer is tried with another W too, which a layer with a mask or a copy of W does not
+    follow.
+    """
+    dense = base.to_dense() if is_packed(base) else base
+    W = dense._parameters.get("weight")  # None if it is computed, as by weight_norm
+    plain = W is not None and W.dtype in FLOATS and not W.is_meta and is_product(base, W, dense)
+    if plain and dense is base:
+        d, k = d_by_k(W, base).shape
+        other = d_by_k(torch.outer(random_row(d), random_row(k)) / math.sqrt(k), base).to(W)
+        plain = is_product(partial(functional_call, base, {"weight": other}), other, base)
+    if not plain:
+        raise ValueError(f"cannot merge into this {type(base).__name__}: its output is not "
+                         "x W^T + b, with a dense W of floats")
+
+
+def is_product(function, W, layer):
+    """True if function(x) is x W^T + b within 1%, with the layer's b and its layout of W."""
+    x = random_row(d_by_k(W, layer).shape[1]).expand(1, 1, -1).to(W)
+    try:
+        y = function(x)
+    except Exception:  # such as sizes that do not match
+        return False
+    b = None if layer.bias is None else layer.bias.float()
+    product = F.linear(x.float(), d_by_k(W.float(), layer), b)
+    return (isinstance(y, torch.Tensor) and y.shape == product.shape
+            and bool((y.float() - product).norm() <= 0.01 * product.norm()))
+
+
+def random_row(n):
+    """Return n numbers from N(0, 1), on the CPU and always the same."""
+    return torch.randn(n, generator=torch.Generator().manual_seed(0), device="cpu")
+
+
 # --- adapter files, in PEFT's format ---
 
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
@@ -635,6 +637,8 @@ def load_adapter(model, folder, layer=LoRALinear):
     with disable_lora(model):  # names and shapes in the file are compared with the base's
         try:
             config, tensors, sample, layers, heads = read_adapter(model, Path(folder), layer)
+        except ImportError:  # of safetensors
+            raise
         except Exception as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{folder} is no adapter for this model: {reason}") from None
@@ -651,7 +655,7 @@ def load_adapter(model, folder, layer=LoRALinear):
 
 
 def kinds(layers):
-    """Return {name: what a wrapper is, apart from the values of its tensors}."""
+    """Return {name: type, base and config of a wrapper}."""
     return {name: (type(layer), layer.base, replace(layer.config, targets="all"))
             for name, layer in layers.items()}
 

@@ -36,6 +36,10 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
+# Before torch's first tensor: it then takes huge pages for large ones (Linux). Without them a
+# training process on a CPU grew to twice the size of its tensors.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -50,10 +54,6 @@ from transformers.masking_utils import sdpa_mask
 
 from lora import (LoRAConfig, count_parameters, inject_lora, load_adapter, lora_layers,
                   quantize_nf4, save_adapter)
-
-# torch then takes huge pages for large tensors (Linux). Without them a training process on a CPU
-# grew to twice the size of its tensors.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 RANK = int(os.environ.get("RANK", 0))  # both from torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -99,12 +99,12 @@ def parse_args(argv=None):
     add("--chat", None, "prompts by the tokenizer's chat template (default: for messages)",
         action=on_or_off)
     add("--nb-samples", 10000, "train on the first N rows, or turns of messages", type=count)
-    add("--val-samples", None, "hold out the N rows after them, or the last ones (default: "
-        "200 or a tenth, whichever is less; 0 for none)", type=number(int, 0))
+    add("--val-samples", None, "hold out the N rows after the training rows, of a short file the "
+        "last N (default: 200 or a tenth, whichever is less; 0 for none)", type=number(int, 0))
     add("--epochs", 3, type=count)
     add("--max-steps", None, "stop after N steps; the learning rate ends there too", type=count)
-    add("--adapter", None, "start from this adapter, trained on as it was: its base, prompt, and "
-        "the five flags below", metavar="DIR")
+    add("--adapter", None, "go on training this adapter: --model, --chat, --nf4 and the five flags "
+        "below default to its own", metavar="DIR")
     add("--r", 8, "rank (Sec. 4.1)", type=count)
     add("--alpha", 16.0, "the update is scaled by alpha / r", type=number(float, 1e-9))
     add("--dropout", 0.05, "on the adapter's input", type=number(float, 0, 0.99))
@@ -657,7 +657,7 @@ def fits(model, batch, reserve):
 
 
 def make_it_fit(model, batch, recompute):
-    """Try the largest batch, with recompute=None first kept and then recomputed.
+    """Try the largest batch. If recompute is None, first keep activations, then recompute them.
 
     Return whether blocks are recomputed. Raises ValueError if it does not fit.
     """
@@ -849,7 +849,7 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
             scaler.unscale(parameters)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
 
-            # 4. Step, or skip after an overflow, leaving weights and moments untouched.
+            # 4. Step, or skip after an overflow: weights and moments stay, and the rows are lost.
             finite, scale = math.isfinite(loss + norm), scaler.scale
             if finite:
                 optimizer.step()
@@ -1183,7 +1183,7 @@ def report(run, metrics, device):
     if best := lowest(read_log(metrics)):
         folder = run / f"step_{best[1]:06d}"
         where = f": {folder}" if folder.exists() else ""
-        hint = ", the last: more --epochs may help" if folder == last else ""
+        hint = ", the last: a new run with more --epochs may do better" if folder == last else ""
         print(f"the held-out loss is lowest, {best[0]:.3f}, at step {best[1]}{where}{hint}")
     return last
 

@@ -250,8 +250,8 @@ def train(args, data, r, seed):
         start = time.perf_counter()
         model.train()
 
-        # 1. Learning rate: the peak times the share of the steps that are left, and at first times
-        #    less, over 6% of the steps (Table 9), at most 100. Skipped steps do not count.
+        # 1. Learning rate: a warm-up over 6% of the steps (Table 9), at most 100, and under the
+        #    line that falls from the peak at step 0 to zero. Skipped steps do not count.
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * min((done + 1) / warmup, (steps - done) / steps)
 
@@ -372,7 +372,7 @@ def predict(args):
     probabilities = []
     for text, ids in zip(args.predict, encode(args, args.predict)):
         p = float(logits_of(model, [ids], args.dtype).softmax(-1)[0, 1])
-        print(f"{'positive' if p > 0.5 else 'negative'} {max(p, 1 - p):.1%}  {text}")
+        print(f"label {int(p > 0.5)} {max(p, 1 - p):.1%}  {text}")
         probabilities.append(p)
     return probabilities
 
@@ -459,7 +459,9 @@ def experiment(args, data, path):
     for r, seed in itertools.product(args.ranks + [None] * args.full_finetune, args.seeds):
         if (r, seed) not in [(run["r"], run["seed"]) for run in runs]:
             runs.append(train(args, data, r, seed)[0] | hashes)  # [0]: the model is freed
-            path.write_text("".join(json.dumps(run) + "\n" for run in runs))
+            part = path.with_suffix(".part")
+            part.write_text("".join(json.dumps(run) + "\n" for run in runs))
+            part.replace(path)
     report(runs, path.with_suffix(".png"))
     return runs
 
