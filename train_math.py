@@ -716,7 +716,7 @@ def peak_memory(device):
 # be the same: flags, rows, base.
 
 MAY_DIFFER = {"model", "data", "device", "vram", "save_every", "resume", "run_name",
-                        "checkpoint_activations"}  # the contents of model and data are compared
+              "checkpoint_activations"}  # the contents of model and data are compared
 
 
 def checkpoints(run):
