@@ -338,7 +338,9 @@ def unmerge_lora(model):
 def restore_wrappers(model):
     """Put every wrapper that waits back into its place, with the W0 that it had."""
     for plain, (layer, W0) in stashed(model, "waiting").items():
-        layer.to(device_of(plain)).train(plain.training)
+        if device_of(layer) != device_of(plain):
+            layer.to(device_of(plain))
+        layer.train(plain.training)
         if isinstance(W0, torch.Tensor):
             plain.weight = nn.Parameter(W0.to(plain.weight), requires_grad=False)
         elif W0 is not None:
