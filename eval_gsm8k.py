@@ -388,7 +388,7 @@ def read_score(path):
 
 
 def plan(args, adapters, settings):
-    """Return [(name, folder, file, settings of the score)]. Refuse a score of other settings."""
+    """Return [(name, folder, file, settings, score there or None)]; refuse one of other settings."""
     scores = []
     for name, folder in {"base": None, **adapters}.items():
         path = Path(args.out, f"{name}-{Path(args.data).stem}-{settings['n']}.json")
@@ -402,15 +402,15 @@ def plan(args, adapters, settings):
                 raise ValueError(f"--out {path} was made with {what}: choose another --out, or "
                                  "rename a folder")
         where = {"model": args.model, "adapter": folder and str(folder), "data": args.data}
-        scores.append((name, folder, path, where | wanted))
+        scores.append((name, folder, path, where | wanted, found))
     return scores
 
 
 def score(args, model, tokenizer, rows, scores):
-    """Score the base and each adapter, or read their scores; write them and a chart."""
+    """Score the base and each adapter that has no score yet; write the scores and a chart."""
     base, results = None, {}
-    for name, folder, path, settings in scores:
-        if found := read_score(path):
+    for name, folder, path, settings, found in scores:
+        if found:
             result, records = found
         else:
             if folder:

@@ -338,7 +338,7 @@ def unmerge_lora(model):
 def restore_wrappers(model):
     """Put every wrapper that waits back into its place, with the W0 that it had."""
     for plain, (layer, W0) in stashed(model, "waiting").items():
-        if device_of(layer) != device_of(plain):
+        if device_of(layer) != device_of(plain):  # it waited on the CPU, or the model was moved
             layer.to(device_of(plain))
         layer.train(plain.training)
         if isinstance(W0, torch.Tensor):

@@ -2065,8 +2065,8 @@ def test_two_states_stay_whatever_lies_damaged_later():
     assert sorted(Path().glob("state_*")) == [Path("state_000002.pt"), Path("state_000003.pt")]
 
 
-def test_a_log_that_a_kill_cut_short_is_read_up_to_there():
-    """Its whole lines must stay, those of later steps go; without one there is no picture."""
+def test_a_log_is_read_without_its_damaged_lines():
+    """Whole lines must stay, those of later steps go; without any there is no picture."""
     train_math.plot_loss(Path("metrics.jsonl"))
     Path("metrics.jsonl").write_text('{"step": 0, "val_loss": 1}\nnull\n{"st\n{"step": 1}\n'
                                      '{"step": 2}\n{"st')

@@ -914,7 +914,7 @@ def sum_over_processes(parameters, loss, stop):
 
 
 def read_log(path):
-    """Return the lines of metrics.jsonl, but one that a kill cut short."""
+    """Return the lines of metrics.jsonl, without those that are damaged, as by a kill."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

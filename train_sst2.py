@@ -250,8 +250,8 @@ def train(args, data, r, seed):
         start = time.perf_counter()
         model.train()
 
-        # 1. Learning rate: a warm-up over 6% of the steps (Table 9), at most 100, and under the
-        #    line that falls from the peak at step 0 to zero. Skipped steps do not count.
+        # 1. Learning rate: a linear warm-up over 6% of the steps (Table 9), at most 100, but never
+        #    above the line from the peak at step 0 down to zero. Skipped steps do not count.
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * min((done + 1) / warmup, (steps - done) / steps)
 
