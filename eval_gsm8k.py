@@ -388,7 +388,7 @@ def read_score(path):
 
 
 def plan(args, adapters, settings):
-    """Return [(name, folder, file, settings, score there or None)]; refuse one of other settings."""
+    """Return [(name, folder, file, settings, score there or None)]; refuse other settings."""
     scores = []
     for name, folder in {"base": None, **adapters}.items():
         path = Path(args.out, f"{name}-{Path(args.data).stem}-{settings['n']}.json")
