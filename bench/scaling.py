@@ -1,13 +1,15 @@
 """Tokens per second and peak memory of a training step against batch, length, rank and depth.
 
-    python bench/scaling.py                # seven minutes on 2 cores; writes results/scaling.*
+    python bench/scaling.py --rounds 3     # 20 minutes on 2 cores; writes results/scaling.*
 
 SmolLM2-135M's shape with random weights, LoRA on q and v. Each point is a process of its own: a
 warm-up step, two timed ones, the peak; and beside it the ideal: the step's matrix products alone,
-with the same shapes and dtype, timed in the same process.
+with the same shapes and dtype, timed in the same process. In each round every point has its turn;
+the picture shows medians.
 """
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -78,9 +80,13 @@ def draw(points, path):
     for (speed, memory), name in zip(axes.T, SWEEPS):
         chosen = [point for point in points if point["sweep"] == name]
         x = [point[name] for point in chosen]
-        speed.plot(x, [point["tokens_per_s"] for point in chosen], "o-", label="training step")
-        speed.plot(x, [point["ideal"] for point in chosen], "--", label="its matrix products alone")
-        memory.plot(x, [point["peak_gib"] for point in chosen], "o-", color="C2")
+
+        def medians(key):
+            return [statistics.median(point[key]) for point in chosen]
+
+        speed.plot(x, medians("tokens_per_s"), "o-", label="training step")
+        speed.plot(x, medians("ideal"), "--", label="its matrix products alone")
+        memory.plot(x, medians("peak_gib"), "o-", color="C2")
         for axis in (speed, memory):
             axis.set(xlabel={"r": "rank", "batch": "batch size"}.get(name, name))
     axes[0, 0].set(ylabel="tokens per second", ylim=(0, None))
@@ -90,16 +96,26 @@ def draw(points, path):
 
 
 def main(args):
-    points = []
-    for name, values in SWEEPS.items():
-        for value in values:
-            point = {**POINT, name: value}
-            command = [sys.executable, __file__, "--point", json.dumps(point)]
+    measured = ("tokens_per_s", "ideal", "peak_gib")
+    points = [{"sweep": name, **POINT, name: value, **{key: [] for key in measured}}
+              for name, values in SWEEPS.items() for value in values]
+    for _ in range(args.rounds):
+        for point in points:
+            shape = {name: point[name] for name in POINT}
+            command = [sys.executable, __file__, "--point", json.dumps(shape)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                sys.exit(f"scaling.py: {point} failed:\n{done.stderr[-1000:]}")
-            points.append({"sweep": name, **point, **json.loads(done.stdout.splitlines()[-1])})
-            print(points[-1], flush=True)
+                sys.exit(f"scaling.py: {shape} failed:\n{done.stderr[-1000:]}")
+            result = json.loads(done.stdout.splitlines()[-1])
+            point["dtype"] = result["dtype"]
+            for key in measured:
+                point[key].append(result[key])
+            print(shape, result, flush=True)
+    for point in points:
+        share = statistics.median(a / b for a, b in zip(point["tokens_per_s"], point["ideal"]))
+        speed = statistics.median(point["tokens_per_s"])
+        print(f"{point['sweep']:7}{point[point['sweep']]:4}{speed:8.1f} tokens/s  "
+              f"{share:.0%} of its products alone  {statistics.median(point['peak_gib']):.2f} GiB")
     out = Path(args.out)
     out.with_suffix(".jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
     try:
@@ -112,6 +128,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(ROOT / "results" / "scaling"))
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--point", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.point:
