@@ -32,9 +32,10 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from lora import dequantize_nf4, load_adapter, merge_lora, strip_lora
 from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, agree, base_hash,
-                        check_ids, checkpoints, encode_prompt, format_prompt, gather, hash_of,
-                        join_processes, load_model, loading, number, pick_device, pick_dtype,
-                        plain_text, read_table, run_script, trained_with, warn_of_another_use)
+                        check_ids, checkpoints, chunks, encode_prompt, format_prompt, gather,
+                        hash_of, join_processes, load_model, loading, number, pick_device,
+                        pick_dtype, plain_text, read_table, run_script, trained_with,
+                        warn_of_another_use, write_whole)
 
 
 # --- flags ---
@@ -70,7 +71,8 @@ def list_adapters(folders, last_only=False):
             run, name = ["", *path.resolve().parts][-2:]
             name = f"{run}-{name}" if name.startswith("step_") else name
             if name in adapters or name == "base":
-                raise ValueError(f"--adapter {path}: the name {name} is taken: rename the folder")
+                raise ValueError(f"--adapter {path}: the name {name} is taken: give it once, or "
+                                 "rename the folder")
             adapters[name] = path
     return adapters
 
@@ -102,7 +104,7 @@ NUMBER = re.compile(r"""
     (?:(?P<whole>[0-9]+)[ ](?=[0-9]+[ ]?/[ ]?[0-9]))?       # of a mixed number, 1 1/2
     (?P<digits>[0-9]*\.?[0-9]+)                 # 12, 1.5, .5
     (?:[ ]?/[ ]?(?P<denominator>[0-9]+))?
-    (?P<unread>[ ]?\\(?:sqrt|pi|[dt]?frac)      # 2\sqrt{3}
+    (?P<unread>[ ]?\\(?:sqrt|pi|[dt]?frac)(?:[{][^}]*[}])?  # 2\sqrt{3}
     |[ ]?[²³⁴⁵⁶⁷⁸⁹½¼¾]
     |(?:(?:[ ]?(?:[/^]|\*\*)[ ]?|[ ]?(?:×|x|\\times|\\cdot|\*)[ ]?(?=10\^)|[.eE{])
         [-+.{}]*[0-9][0-9.{}]*)*)               # 10^6, 1e5, 1.2.3
@@ -160,7 +162,8 @@ def reference(row):
         numbers = find_numbers(row.answer)
         bare = not re.search(r"[A-Za-z0-9\\-]", NUMBER.sub("", row.answer))
         value = numbers[0] if len(numbers) == 1 and bare else None
-    if value is None:
+    several = re.search(r"####\s*[^\s#]*[0-9][^\s#]*[^\S\n]+[0-9]", row.answer)  # #### 10 000
+    if value is None or several:
         raise ValueError(f"row {row.place}: expected an answer that ends in #### and a number, or "
                          f"is a number, found {row.answer[-40:]!r}")
     return value
@@ -180,7 +183,8 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, eos_token_id=eos, pad_token_id=eos[0], return_dict_in_generate=True)
     try:
-        if batch_size > 1 and len(encoded) > 1 and padding_matters(model, encoded[0], eos[0]):
+        shortest = min(encoded, key=len)
+        if batch_size > 1 and len(encoded) > 1 and padding_matters(model, shortest, eos[0]):
             print("padding changes what this model computes: one prompt at a time", flush=True)
             batch_size = 1
         leave_after = 16 if has_plain_cache(model, encoded[0]) else max_new_tokens
@@ -189,11 +193,10 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
         # Like lengths share a batch, to save padding. The longest come first, so that running out
         # of memory comes soon.
         order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-        starts = range(0, len(order), batch_size)[RANK::WORLD]
-        completions = {}
-        for start in tqdm(starts, unit="batch", disable=RANK > 0 or None):
-            batch = {i: encoded[i] for i in order[start:start + batch_size]}
-            completions |= complete_batch(model, tokenizer, batch, eos, stop, max_new_tokens,
+        batches, completions = chunks(order, batch_size)[RANK::WORLD], {}
+        for batch in tqdm(batches, unit="batch", disable=RANK > 0 or None):
+            rows = {i: encoded[i] for i in batch}
+            completions |= complete_batch(model, tokenizer, rows, eos, stop, max_new_tokens,
                                           leave_after)
     finally:
         model.generation_config = own
@@ -299,7 +302,9 @@ def answer(model, tokenizer, rows, shots=0, batch_size=16, max_new_tokens=256, c
     completions = complete(model, tokenizer, prompts, batch_size, max_new_tokens)
     records = []
     for row, wanted, (text, cut_off) in zip(rows, references, completions):
-        strict, flexible = extract_answer(text), extract_answer(text, flexible=True)
+        # In a chat "Question:" opens no question of the model's own, but may repeat the user's.
+        said = text.replace("Question:", "") if chat else text
+        strict, flexible = extract_answer(said), extract_answer(said, flexible=True)
         records.append(dict(
             question=row.question, completion=text, reference=wanted, answer=strict,
             answer_flexible=flexible, correct=strict == wanted,
@@ -380,7 +385,8 @@ def read_score(path):
         return None
     with loading("--out", path):
         result = json.loads(path.read_text())
-        records = [json.loads(line) for line in open(path.with_suffix(".jsonl"))]
+        lines = path.with_suffix(".jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
         if len(records) != result["n"] or not all("correct" in record for record in records):
             raise ValueError(f"not the score of the {len(records)} completions in "
                              f"{path.stem}.jsonl: delete both files")
@@ -422,8 +428,8 @@ def score(args, model, tokenizer, rows, scores):
                 "seconds": round(time.perf_counter() - start, 1)}
             if RANK == 0:
                 lines = [json.dumps(record, default=str) + "\n" for record in records]
-                path.with_suffix(".jsonl").write_text("".join(lines))
-                path.write_text(json.dumps(result, indent=2) + "\n")
+                write_whole(path.with_suffix(".jsonl"), "".join(lines))
+                write_whole(path, json.dumps(result, indent=2) + "\n")
         base, results[name] = base or records, result
         print(describe(name, result), flush=True)
     if RANK == 0:

@@ -46,7 +46,6 @@ import torch.nn.functional as F
 from torch.func import functional_call
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 # --- configuration ---
@@ -151,9 +150,8 @@ class LoRALinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        for child in self.children():
-            child._apply(fn if child is self.base else keep_dtype)
-        return super()._apply(keep_dtype, recurse=False)
+        self.base._apply(fn)
+        return super()._apply(keep_dtype)
 
 
 def features(layer):
@@ -216,10 +214,10 @@ def install(model, wrappers, heads):
 
 
 def replace_modules(model, replacements):
-    """Put replacements[module] in each module's place, under every name that it has."""
+    """Put replacements[module] in each module's place, also where it is compiled."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            new = replacements.get(child)
+            new = replacements.get(getattr(child, "_orig_mod", child))
             if new is not None and new is not parent:  # a wrapper keeps its own base
                 parent._modules[name] = new
 
@@ -245,18 +243,18 @@ def count_parameters(model):
 # --- heads: modules that train in full (also_train) ---
 #
 # A head stays in its place, and has two sets of weights: those of the base, and those that train.
-# One set is in the module. The other is in its dictionary `other_weights`, which nn.Module ignores.
+# One set is in the module. The other is in its `lora_other_weights`, which nn.Module ignores.
 
 def train_in_full(module):
     """Put a copy of the module's weights in, to train; the base's become the other ones."""
-    module.other_weights = {name: nn.Parameter(p.detach().clone())
+    module.lora_other_weights = {name: nn.Parameter(p.detach().clone())
                             for name, p in module.named_parameters(recurse=False)}
     swap_weights(module)
 
 
 def swap_weights(module):
     """Exchange the weights in a head with its other ones."""
-    inside, outside = module._parameters, module.other_weights
+    inside, outside = module._parameters, module.lora_other_weights
     for name, weight in outside.items():
         weight.data = weight.data.to(inside[name])  # those inside may have been moved or cast
         inside[name], outside[name] = weight, inside[name]
@@ -266,8 +264,8 @@ def swap_weights(module):
 #
 # An adapter is on, off or merged, and the modules in the model are its state; there is no flag.
 # While it is on, these are the wrappers. While it is off or merged, plain layers are in their
-# places, and each holds its wrapper in `waiting`: (wrapper, None) if off, (wrapper, W0) if merged.
-# Over a packed base W0 is no tensor, and the base itself is put aside instead.
+# places, and each holds its wrapper in `lora_waiting`: (wrapper, None) if off, (wrapper, W0) if
+# merged. Over a packed base W0 is no tensor, and the base itself is put aside instead.
 # nn.Module registers nothing that is in a tuple, so that state_dict() and .to() do not see it.
 # After an interrupt while merging or unmerging, unmerge_lora gives back what was there.
 
@@ -276,8 +274,8 @@ def merge_lora(model):
     """Put plain layers with W0 + scaling * B A in the wrappers' places; return the model.
 
     No latency is added (Sec. 4.1). Summed in fp32, over an fp64 base in fp64, and rounded once. A
-    second call does nothing. Raises ValueError, or RuntimeError while the adapter is off, with no
-    layer merged.
+    second call does nothing. Each base layer is tried on a random row first. Raises ValueError, or
+    RuntimeError while the adapter is off, with no layer merged.
     """
     if is_merged(model):
         return model
@@ -300,12 +298,11 @@ def merge_layer(model, layer):
     """Put a plain layer with the merged weight in a wrapper's place; wrapper and W0 wait in it."""
     packed = is_packed(layer.base)
     plain = layer.base.to_dense() if packed else layer.base
-    plain.train(layer.training)
     W0 = d_by_k(plain.weight, plain)
     W = layer.merged_weight(W0.to(torch.promote_types(W0.dtype, torch.float32)))
     W = d_by_k(W, plain).to(W0.dtype).contiguous()
     # W0 waits on the CPU, so that a GPU never holds the model twice.
-    plain.waiting = (layer, layer.base if packed else plain.weight.to("cpu"))
+    plain.lora_waiting = (layer, layer.base if packed else plain.weight.to("cpu"))
     replace_modules(model, {layer: plain})
     plain.weight = nn.Parameter(W, requires_grad=False)
     if packed:
@@ -314,30 +311,30 @@ def merge_layer(model, layer):
 
 def is_merged(model):
     """True if no wrapper is in the model, and some wait with a W0."""
-    waits = any(W0 is not None for _, W0 in stashed(model, "waiting").values())
+    waits = any(W0 is not None for _, W0 in stashed(model, "lora_waiting").values())
     return waits and not dict(lora_layers(model))
 
 
 def stashed(model, attribute):
-    """Return {module: what it holds in an attribute, `waiting` or `other_weights`}."""
+    """Return {module: what it holds in an attribute, `lora_waiting` or `lora_other_weights`}."""
     return {m: vars(m)[attribute] for m in model.modules() if attribute in vars(m)}
 
 
 def refuse_waiting(model, action):
-    if stashed(model, "waiting"):
+    if stashed(model, "lora_waiting"):
         raise RuntimeError(f"cannot {action} while merged or inside disable_lora: "
                            "call unmerge_lora(model), or leave the block")
 
 
 def unmerge_lora(model):
     """Put the wrappers and every bit of W0 back, on the model's device; return the model."""
-    off = all(W0 is None for _, W0 in stashed(model, "waiting").values())
+    off = all(W0 is None for _, W0 in stashed(model, "lora_waiting").values())
     return model if off else restore_wrappers(model)
 
 
 def restore_wrappers(model):
     """Put every wrapper that waits back into its place, with the W0 that it had."""
-    for plain, (layer, W0) in stashed(model, "waiting").items():
+    for plain, (layer, W0) in stashed(model, "lora_waiting").items():
         if device_of(layer) != device_of(plain):  # it waited on the CPU, or the model was moved
             layer.to(device_of(plain))
         layer.train(plain.training)
@@ -346,7 +343,7 @@ def restore_wrappers(model):
         elif W0 is not None:
             layer.base.to(plain.weight.dtype)  # packed: the dense layer may have been cast
         replace_modules(model, {plain: layer})
-        del plain.waiting
+        del plain.lora_waiting
     return model
 
 
@@ -359,12 +356,12 @@ def strip_lora(model):
     if not merged:
         refuse_waiting(model, "strip")
     replace_modules(model, {layer: layer.base for _, layer in lora_layers(model)})
-    for module in stashed(model, "waiting"):
-        del module.waiting
-    for module in stashed(model, "other_weights"):
+    for module in stashed(model, "lora_waiting"):
+        del module.lora_waiting
+    for module in stashed(model, "lora_other_weights"):
         if not merged:
             swap_weights(module)
-        del module.other_weights
+        del module.lora_other_weights
         module.requires_grad_(False)
     return model
 
@@ -376,10 +373,9 @@ def disable_lora(model):
     layers, swapped = dict(lora_layers(model)).values(), []
     try:
         for layer in layers:
-            layer.base.train(layer.training)
-            layer.base.waiting = (layer, None)
+            layer.base.lora_waiting = (layer, None)
         replace_modules(model, {layer: layer.base for layer in layers})
-        for module in stashed(model, "other_weights"):
+        for module in stashed(model, "lora_other_weights"):
             swap_weights(module)
             swapped.append(module)
         yield model
@@ -397,7 +393,7 @@ def select(model, config, names=None):
     With names, the layers are these, whatever config.targets would match.
     """
     modules = named(model)
-    if any(isinstance(module, PARALLEL) for module in modules.values()):
+    if any(map(is_parallel, modules.values())):
         raise ValueError("a parallel model would not synchronise a later adapter: inject first, "
                          "then wrap")
     tied, heads = tied_modules(model), match(modules, config.also_train)
@@ -423,7 +419,19 @@ def select(model, config, names=None):
             raise ValueError(f"{name} is offloaded: load the model without device_map")
         if name in heads and list(module.buffers()):  # running statistics, or 4-bit weights
             raise ValueError(f"also_train: {name} has buffers, which are not saved")
+        if name in heads and any(p.dtype not in FLOATS for p in module.parameters()):
+            raise ValueError(f"also_train: {name} has weights that are no floats")
     return layers, heads
+
+
+def is_sharded(module):
+    """True for both kinds of FSDP: a wrapper, or a module whose class was given another name."""
+    return type(module).__name__.startswith(("FSDP", "FullyShardedDataParallel"))
+
+
+def is_parallel(module):
+    return is_sharded(module) or isinstance(
+        module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
 
 
 def output_head(model):
@@ -435,10 +443,13 @@ def linear_layers(model):
     layers, modules = {}, named(model)
     for name, module in modules.items():
         parent = modules[name.rpartition(".")[0]]
-        # These parents may use a child's weight directly, and a wrapper would be bypassed.
-        mamba = "Mamba" in type(parent).__name__ and "transformers" in type(parent).__module__
+        # These parents may use a child's weight directly, and a wrapper would be bypassed: Mamba's
+        # do so in their CUDA kernels.
+        kind = type(parent)
+        mamba = "transformers" in kind.__module__ and any(
+            word in kind.__name__ for word in ("Mamba", "BambaMixer", "FalconH1Mixer"))
         bypassed = (isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
-                    or mamba and ends_in(name, ["dt_proj"]))
+                    or mamba and ends_in(name, ["dt_proj", "x_proj", "out_proj"]))
         linear = isinstance(module, nn.Linear) or is_packed(module)
         if name and not bypassed and (linear or is_transposed(module)):
             layers[name] = module
@@ -482,7 +493,8 @@ def check_product(base):
     """
     dense = base.to_dense() if is_packed(base) else base
     W = dense._parameters.get("weight")  # None if it is computed, as by weight_norm
-    plain = W is not None and W.dtype in FLOATS and not W.is_meta and is_product(base, W, dense)
+    plain = (W is not None and W.dim() == 2 and W.dtype in FLOATS and not W.is_meta
+             and is_product(base, W, dense))
     if plain and dense is base:
         d, k = d_by_k(W, base).shape
         other = d_by_k(torch.outer(random_row(d), random_row(k)) / math.sqrt(k), base).to(W)
@@ -531,7 +543,7 @@ def adapter_state_dict(model):
 
 def adapter_modules(model):
     """Return {name: wrapper} and {name: module that trains in full}."""
-    in_full = stashed(model, "other_weights")
+    in_full = stashed(model, "lora_other_weights")
     heads = {name: module for name, module in named(model).items() if module in in_full}
     return dict(lora_layers(model)), heads
 
@@ -543,7 +555,9 @@ def save_adapter(model, folder, metadata=None):
     for what load_adapter could not restore, and RuntimeError while the adapter is merged or off.
     """
     from safetensors.torch import save
-    while isinstance(model, PARALLEL) or hasattr(model, "_orig_mod"):
+    if any(map(is_sharded, model.modules())):
+        raise ValueError("each process has a part of a sharded model (FSDP): save from a whole one")
+    while is_parallel(model) or hasattr(model, "_orig_mod"):
         model = getattr(model, "_orig_mod", None) or model.module
     refuse_waiting(model, "save")
     layers, heads = adapter_modules(model)
@@ -622,9 +636,8 @@ def file_parameters(layers, heads):
 
 def base_sample(layer):
     """Return 64 of the base's weights: enough to notice another seed or model, not a fine-tune."""
-    weight = layer.weight
-    known = weight.dtype in FLOATS and not weight.is_meta
-    return weight.flatten()[:64].tolist() if known else []
+    W0 = layer.weight
+    return W0.flatten()[:64].tolist() if W0.dtype in FLOATS and not W0.is_meta else []
 
 
 def load_adapter(model, folder, layer=LoRALinear):
@@ -742,7 +755,7 @@ class NF4Linear(nn.Module):
     absmax  (blocks,) bfloat16. The paper packs it too, for 4.13 bits a weight
     pairs   (256, 2) float32: the two values that each byte stands for
     absmax and pairs are held as integers, so that .half() does not touch them. Computes in x's
-    dtype. `weight` is W, dequantised on every access.
+    dtype. `weight` is W, dequantised on every access. The bias is frozen too.
     """
 
     def __init__(self, layer):
@@ -760,7 +773,7 @@ class NF4Linear(nn.Module):
         codes = torch.bucketize(scaled, middles, out_int32=True).byte().view(-1, 2)
         pairs = torch.cartesian_prod(values, values)
         self.register_buffer("codes", codes[:, 0] << 4 | codes[:, 1])
-        self.register_buffer("absmax", absmax.bfloat16().view(torch.int16))
+        self.register_buffer("absmax", absmax.bfloat16().view(torch.uint8))
         self.register_buffer("pairs", pairs.view(torch.int32), persistent=False)
         # An empty tensor, which .half() casts: its dtype is that of `weight`.
         self.register_buffer("dtype_of", weight.new_empty(0), persistent=False)
@@ -833,10 +846,11 @@ def quantize_nf4(model, skip=("lm_head",)):
             continue
         weight = layer.weight
         plain = type(layer) is nn.Linear or is_transposed(layer)
-        if layer in tied or not plain or weight.is_meta or weight.dtype not in FLOATS \
+        computed = "weight" not in layer._parameters  # as by pruning
+        if layer in tied or not plain or computed or weight.is_meta or weight.dtype not in FLOATS \
                 or not weight.isfinite().all():
             warnings.warn(f"{name} stays dense: a {type(layer).__name__} in {weight.dtype} that is "
-                          "tied, not finite, or of another kind")
+                          "tied, computed, not finite, or of another kind")
             continue
         replace_modules(model, {layer: NF4Linear(layer)})
         names.append(name)
@@ -847,5 +861,6 @@ def quantize_nf4(model, skip=("lm_head",)):
 
 def dequantize_nf4(model):
     """Put a plain layer with the rounded values in place of every NF4Linear."""
+    refuse_waiting(model, "dequantise")
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     replace_modules(model, {module: module.to_dense() for module in packed})

@@ -37,6 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import HfApi
+from torch.nn.utils import prune
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
@@ -482,6 +483,18 @@ def offloaded(part):
     return model
 
 
+def packed_head():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = nn.Parameter(torch.zeros(8, dtype=torch.uint8), False)  # by another library
+    return model
+
+
+def sharded(model):
+    """Return the model under the name that fully_shard gives to its class."""
+    model.__class__ = type(f"FSDP{type(model).__name__}", (type(model),), {})
+    return model
+
+
 def distilbert():
     return make("distilbert", vocab_size=64, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
 
@@ -498,7 +511,9 @@ def distilbert():
     (lambda: offloaded("lm_head"), dict(also_train="lm_head"), "offloaded"),
     (distilbert, DISTILBERT | dict(also_train="classifier"), "pre_classifier.*name both"),
     (lambda: in_dtype(roberta(), "nf4"), HEAD, "buffers"),
+    (packed_head, dict(targets="0", also_train="1"), "weights that are no floats"),
     (lambda: nn.DataParallel(llama()), {}, "inject first, then wrap"),
+    (lambda: sharded(SmallGPT()), {}, "inject first, then wrap"),
     (lambda: injected(llama), {}, "strip_lora")])
 def test_what_cannot_be_adapted_is_refused_with_the_model_untouched(build, options, message):
     """Each would change another layer too, be lost on saving, or train nothing."""
@@ -548,13 +563,31 @@ def test_a_gate_without_experts_is_adapted():
     assert inject_lora(block, LoRAConfig(targets="all-linear")) == ["experts.0"]
 
 
-def test_dt_proj_of_mamba_is_left_out():
-    """Its weight is read, it is never called: every adapted layer must get a gradient."""
+def test_layers_that_mamba_does_not_call_are_left_out():
+    """dt_proj's weight is read, others' by CUDA kernels: what is adapted must get a gradient."""
     model = make("mamba", vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
     names = inject_lora(model, LoRAConfig(r=2, targets="all-linear"))
     train(model, 2)
     assert names and all(layer.lora_B.any() for layer in wrappers(model))
-    refused("'dt_proj' matches no", inject_lora, strip_lora(model), LoRAConfig(targets="dt_proj"))
+    strip_lora(model)
+    for name in ("dt_proj", "x_proj", "out_proj"):
+        refused(f"'{name}' matches no", inject_lora, model, LoRAConfig(targets=name))
+
+
+def test_a_compiled_layer_is_adapted_and_its_wrapper_swapped():
+    """Compiling keeps a reference to the layer, which must not stay in use."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    x, base = torch.randn(3, 8), copy.deepcopy(model)
+    model[0] = torch.compile(model[0], backend="eager")  # before injecting, and after
+    inject_lora(model, LoRAConfig(r=2, targets=("0", "1")))
+    perturb(model)
+    model[1] = torch.compile(model[1], backend="eager")
+    adapted = model(x)
+    assert relative_error(adapted, base(x)) > 0.1
+    with disable_lora(model):
+        assert torch.equal(model(x), base(x))
+    close(merge_lora(model)(x), adapted)
+    assert torch.equal(unmerge_lora(model)(x), adapted)
 
 
 def test_a_head_in_16_bits_is_a_warning():
@@ -570,6 +603,7 @@ def test_parallel_models_are_wrapped_after_injection():
     refused("no layer here has a name as in base_model", load_adapter, parallel, ".")
     save_adapter(parallel, ".")
     assert same_bits(weights("."), before)
+    refused("each process has a part", save_adapter, sharded(model), ".")
 
 
 def test_compiled_blocks_stay_out_of_the_names():
@@ -620,7 +654,8 @@ def test_no_wrapper_can_be_used_while_it_waits(state):
     with put_aside(model, state):
         calls = [(inject_lora, model, LoRAConfig()), (save_adapter, model, "."),
                  (load_adapter, model, "."), (adapter_state_dict, model),
-                 (disable_lora(model).__enter__,), (quantize_nf4, model)]
+                 (disable_lora(model).__enter__,), (quantize_nf4, model),
+                 (dequantize_nf4, model)]
         if state == "off":
             calls += [(merge_lora, model), (strip_lora, model)]
         before = logits(model)
@@ -750,19 +785,26 @@ def doubled():
     return layer
 
 
+def empty():
+    """What ZeRO leaves in the place of a weight."""
+    layer = nn.Linear(16, 16)
+    layer.weight.data = torch.empty(0)
+    return layer
+
+
 TRIANGLE, TWO_BLOCKS = torch.ones(16, 16).tril(), torch.block_diag(*torch.ones(2, 8, 8))
 
 
 @cases("base", [lambda: Louder(16, 16), lambda: Pair(16, 16), doubled, lambda: Masked(TRIANGLE),
                 lambda: Masked(TWO_BLOCKS), lambda: Cached(16, 16), lambda: Turned(16, 16),
                 lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
-                lambda: nn.Linear(16, 16, device="meta")])
+                lambda: nn.Linear(16, 16, device="meta"), empty])
 def test_merging_refuses_what_is_no_plain_product(base):
     """W0 + s B A would compute something else there: nothing must be merged."""
     model = injected(SmallGPT, targets="mlp")
     wrappers(model)[1].base = base()
     refused("cannot merge into this", merge_lora, model)
-    assert len(wrappers(model)) == 2 and not lora.stashed(model, "waiting")
+    assert len(wrappers(model)) == 2 and not lora.stashed(model, "lora_waiting")
 
 
 def test_a_base_of_zeros_is_a_plain_product():
@@ -806,7 +848,7 @@ def test_after_an_interrupt_at_any_line_all_can_be_had_back(change, dtype):
             change(model)
             break
         except KeyboardInterrupt:
-            if wrappers(model) and lora.stashed(model, "waiting"):  # half of it is done
+            if wrappers(model) and lora.stashed(model, "lora_waiting"):  # half of it is done
                 for call in (merge_lora, strip_lora):
                     refused("call unmerge_lora", call, model, error=RuntimeError)
             unmerge_lora(model)
@@ -1138,6 +1180,8 @@ def test_nf4_takes_the_nearest_value_in_4_25_bits():
     nearest = ((blocks / absmax)[..., None] - torch.tensor(NF4)).abs().amin(-1)
     assert ((back - blocks).abs() <= (nearest + 1 / 256) * absmax).all()  # absmax in bfloat16
     assert 8 * (packed.codes.nbytes + packed.absmax.nbytes) == 4.25 * weight.numel()
+    no_integers = {torch.uint8, torch.int32, torch.float32}  # of 16 bits, which DDP cannot send
+    assert {buffer.dtype for buffer in packed.buffers()} <= no_integers
     ragged = nn.Linear(7, 3)
     nn.init.zeros_(ragged.weight)
     assert torch.equal(NF4Linear(ragged).weight, ragged.weight)
@@ -1190,11 +1234,12 @@ def test_quantising_leaves_what_it_must():
     refused("quantise first", quantize_nf4, model)
     own, damaged = type("Own", (nn.Linear,), {})(8, 8), nn.Linear(8, 8)
     nn.init.constant_(damaged.weight, math.nan)
-    layers = nn.Sequential(own, damaged, *(nn.Linear(8, 8) for _ in range(3)))
+    layers = nn.Sequential(own, damaged, *(nn.Linear(8, 8) for _ in range(4)))
     layers[2].weight = layers[3].weight
+    prune.l1_unstructured(layers[4], "weight", 0.5)  # a hook computes it
     with pytest.warns(match="stays dense") as caught:
-        assert quantize_nf4(layers) == ["4"]
-    assert [str(warning.message)[0] for warning in caught] == ["0", "1", "2", "3"]
+        assert quantize_nf4(layers) == ["5"]
+    assert [str(warning.message)[0] for warning in caught] == ["0", "1", "2", "3", "4"]
 
 
 # --- train_math.py: helpers ---
@@ -1323,7 +1368,10 @@ def test_empty_answers_are_left_out_and_only_calculator_marks_removed(capsys):
     ("x.json", '[{"messages": [{"role": "bot", "content": "a"}]}]', "row 1: .*found .'bot'."),
     ("x.json", '[{"messages": [{"role": "assistant", "content": null}]}]', "row 1: content is Non"),
     ("x.json", '[{"messages": [{"role": "user", "content": "a"}], "system": "b"}]', "beside mess"),
-    ("x.json", '[{"messages": [{"role": "user", "content": "", "tool_calls": [1]}]}]', "have tool"),
+    ("x.json", '[{"messages": [{"role": "user", "content": null, "tool_calls": [1]}]}]',
+     "have tool"),
+    ("x.json", '[{"messages": [{"role": "user", "content": "", "weight": 0}]}]', "have weight"),
+    ("x.json", '[{"messages": [{"role": "user", "content": "", "thinking": "b"}]}]', "have think"),
     ("x.json", "[1]", "row 1: found 1, expected columns"), ("nothere.jsonl", None, "no such file")])
 def test_bad_data_is_one_clear_error(name, text, message):
     if text is not None:
@@ -1377,15 +1425,16 @@ def test_held_out_rows_stand_behind_the_training_rows_and_ask_something_else():
 
 
 def test_the_original_question_is_what_metamathqa_calls_so():
-    """The turns of one conversation ask the same; so do equal questions."""
+    """The turns of one conversation ask the same, whatever is answered; so do equal questions."""
+    chats = [[dict(role=role, content=text) for role, text in zip(("user", "assistant") * 2, said)]
+             for said in ("xyxy", "xzxz")]
     write_rows("x.jsonl", dict(query="a", response="b", original_question="c"),
-               dict(query="a", response="b"),
-               {"messages": [dict(role=role, content="x") for role in ("user", "assistant") * 2]})
+               dict(query="a", response="b"), *({"messages": chat} for chat in chats))
     first, second, *turns = read_table("x.jsonl", "train", chat=True)
     assert first.question == [dict(role="user", content="a")] and first.answer == "b"
     assert (first.original, second.original) == ("c", str(second.question))
-    assert len(turns) == 2 and turns[0].original == turns[1].original
-    assert [row.place for row in (first, second, *turns)] == [1, 2, 3, 3]
+    assert len(turns) == 4 and len({turn.original for turn in turns}) == 1
+    assert [row.place for row in (first, second, *turns)] == [1, 2, 3, 3, 4, 4]
 
 
 # --- train_math.py: token ids ---
@@ -1459,6 +1508,17 @@ def test_a_chat_that_cannot_be_written_is_refused_with_its_row(template, content
     refused(f"--data: row 2: .*{message}", encode, rows, letters(template), 512)
 
 
+def test_a_template_that_writes_the_date_writes_the_same_on_every_day(patch):
+    """A run that is resumed tomorrow must find its rows; what a template refuses is a line."""
+    tokenizer, texts = letters("{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}"), set()
+    for day in (1, 2):
+        patch(transformers.utils.chat_template_utils, datetime=SimpleNamespace(now=lambda: day))
+        texts.add(train_math.chat_text(tokenizer, TURNS[:1]))
+    assert texts == {"26 Jul 2024 1+1?"}
+    tokenizer = letters("{{ raise_exception('no system') }}")
+    refused("the chat template: .*no system", encode_prompt, tokenizer, TURNS[:1])
+
+
 def test_what_looks_like_a_special_token_in_a_text_is_text():
     """HTML's <s>old</s> must give neither a BOS nor an EOS inside a row."""
     tokenizer = letters(None)
@@ -1493,6 +1553,8 @@ def test_a_process_of_torchrun_touches_its_own_gpu_alone(monkeypatch, patch):
     patch(train_math, WORLD=2)
     monkeypatch.setenv("LOCAL_RANK", "9")
     refused("--device cuda:9: ", train_math.pick_device, "cuda")
+    refused("--device cuda:1: .*expected cuda", train_math.pick_device, "cuda:1")
+    refused("--device meta: ", train_math.pick_device, "meta")
 
 
 def test_half_precision_without_units_has_to_be_asked_for(patch):
@@ -1939,6 +2001,8 @@ def test_the_name_of_a_run_is_enough_to_resume_it(tiny):
         shutil.rmtree("checkpoints/a_b/step_000004")
         last = train_math.main(parse_args(["--run-name", "a/b", "--resume", *spelled]))
         assert same_bits(weights(last), whole) and os.listdir("checkpoints") == ["a_b"]
+    os.rename("checkpoints/a_b", "checkpoints/lora-r8-MetaMathQA")
+    assert parse_args(["--resume"]).run_name == "lora-r8-MetaMathQA"
 
 
 def test_the_seed_reaches_dropout(tiny, patch):
@@ -2078,9 +2142,11 @@ def test_a_log_is_read_without_its_damaged_lines():
 # --- train_math.py: command lines ---
 
 @cases("flags, message", [
-    ("--max-length 4", "4 leaves none of 64 rows"), ("--demo", "--demo takes no flag but"),
+    ("--max-length 4", "4 leaves none of 64 rows"), ("--demo", "has no effect beside --demo"),
+    ("--grad-accum 1", "--grad-accum 1 leaves processes idle.*expected 2 or more"),
     ("--adapter nowhere", "--adapter nowhere: no such file or folder")])
-def test_wrong_input_is_one_line(flags, message, tiny):
+def test_wrong_input_is_one_line(flags, message, tiny, patch):
+    patch(train_math, WORLD=2 if "accum" in flags else 1)
     refused(message, run, tiny, flags)
     assert not list(Path().rglob("step_*"))
 
@@ -2111,7 +2177,8 @@ def test_help_shows_the_defaults(script, capsys):
     ("The answer is 1\u202f000.", "1000"), ("The answer is 1 1/2.", "3/2"),
     ("The answer is 12...", "12"), ("The answer is 12!", "12"), (r"It: #### \boxed{12.}", "12"),
     ("The answer is 1e5.", "-"), ("The answer is 1.5 \u00d7 10^6.", "-"), ("#### 1.2.3", "-"),
-    (r"The answer is \frac12", "-"), ("The answer is 10^6", "-"), ("#### 3/4/2024", "-"),
+    (r"It is 2\sqrt{3}", "-"), (r"The answer is \frac12", "-"), ("The answer is 10^6", "-"),
+    ("#### 3/4/2024", "-"),
     ("#### 7\nThe answer is: 8\n\nQuestion: next\nAnswer: The answer is 9", "8"),
     ("10-5=5, 20-30", "- 30"), ("20 - 30", "- 30"),
     ("it is -3.", "- -3"), ("Question: #### 5", "-"), ("48/2.5", "-"), ("(9)-5", "- 5"),
@@ -2143,7 +2210,8 @@ def test_scores_equal_lm_evaluation_harness():
 @cases("text, value", [
     ("so\n#### 1,234", 1234), ("The answer is: 5", 5), ("18", 18), ("$1,250.50", "1250.5"),
     ("it makes 18", None), ("#### none", None), (r"The answer is: \frac{x}{4}", None),
-    ("3 of 4", None), ("1e5", None), ("7%", 7)])
+    ("3 of 4", None), ("1e5", None), ("7%", 7), ("#### 10 000", None), ("#### 1 1/2", None),
+    ("#### 1\u202f234", None), ("#### 5\n6", 5)])
 def test_a_reference_has_a_marker_or_is_a_bare_number(text, value):
     """Any other row must be refused by its number: 57 of 175 Alpaca answers hold a digit."""
     row = Row("q", text, 9, "q")
@@ -2255,6 +2323,9 @@ def test_shots_stand_in_the_prompt_and_answers_are_counted_by_kind(patch):
     wanted = dict(n=4, correct=1, accuracy=0.25, correct_flexible=2, accuracy_flexible=0.5,
                   no_answer=3, truncated=1)
     assert wanted.items() <= result.items()
+    chat = Row([dict(role="user", content="q")], "#### 5", 1, "q")
+    said[:] = [("Question: q\nThe answer is 5", False)]  # in a chat it may repeat the question
+    assert eval_gsm8k.answer(None, None, [chat], chat=True)[0]["correct"]
 
 
 def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, capsys):
@@ -2399,7 +2470,8 @@ def test_bad_flags_are_one_line_and_exit_code_2(capsys):
 
 
 @cases("error, word", [(ValueError("two\nlines"), "two"), (ValueError(), "ValueError"),
-                       (RuntimeError("can't allocate memory"), "--batch-size")])
+                       (RuntimeError("can't allocate memory"), "--batch-size"),
+                       (MemoryError("Unable to allocate 9 GiB"), "--batch-size")])
 def test_errors_end_in_one_line(error, word, patch, capsys):
     def fails(*_):
         raise error
@@ -2650,11 +2722,14 @@ def test_sentences_are_read_as_they_stand():
     ("--data text", "--data text: train, row 1: expected sentence"),
     ("--data labels", "row 1: .*label 0 or 1"), ("--data fields", "train, row 1: "),
     ("--data both", "found train.jsonl, train.csv"), ("--data half", "surrogates"),
-    ("--adapter nowhere", "--adapter nowhere: "),
-    ("--device x", "--device x: "), ("--model three", "--model three: a classifier of 3 classes")])
+    ("--data number", "train, row 1: expected sentence.*found 1"),
+    ("--adapter nowhere", "has no effect beside --adapter"),
+    ("--device x", "--device x: "), ("--model three", "--model three: a classifier of 3 classes"),
+    ("--model words", "--model words: its tokenizer gives ids up to 16, and there are 16")])
 def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder):
     for name, row in [("text", '{"text": "a"}'), ("labels", '{"sentence": "a", "label": -1}'),
-                      ("half", '{"sentence": "\\ud83d", "label": 1}'), ("both", "{}")]:
+                      ("half", '{"sentence": "\\ud83d", "label": 1}'), ("both", "{}"),
+                      ("number", "1")]:
         Path(name).mkdir()
         Path(name, "train.jsonl").write_text(row)
     Path("fields").mkdir()
@@ -2663,8 +2738,12 @@ def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder):
     config = transformers.BertConfig.from_pretrained(encoder / "base")
     config.num_labels = 3
     transformers.BertForSequenceClassification(config).save_pretrained("three")
-    transformers.AutoTokenizer.from_pretrained(encoder / "base").save_pretrained("three")
-    refused(message, train_sst2.main, sst2(encoder, flags))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder / "base")
+    tokenizer.save_pretrained("three")
+    shutil.copytree(encoder / "base", "words")
+    tokenizer.add_tokens("music but")
+    tokenizer.save_pretrained("words")
+    refused(message, lambda: train_sst2.main(sst2(encoder, flags)))
 
 
 # --- bench/section7.py ---
@@ -2722,7 +2801,8 @@ def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, capsys
     saved("c", lambda: train_sst2.load_encoder(args, None, 0), **HEAD | {"targets": "dense"})
     refused("share no layer", compare, one, "c", "--model", f"{encoder}/base")
     saved("d", lambda: train_sst2.load_encoder(args, None, 0), targets="query")
-    refused("has no classifier", train_sst2.main, sst2(encoder, "--adapter d"))
+    flags = f"--adapter d --model {encoder}/base --data {encoder}"
+    refused("has no classifier", train_sst2.main, train_sst2.parse_args(flags.split()))
     assert Path("pictures/compare-r4-s0-r4-s1.png").exists()
 
 

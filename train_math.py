@@ -32,7 +32,7 @@ import time
 import warnings
 import zipfile
 from collections import namedtuple
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -130,8 +130,8 @@ def parse_args(argv=None):
     add("--seed", 0, "order of the data, A, dropout", type=number(int, 0, 2**31))
     add("--demo", False, "train and score a tiny model", action="store_true")
     args = parser.parse_args(argv)
-    if args.demo and vars(args) != vars(parser.parse_args(["--demo", "--seed", str(args.seed)])):
-        raise ValueError("--demo takes no flag but --seed")
+    if args.demo:
+        refuse_unused(parser, args, "--demo", ["seed"])
     args.run_name = name_run(args)
     saved = saved_flags(args)
     parser.set_defaults(**saved)
@@ -146,6 +146,14 @@ def parse_args(argv=None):
     return args
 
 
+def refuse_unused(parser, args, flag, used):
+    """Raise ValueError if a flag is set, other than those in `used`, that `flag` leaves unused."""
+    for name, value in vars(args).items():
+        if name not in used and f"--{name}" != flag and value != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')} has no effect beside {flag}: "
+                             "leave it out")
+
+
 def name_run(args):
     name = args.run_name or f"lora-r{args.r}-{Path(args.data).stem}"
     return re.sub(r"^\.|[^\w.-]", "_", name)  # no / and no leading dot
@@ -156,7 +164,7 @@ def saved_flags(args):
     if args.resume:
         path = Path("checkpoints", args.run_name, "run.json")
         with loading("--resume", path):
-            return json.loads(path.read_text())["flags"]
+            return json.loads(path.read_text())["flags"] | {"run_name": args.run_name}
     if args.adapter is not None:
         with loading("--adapter", args.adapter):
             flags = trained_with(args.adapter)
@@ -234,9 +242,7 @@ def read_table(data, split, limit=None, chat=None):
             try:
                 for question, answer in examples_of(row, chat):
                     if answer.strip():
-                        original = str(row.get("original_question") or row.get("messages")
-                                       or question)
-                        rows.append(Row(question, answer, place, original))
+                        rows.append(Row(question, answer, place, what_it_asks(row, question)))
                     else:
                         empty += 1
             except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -252,6 +258,12 @@ def read_table(data, split, limit=None, chat=None):
     left_out = f", {empty:,} without an answer left out" if empty else ""
     print(f"{data}: {len(table):,} rows{left_out}")
     return rows[:limit]
+
+
+def what_it_asks(row, question):
+    """Return a text that all rephrasings of a problem share, and all turns of a chat."""
+    asked = [turn["content"] for turn in row.get("messages") or () if turn["role"] != "assistant"]
+    return str(row.get("original_question") or asked or question)
 
 
 def open_table(data, split):
@@ -305,10 +317,11 @@ def examples_of(row, chat):
             raise ValueError(f"it has {', '.join(more)}, which is not read beside messages")
         if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
             raise ValueError(f"messages is {found!r:.60}, expected a list of role and content")
+        for name in ("tool_calls", "weight", "reasoning_content", "reasoning", "thinking"):
+            if any(turn.get(name) not in (None, "", [], 1) for turn in found):
+                raise ValueError(f"its messages have {name}, which is not read")
         turns = [{key: plain_text(turn.get(key), key) for key in ("role", "content")}
                  for turn in found]
-        if any(turn.get("tool_calls") for turn in found):
-            raise ValueError("its messages have tool_calls, which are not read")
         answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         if not answers or answers[0] == 0:
             raise ValueError("its messages need a turn of the assistant after another turn, found "
@@ -361,6 +374,11 @@ def hold_out(rows, nb_samples, val_samples=None):
     return rows[:n], held_out, repeated
 
 
+# Some chat templates write today's date by this function. A run that is resumed on another day, or
+# scored, has to read the same text.
+SAME_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+
+
 def encode_prompt(tokenizer, prompt):
     """Return the token ids of a text, with the tokenizer's BOS and no EOS, or of a chat's turns."""
     if isinstance(prompt, list):
@@ -374,7 +392,12 @@ def chat_text(tokenizer, turns):
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template, which messages and --chat need")
     ask = turns[-1]["role"] != "assistant"
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+    try:
+        return tokenizer.apply_chat_template(
+            turns, chat_template=SAME_DATE + tokenizer.get_chat_template(), tokenize=False,
+            add_generation_prompt=ask)
+    except Exception as error:  # a template is a program and may raise anything
+        raise ValueError(f"the chat template: {first_line(error)}") from None
 
 
 def encode_row(tokenizer, question, answer):
@@ -388,8 +411,8 @@ def encode_row(tokenizer, question, answer):
         start, whole = chat_text(tokenizer, question), chat_text(tokenizer, turns)
         if not whole.startswith(start):
             raise ValueError("the chat template rewrites what stands before the answer")
-        prompt, rest = encode_prompt(tokenizer, question), whole[len(start):]
-        ids, end = tokenizer(whole, add_special_tokens=False).input_ids, []
+        prompt, ids = tokenizer([start, whole], add_special_tokens=False).input_ids
+        rest, end = whole[len(start):], []
     else:
         text, rest = format_prompt(question), f" {answer}"
         prompt, ids = encode_prompt(tokenizer, text), encode_prompt(tokenizer, text + rest)
@@ -409,7 +432,7 @@ def encode(rows, tokenizer, max_length):
     for i, row in enumerate(rows, 1):
         try:
             example = encode_row(tokenizer, *row[:2])
-        except Exception as error:  # a chat template is a program and may raise anything
+        except ValueError as error:
             place = getattr(row, "place", i)
             raise ValueError(f"--data: row {place}: {first_line(error)}") from None
         if length(example) <= max_length:
@@ -421,16 +444,17 @@ def length(example):
     return len(example[0])
 
 
+def chunks(items, size):
+    return [items[start:start + size] for start in range(0, len(items), size)]
+
+
 def epoch_batches(examples, batch_size, seed, epoch):
     """Return the batches of an epoch: a function of (seed, epoch), so that a run can resume."""
     rng = random.Random(f"{seed} {epoch}")
     order = rng.sample(examples, len(examples))
     batches = []
-    # Sorted by length within pools of 50 batches, to save padding.
-    size = 50 * batch_size
-    for start in range(0, len(order), size):
-        pool = sorted(order[start:start + size], key=length)
-        batches += [pool[i:i + batch_size] for i in range(0, len(pool), batch_size)]
+    for pool in chunks(order, 50 * batch_size):  # sorted by length within these, to save padding
+        batches += chunks(sorted(pool, key=length), batch_size)
     rng.shuffle(batches)
     # The largest comes first, so that running out of memory shows at the first step.
     sizes = [len(batch) * max(map(length, batch)) for batch in batches]
@@ -463,10 +487,14 @@ def pick_device(name):
     """Return the device. Under torchrun, "cuda" is this process's own GPU."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if WORLD > 1 and name.startswith("cuda"):  # "cuda" alone would also take memory on GPU 0
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if WORLD > 1 and name == "cuda":  # which would also take memory on GPU 0
+        name = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
+    elif WORLD > 1 and name.startswith("cuda"):
+        raise ValueError(f"--device {name}: each process takes its own GPU, expected cuda")
     try:
-        return torch.empty(1, device=name).device
+        tried = torch.ones(1, device=name)
+        tried.item()  # fails on the device "meta"
+        return tried.device
     except (RuntimeError, AssertionError) as error:  # what torch raises
         raise ValueError(f"--device {name}: {first_line(error)}") from None
 
@@ -608,8 +636,7 @@ def batch_loss(model, batch):
 def validation_loss(model, examples, batch_size):
     """Return the loss per target of held-out examples, in nats, without dropout."""
     model.eval()
-    examples = sorted(examples, key=length)
-    batches = [examples[i:i + batch_size] for i in range(0, len(examples), batch_size)]
+    batches = chunks(sorted(examples, key=length), batch_size)
     losses = {i: float(batch_loss(model, collate(batches[i], model.device)))
               for i in range(RANK, len(batches), WORLD)}
     for others in gather(losses):
@@ -765,6 +792,13 @@ def newest_state(run):
     raise ValueError(f"--resume: {run} has no whole checkpoint to continue from")
 
 
+def write_whole(path, text):
+    """Write a file that, whenever the process is killed, is the old one or the new one."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
 def adapter_hash(folder):
     files = (folder / "adapter_model.safetensors", folder / "adapter_config.json")
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
@@ -795,9 +829,8 @@ def begin_run(run, args, examples, model, step):
                              "with. Restore it, or begin another run with --run-name")
     if RANK == 0 and not args.resume:
         versions = {library.__name__: library.__version__ for library in (torch, transformers)}
-        path.with_suffix(".part").write_text(
-            json.dumps({"flags": vars(args), **hashes, "versions": versions}, indent=2))
-        path.with_suffix(".part").replace(path)
+        begun = {"flags": vars(args), **hashes, "versions": versions}
+        write_whole(path, json.dumps(begun, indent=2))
 
 
 # --- training ---
@@ -917,10 +950,8 @@ def read_log(path):
     """Return the lines of metrics.jsonl, without those that are damaged, as by a kill."""
     lines = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
@@ -933,7 +964,7 @@ def open_log(path, step):
         return lambda line: None
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [line for line in read_log(path) if line["step"] <= step and step > 0]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
     try:
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(path.parent, purge_step=step + 1)  # hides what it has of later steps
@@ -1121,6 +1152,9 @@ def experiment(args, run):
         adapter, state = newest_state(run)
     elif checkpoints(run):
         raise ValueError(f"{run} has checkpoints: add --resume, or give another --run-name")
+    if args.grad_accum < WORLD:
+        raise ValueError(f"--grad-accum {args.grad_accum} leaves processes idle, which share the "
+                         f"micro-batches of a step: expected {WORLD} or more")
     config = LoRAConfig(args.r, args.alpha, args.dropout, args.targets, rslora=args.rslora)
     device = pick_device(args.device)
     join_processes(device)
@@ -1359,7 +1393,7 @@ def run_script(name, main, parse_args):
         if sys.flags.dev_mode:
             raise
         message = " ".join(str(error).split()) or first_line(error)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         message = f"out of memory ({first_line(error)}): {MEMORY_ADVICE}"

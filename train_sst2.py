@@ -37,9 +37,10 @@ from tqdm import tqdm
 from eval_gsm8k import wilson_interval
 from lora import (LoRAConfig, count_parameters, inject_lora, load_adapter, lora_layers,
                   save_adapter)
-from train_math import (FILES, WORLD, GiB, LossScaler, Parser, agree, base_hash, epoch_batches,
-                        hash_of, length, loading, locked, number, open_table, peak_memory,
-                        pick_device, pick_dtype, plain_text, run_script, trained_with)
+from train_math import (FILES, WORLD, GiB, LossScaler, Parser, agree, base_hash, chunks,
+                        epoch_batches, hash_of, length, loading, locked, number, open_table,
+                        peak_memory, pick_device, pick_dtype, plain_text, refuse_unused, run_script,
+                        trained_with, write_whole)
 
 BASE = "roberta-base"
 
@@ -76,11 +77,15 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not args.ranks and not args.full_finetune:
         parser.error("--ranks: give a rank, or --full-finetune")
-    if args.demo and vars(args) != vars(parser.parse_args(["--demo", "--seeds",
-                                                           str(args.seeds[0])])):
-        parser.error("--demo takes no flag but --seeds, and one seed")
-    if args.predict and not args.adapter:
+    if args.predict and args.adapter is None:
         parser.error("--predict needs --adapter, which makes the predictions")
+    if args.demo:
+        refuse_unused(parser, args, "--demo", ["seeds"])
+        if len(args.seeds) > 1:
+            parser.error("--demo takes one seed")
+    if args.adapter is not None:  # it is used as it is, not trained
+        refuse_unused(parser, args, "--adapter", ["predict", "model", "data", "head", "max_length",
+                                                  "dtype", "device"])
     return args
 
 
@@ -101,11 +106,11 @@ def read_sentences(data, split):
             table = open_table(str(files[0]) if files else data, split)
         rows = []
         for place, row in enumerate(table, 1):
-            sentence, label = row.get("sentence"), str(row.get("label"))
-            if not isinstance(sentence, str) or label not in ("0", "1") or None in row:
+            if not isinstance(row, dict) or not isinstance(row.get("sentence"), str) \
+                    or str(row.get("label")) not in ("0", "1") or None in row:
                 raise ValueError(f"{split}, row {place}: expected sentence, and label 0 or 1, "
                                  f"found {row!r:.100}")
-            rows.append((plain_text(sentence, f"{split}, row {place}"), int(label)))
+            rows.append((plain_text(row["sentence"], f"{split}, row {place}"), int(row["label"])))
         if not rows:
             raise ValueError(f"{split} has no rows")
     return rows
@@ -115,9 +120,15 @@ def encode(args, sentences):
     """Return token ids. A long sentence is cut: its label still holds."""
     with loading("--model", args.model):
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-        positions = transformers.AutoConfig.from_pretrained(args.model).max_position_embeddings
-    longest = min(args.max_length, positions - 2)  # RoBERTa's first two take no token
-    return tokenizer(list(sentences), truncation=True, max_length=longest).input_ids
+        config = transformers.AutoConfig.from_pretrained(args.model)
+        # RoBERTa's first two positions take no token.
+        longest = min(args.max_length, config.max_position_embeddings - 2)
+        ids = tokenizer(list(sentences), truncation=True, max_length=longest).input_ids
+        largest = max(map(max, ids))
+        if largest >= config.vocab_size:
+            raise ValueError(f"its tokenizer gives ids up to {largest}, and there are "
+                             f"{config.vocab_size} embeddings")
+    return ids
 
 
 def read_data(args, split):
@@ -168,10 +179,6 @@ def load_adapted(args):
 
 
 # --- batches, loss, accuracy ---
-
-def chunks(items, size):
-    return [items[start:start + size] for start in range(0, len(items), size)]
-
 
 def logits_of(model, rows, dtype):
     """Return the logits of rows of token ids, (rows, 2) in float32. Products run in dtype."""
@@ -459,9 +466,7 @@ def experiment(args, data, path):
     for r, seed in itertools.product(args.ranks + [None] * args.full_finetune, args.seeds):
         if (r, seed) not in [(run["r"], run["seed"]) for run in runs]:
             runs.append(train(args, data, r, seed)[0] | hashes)  # [0]: the model is freed
-            part = path.with_suffix(".part")
-            part.write_text("".join(json.dumps(run) + "\n" for run in runs))
-            part.replace(path)
+            write_whole(path, "".join(json.dumps(run) + "\n" for run in runs))
     report(runs, path.with_suffix(".png"))
     return runs
 
