@@ -150,7 +150,7 @@ class LoRALinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self.base._apply(fn)
+        self.base._apply(fn)  # and keep_dtype then finds nothing left to do there
         return super()._apply(keep_dtype)
 
 
@@ -556,7 +556,8 @@ def save_adapter(model, folder, metadata=None):
     """
     from safetensors.torch import save
     if any(map(is_sharded, model.modules())):
-        raise ValueError("each process has a part of a sharded model (FSDP): save from a whole one")
+        raise ValueError("of a sharded model (FSDP) each process holds a part: gather the weights "
+                         "into a plain model, and save that")
     while is_parallel(model) or hasattr(model, "_orig_mod"):
         model = getattr(model, "_orig_mod", None) or model.module
     refuse_waiting(model, "save")

@@ -374,11 +374,6 @@ def hold_out(rows, nb_samples, val_samples=None):
     return rows[:n], held_out, repeated
 
 
-# Some chat templates write today's date by this function. A run that is resumed on another day, or
-# scored, has to read the same text.
-SAME_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
-
-
 def encode_prompt(tokenizer, prompt):
     """Return the token ids of a text, with the tokenizer's BOS and no EOS, or of a chat's turns."""
     if isinstance(prompt, list):
@@ -387,8 +382,16 @@ def encode_prompt(tokenizer, prompt):
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
 
+# Some chat templates write today's date by this function. A run that is resumed on another day, or
+# scored, has to read the same text.
+SAME_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+
+
 def chat_text(tokenizer, turns):
-    """Return the turns as the tokenizer's chat template writes them, ready for the next one."""
+    """Return the turns as the tokenizer's chat template writes them, ready for the next one.
+
+    A date that the template writes is always the same one.
+    """
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template, which messages and --chat need")
     ask = turns[-1]["role"] != "assistant"
