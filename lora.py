@@ -75,7 +75,7 @@ class LoRAConfig:
             names = getattr(self, field) or ()
             object.__setattr__(self, field, (names,) if isinstance(names, str) else tuple(names))
         in_range = {
-            "r": isinstance(self.r, Integral) and self.r >= 1,
+            "r": isinstance(self.r, Integral) and self.r >= 1 and self.r is not True,
             "alpha": isinstance(self.alpha, Real) and 0 < self.alpha < 1e30,  # no NaN or infinity
             "dropout": isinstance(self.dropout, Real) and 0 <= self.dropout < 1,
             "targets": self.targets != (),
@@ -100,7 +100,7 @@ class LoRALinear(nn.Module):
 
     A variant is a subclass. It overrides forward() and, to the same effect, merged_weight(), adds
     its tensors to adapter_parameters(), and lists in `options` what it adds to adapter_config.json.
-    It has to bear an nn.Linear on the meta device as its base, by which loading learns the shapes.
+    Its constructor must accept an nn.Linear on the meta device: loading learns the shapes by it.
     """
     options = {}
 
@@ -248,7 +248,7 @@ def count_parameters(model):
 def train_in_full(module):
     """Put a copy of the module's weights in, to train; the base's become the other ones."""
     module.lora_other_weights = {name: nn.Parameter(p.detach().clone())
-                            for name, p in module.named_parameters(recurse=False)}
+                                 for name, p in module.named_parameters(recurse=False)}
     swap_weights(module)
 
 
@@ -285,6 +285,9 @@ def merge_lora(model):
         raise ValueError("the model carries no adapter: call inject_lora or load_adapter first")
     for layer in layers:
         check_product(layer.base)
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            raise ValueError("an adapted layer has a forward hook, which would not run while "
+                             "merged: remove it, or register it before injecting")
     try:
         for layer in layers:
             merge_layer(model, layer)
@@ -328,12 +331,12 @@ def refuse_waiting(model, action):
 
 def unmerge_lora(model):
     """Put the wrappers and every bit of W0 back, on the model's device; return the model."""
-    off = all(W0 is None for _, W0 in stashed(model, "lora_waiting").values())
-    return model if off else restore_wrappers(model)
+    nothing_merged = all(W0 is None for _, W0 in stashed(model, "lora_waiting").values())
+    return model if nothing_merged else restore_wrappers(model)
 
 
 def restore_wrappers(model):
-    """Put every wrapper that waits back into its place, with the W0 that it had."""
+    """Put every waiting wrapper back into its place, and W0 into its base."""
     for plain, (layer, W0) in stashed(model, "lora_waiting").items():
         if device_of(layer) != device_of(plain):  # it waited on the CPU, or the model was moved
             layer.to(device_of(plain))
@@ -368,7 +371,7 @@ def strip_lora(model):
 
 @contextmanager
 def disable_lora(model):
-    """Give the base back inside a with block, heads too. Blocks cannot be nested."""
+    """Inside a with block the model is the base, with the base's own heads. Do not nest blocks."""
     refuse_waiting(model, "switch off")
     layers, swapped = dict(lora_layers(model)).values(), []
     try:
@@ -647,7 +650,8 @@ def load_adapter(model, folder, layer=LoRALinear):
     Create the optimizer afterwards: loading makes a new A and B, unless the model carries an
     adapter of the same kind, whose Parameters then take the file's values. Raises ValueError, with
     the model as it was, if the files are damaged or for another model, and RuntimeError while an
-    adapter is merged or off. Warns of another base, which files of PEFT do not tell.
+    adapter is merged or off. Warns if the base is another one, where the file holds a sample of it;
+    PEFT's do not.
     """
     refuse_waiting(model, "load an adapter")
     with disable_lora(model):  # names and shapes in the file are compared with the base's
@@ -657,7 +661,7 @@ def load_adapter(model, folder, layer=LoRALinear):
             raise
         except Exception as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{folder} is no adapter for this model: {reason}") from None
+            raise ValueError(f"{folder} is no adapter for this model: {reason}") from error
         wrappers = {name: layer(base, config) for name, base in layers.items()}
     if kinds(dict(lora_layers(model))) != kinds(wrappers):
         install(strip_lora(model), {wrapper.base: wrapper for wrapper in wrappers.values()}, heads)

@@ -447,8 +447,8 @@ def test_dora_as_a_subclass_has_losses_and_files_of_peft(build, target):
 
 # --- lora.py: which layers can be adapted ---
 
-@cases("bad", [dict(r=0), dict(r=1.5), dict(alpha=0), dict(alpha=math.nan), dict(dropout=1.0),
-               dict(targets=()), dict(rslora="false")])
+@cases("bad", [dict(r=0), dict(r=1.5), dict(r=True), dict(alpha=0), dict(alpha=math.nan),
+               dict(dropout=1.0), dict(targets=()), dict(rslora="false")])
 def test_config_refuses_values_out_of_range(bad):
     field, value = next(iter(bad.items()))
     refused(rf"^{field} = {re.escape(repr(value))} is out of range$", lambda: LoRAConfig(**bad))
@@ -742,6 +742,17 @@ def test_hooks_fire_once_a_call_in_every_state(dtype):
     assert not fired()
     merge_lora(model)
     assert not fired()
+
+
+def test_a_hook_on_a_wrapper_keeps_it_from_being_merged():
+    """It would not run while merged, and what it does to the output would be lost in silence."""
+    model = injected(SmallGPT, targets="mlp")
+    handle = wrappers(model)[1].register_forward_hook(lambda module, args, output: 2 * output)
+    hooked = logits(model)
+    refused("has a forward hook", merge_lora, model)
+    assert torch.equal(logits(model), hooked)
+    handle.remove()
+    merge_lora(model)
 
 
 class Louder(nn.Linear):

@@ -652,7 +652,7 @@ def validation_loss(model, examples, batch_size):
 # --- memory ---
 
 MEMORY_ADVICE = ("try --nf4, --dtype float16, a smaller --batch-size; in training "
-               "--checkpoint-activations, a smaller --max-length")
+                 "--checkpoint-activations, a smaller --max-length")
 
 
 def blocks(model):
@@ -1167,7 +1167,7 @@ def experiment(args, run):
     if adapter is not None:
         print(f"begins with {adapter}")
 
-    # Enough to hold out, even if nine in ten are passed over.
+    # Ten times as many as are held out: of these, rows that repeat a question are passed over.
     spare = 10 * (200 if args.val_samples is None else args.val_samples)
     table = read_table(args.data, "train", args.nb_samples + spare, args.chat)
     rows, held_out, passed_over = hold_out(table, args.nb_samples, args.val_samples)

@@ -212,7 +212,7 @@ def evaluate(model, examples, dtype):
 
 @torch.no_grad()
 def check_padding(model, row):
-    """Raise ValueError unless half a row scores beside the whole one as it does alone."""
+    """Raise ValueError if padding changes the logits of a row, tried with half of this one."""
     model.eval()
     half = row[:(len(row) + 1) // 2]
     alone = logits_of(model, [half], "float32")[0]
