@@ -119,8 +119,8 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))        # (..., k) -> (..., r)
         update = F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        # The frozen base comes last: if this layer is the last of a block that is recomputed in
-        # backward, recomputation stops before this product, which no gradient needs.
+        # The base comes last: no gradient needs its product, and a block that is recomputed in
+        # backward then stops before it.
         return self.base(x) + update
 
     def delta(self):
@@ -186,17 +186,13 @@ def device_of(module):
 def inject_lora(model, config, layer=LoRALinear):
     """Freeze the model, wrap the targets, train also_train (Sec. 4.2); return the wrapped names.
 
-    Create the optimizer afterwards. Raises ValueError, or RuntimeError while the adapter is merged
+    Create the optimizer afterwards. Raises ValueError, or RuntimeError while an adapter is merged
     or off, with the model untouched.
     """
-    refuse_waiting(model, "inject")
+    refuse_while_off(model, "inject")
     if dict(lora_layers(model)):
         raise ValueError("the model carries an adapter: call strip_lora(model) first")
     layers, heads = select(model, config)
-    for name in named(model):  # PEFT compares letters, not whole parts of a name
-        if name.endswith(config.also_train) and not ends_in(name, config.also_train):
-            raise ValueError(f"also_train={config.also_train}: PEFT would take {name} too, whose "
-                             "name ends in the same letters: name both, or write full names")
     for name, head in heads.items():
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters()):
             warnings.warn(f"{name} trains in 16 bits, where small updates round away")
@@ -214,11 +210,11 @@ def install(model, wrappers, heads):
 
 
 def replace_modules(model, replacements):
-    """Put replacements[module] in each module's place, also where it is compiled."""
+    """Put replacements[module] in the place of each module, also where it is compiled."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             new = replacements.get(getattr(child, "_orig_mod", child))
-            if new is not None and new is not parent:  # a wrapper keeps its own base
+            if new is not None and new is not parent:  # inside a wrapper its base stays
                 parent._modules[name] = new
 
 
@@ -240,34 +236,17 @@ def count_parameters(model):
     return trainable, packed + sum(p.numel() for p in model.parameters())
 
 
-# --- heads: modules that train in full (also_train) ---
-#
-# A head stays in its place, and has two sets of weights: those of the base, and those that train.
-# One set is in the module. The other is in its `lora_other_weights`, which nn.Module ignores.
-
-def train_in_full(module):
-    """Put a copy of the module's weights in, to train; the base's become the other ones."""
-    module.lora_other_weights = {name: nn.Parameter(p.detach().clone())
-                                 for name, p in module.named_parameters(recurse=False)}
-    swap_weights(module)
-
-
-def swap_weights(module):
-    """Exchange the weights in a head with its other ones."""
-    inside, outside = module._parameters, module.lora_other_weights
-    for name, weight in outside.items():
-        weight.data = weight.data.to(inside[name])  # those inside may have been moved or cast
-        inside[name], outside[name] = weight, inside[name]
-
-
 # --- merge, switch off, take off ---
 #
-# An adapter is on, off or merged, and the modules in the model are its state; there is no flag.
-# While it is on, these are the wrappers. While it is off or merged, plain layers are in their
-# places, and each holds its wrapper in `lora_waiting`: (wrapper, None) if off, (wrapper, W0) if
-# merged. Over a packed base W0 is no tensor, and the base itself is put aside instead.
-# nn.Module registers nothing that is in a tuple, so that state_dict() and .to() do not see it.
-# After an interrupt while merging or unmerging, unmerge_lora gives back what was there.
+# Which module stands in a target's place says what the adapter is doing; there is no flag.
+#
+#     the adapter is   in the target's place          in the plain layer's `lora_waiting`
+#     on               the wrapper                    nothing
+#     off              the plain layer                (wrapper, None)
+#     merged           the plain layer, W0 + s B A    (wrapper, W0)
+#
+# Over a packed base, a dense layer takes the place when merging, and (wrapper, base) wait.
+# nn.Module registers nothing that is in a tuple: state_dict() and .to() do not see what waits.
 
 @torch.no_grad()
 def merge_lora(model):
@@ -279,7 +258,7 @@ def merge_lora(model):
     """
     if is_merged(model):
         return model
-    refuse_waiting(model, "merge")
+    refuse_while_off(model, "merge")
     layers = dict(lora_layers(model)).values()
     if not layers:
         raise ValueError("the model carries no adapter: call inject_lora or load_adapter first")
@@ -312,32 +291,35 @@ def merge_layer(model, layer):
         layer.to("cpu")
 
 
-def is_merged(model):
-    """True if no wrapper is in the model, and some wait with a W0."""
-    waits = any(W0 is not None for _, W0 in stashed(model, "lora_waiting").values())
-    return waits and not dict(lora_layers(model))
-
-
-def stashed(model, attribute):
-    """Return {module: what it holds in an attribute, `lora_waiting` or `lora_other_weights`}."""
+def modules_with(model, attribute):
+    """Return {module: what it holds in an attribute that nn.Module does not register}."""
     return {m: vars(m)[attribute] for m in model.modules() if attribute in vars(m)}
 
 
-def refuse_waiting(model, action):
-    if stashed(model, "lora_waiting"):
+def is_merged(model):
+    """True if every wrapper is away: not after an interrupt, which may leave some merged."""
+    waits = any(W0 is not None for _, W0 in modules_with(model, "lora_waiting").values())
+    return waits and not dict(lora_layers(model))
+
+
+def refuse_while_off(model, action):
+    if modules_with(model, "lora_waiting"):
         raise RuntimeError(f"cannot {action} while merged or inside disable_lora: "
                            "call unmerge_lora(model), or leave the block")
 
 
 def unmerge_lora(model):
-    """Put the wrappers and every bit of W0 back, on the model's device; return the model."""
-    nothing_merged = all(W0 is None for _, W0 in stashed(model, "lora_waiting").values())
-    return model if nothing_merged else restore_wrappers(model)
+    """Put the wrappers and every bit of W0 back, on the model's device; return the model.
+
+    Also after an interrupt while merging or unmerging.
+    """
+    nothing_merged = all(W0 is None for _, W0 in modules_with(model, "lora_waiting").values())
+    return model if nothing_merged else switch_on(model)
 
 
-def restore_wrappers(model):
+def switch_on(model):
     """Put every waiting wrapper back into its place, and W0 into its base."""
-    for plain, (layer, W0) in stashed(model, "lora_waiting").items():
+    for plain, (layer, W0) in modules_with(model, "lora_waiting").items():
         if device_of(layer) != device_of(plain):  # it waited on the CPU, or the model was moved
             layer.to(device_of(plain))
         layer.train(plain.training)
@@ -350,6 +332,25 @@ def restore_wrappers(model):
     return model
 
 
+@contextmanager
+def disable_lora(model):
+    """Inside a with block the model is the base, with the base's own heads. Do not nest blocks."""
+    refuse_while_off(model, "switch off")
+    layers, swapped = dict(lora_layers(model)).values(), []
+    try:
+        for layer in layers:
+            layer.base.lora_waiting = (layer, None)
+        replace_modules(model, {layer: layer.base for layer in layers})
+        for module in modules_with(model, "lora_inactive_weights"):
+            swap_weights(module)
+            swapped.append(module)
+        yield model
+    finally:
+        switch_on(model)
+        for module in swapped:
+            swap_weights(module)
+
+
 def strip_lora(model):
     """Take the adapter off for good; return the model, with the base's layers and heads, frozen.
 
@@ -357,35 +358,36 @@ def strip_lora(model):
     """
     merged = is_merged(model)
     if not merged:
-        refuse_waiting(model, "strip")
+        refuse_while_off(model, "strip")
     replace_modules(model, {layer: layer.base for _, layer in lora_layers(model)})
-    for module in stashed(model, "lora_waiting"):
+    for module in modules_with(model, "lora_waiting"):
         del module.lora_waiting
-    for module in stashed(model, "lora_other_weights"):
+    for module in modules_with(model, "lora_inactive_weights"):
         if not merged:
             swap_weights(module)
-        del module.lora_other_weights
+        del module.lora_inactive_weights
         module.requires_grad_(False)
     return model
 
 
-@contextmanager
-def disable_lora(model):
-    """Inside a with block the model is the base, with the base's own heads. Do not nest blocks."""
-    refuse_waiting(model, "switch off")
-    layers, swapped = dict(lora_layers(model)).values(), []
-    try:
-        for layer in layers:
-            layer.base.lora_waiting = (layer, None)
-        replace_modules(model, {layer: layer.base for layer in layers})
-        for module in stashed(model, "lora_other_weights"):
-            swap_weights(module)
-            swapped.append(module)
-        yield model
-    finally:
-        restore_wrappers(model)
-        for module in swapped:
-            swap_weights(module)
+# --- heads: modules that train in full (also_train) ---
+#
+# A head stays in its place, and has two sets of weights: those that train, and those of the base.
+# One set is in the module, the other in its `lora_inactive_weights`.
+
+def train_in_full(module):
+    """Let a copy of the module's weights train; the base's become the inactive ones."""
+    module.lora_inactive_weights = {name: nn.Parameter(p.detach().clone())
+                                    for name, p in module.named_parameters(recurse=False)}
+    swap_weights(module)
+
+
+def swap_weights(module):
+    """Exchange the weights in a head with its inactive ones."""
+    active, inactive = module._parameters, module.lora_inactive_weights
+    for name, weight in inactive.items():
+        weight.data = weight.data.to(active[name])  # the active ones may have been moved or cast
+        active[name], inactive[name] = weight, active[name]
 
 
 # --- which layers can be adapted ---
@@ -413,6 +415,10 @@ def select(model, config, names=None):
     if not layers:
         raise ValueError("no linear layer is left to adapt")
 
+    for name in modules:  # PEFT compares letters, not whole parts of a name
+        if name.endswith(config.also_train) and name not in heads:
+            raise ValueError(f"also_train={config.also_train}: PEFT would take {name} too, whose "
+                             "name ends in the same letters: name both, or write full names")
     loaded = not all(p.is_meta for p in model.parameters())
     for name, module in {**layers, **heads}.items():
         if not tied.isdisjoint(module.modules()):
@@ -420,21 +426,20 @@ def select(model, config, names=None):
                              "which would change too: leave it out")
         if loaded and any(p.is_meta for p in module.parameters()):
             raise ValueError(f"{name} is offloaded: load the model without device_map")
-        if name in heads and list(module.buffers()):  # running statistics, or 4-bit weights
-            raise ValueError(f"also_train: {name} has buffers, which are not saved")
-        if name in heads and any(p.dtype not in FLOATS for p in module.parameters()):
-            raise ValueError(f"also_train: {name} has weights that are no floats")
+    for name, head in heads.items():  # running statistics and 4-bit weights would not be saved
+        if list(head.buffers()) or any(p.dtype not in FLOATS for p in head.parameters()):
+            raise ValueError(f"also_train: {name} has buffers, or weights that are no floats")
     return layers, heads
 
 
-def is_sharded(module):
-    """True for both kinds of FSDP: a wrapper, or a module whose class was given another name."""
-    return type(module).__name__.startswith(("FSDP", "FullyShardedDataParallel"))
-
-
 def is_parallel(module):
-    return is_sharded(module) or isinstance(
-        module, (nn.DataParallel, nn.parallel.DistributedDataParallel))
+    """True for DataParallel, DDP and both kinds of FSDP, the second of which renames a class."""
+    kind = type(module).__name__
+    return kind in ("DataParallel", "DistributedDataParallel") or is_sharded(module)
+
+
+def is_sharded(module):
+    return type(module).__name__.startswith(("FSDP", "FullyShardedDataParallel"))
 
 
 def output_head(model):
@@ -446,13 +451,11 @@ def linear_layers(model):
     layers, modules = {}, named(model)
     for name, module in modules.items():
         parent = modules[name.rpartition(".")[0]]
-        # These parents may use a child's weight directly, and a wrapper would be bypassed: Mamba's
-        # do so in their CUDA kernels.
-        kind = type(parent)
-        mamba = "transformers" in kind.__module__ and any(
-            word in kind.__name__ for word in ("Mamba", "BambaMixer", "FalconH1Mixer"))
+        # Some parents read a child's weight without calling it, and would pass a wrapper by: with
+        # "ssm_state_size" these are transformers' Mamba layers, in their CUDA kernels.
         bypassed = (isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
-                    or mamba and ends_in(name, ["dt_proj", "x_proj", "out_proj"]))
+                    or hasattr(parent, "ssm_state_size")
+                    and ends_in(name, ["dt_proj", "x_proj", "out_proj"]))
         linear = isinstance(module, nn.Linear) or is_packed(module)
         if name and not bypassed and (linear or is_transposed(module)):
             layers[name] = module
@@ -489,7 +492,7 @@ def routers(model):
 
 
 def check_product(base):
-    """Raise ValueError unless the base's output is x W^T + b, tried on one random row.
+    """Raise ValueError unless the base's output is x W^T + b within 1%, tried on a random row.
 
     A dense layer is tried with another W too, which a layer with a mask or a copy of W does not
     follow.
@@ -539,14 +542,14 @@ ACCEPTED = set("""
 
 def adapter_state_dict(model):
     """Return copies of the adapter; model.load_state_dict(copies, strict=False) restores them."""
-    refuse_waiting(model, "take an adapter_state_dict")
+    refuse_while_off(model, "take an adapter_state_dict")
     saved = set(file_parameters(*adapter_modules(model)).values())
     return {name: p.detach().clone() for name, p in model.named_parameters() if p in saved}
 
 
 def adapter_modules(model):
     """Return {name: wrapper} and {name: module that trains in full}."""
-    in_full = stashed(model, "lora_other_weights")
+    in_full = modules_with(model, "lora_inactive_weights")
     heads = {name: module for name, module in named(model).items() if module in in_full}
     return dict(lora_layers(model)), heads
 
@@ -563,7 +566,7 @@ def save_adapter(model, folder, metadata=None):
                          "into a plain model, and save that")
     while is_parallel(model) or hasattr(model, "_orig_mod"):
         model = getattr(model, "_orig_mod", None) or model.module
-    refuse_waiting(model, "save")
+    refuse_while_off(model, "save")
     layers, heads = adapter_modules(model)
     if not layers:
         raise ValueError("the model carries no adapter: call inject_lora or load_adapter first")
@@ -617,16 +620,13 @@ def task_type(model, heads):
     """Return the name by which PEFT's Auto classes choose a model class, or None."""
     if not type(model).__module__.startswith("transformers."):
         return None
-    from transformers.models.auto import modeling_auto as auto
-    kind = type(model).__name__
-    if kind in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+    if type(model).__name__.endswith("ForSequenceClassification"):
         # PEFT then wants the head in the file, by one of these names.
         head = {name.rpartition(".")[2] for name in heads} & {"classifier", "score"}
         return "SEQ_CLS" if head else None
-    if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        return "CAUSAL_LM"
-    seq_2_seq = kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
-    return "SEQ_2_SEQ_LM" if seq_2_seq else None
+    if not model.can_generate() or model.main_input_name != "input_ids":
+        return None
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def file_parameters(layers, heads):
@@ -653,7 +653,7 @@ def load_adapter(model, folder, layer=LoRALinear):
     adapter is merged or off. Warns if the base is another one, where the file holds a sample of it;
     PEFT's do not.
     """
-    refuse_waiting(model, "load an adapter")
+    refuse_while_off(model, "load an adapter")
     with disable_lora(model):  # names and shapes in the file are compared with the base's
         try:
             config, tensors, sample, layers, heads = read_adapter(model, Path(folder), layer)
@@ -663,7 +663,7 @@ def load_adapter(model, folder, layer=LoRALinear):
             reason = " ".join(str(error).split())
             raise ValueError(f"{folder} is no adapter for this model: {reason}") from error
         wrappers = {name: layer(base, config) for name, base in layers.items()}
-    if kinds(dict(lora_layers(model))) != kinds(wrappers):
+    if signature(dict(lora_layers(model))) != signature(wrappers):
         install(strip_lora(model), {wrapper.base: wrapper for wrapper in wrappers.values()}, heads)
     for key, parameter in file_parameters(*adapter_modules(model)).items():
         parameter.detach().copy_(tensors[key])
@@ -674,9 +674,10 @@ def load_adapter(model, folder, layer=LoRALinear):
     return config
 
 
-def kinds(layers):
-    """Return {name: type, base and config of a wrapper}."""
-    return {name: (type(layer), layer.base, replace(layer.config, targets="all"))
+def signature(layers):
+    """Return what two adapters have in common if one's Parameters can take the other's values."""
+    # The names stand for the targets: "q_proj" and its full name may mean the same layer.
+    return {name: (type(layer), layer.base, replace(layer.config, targets="q_proj"))
             for name, layer in layers.items()}
 
 
@@ -838,7 +839,7 @@ def quantize_nf4(model, skip=("lm_head",)):
     weights. The output head and names that end in one of skip stay dense, and, with a warning,
     layers that cannot be packed.
     """
-    refuse_waiting(model, "quantise")
+    refuse_while_off(model, "quantise")
     if dict(lora_layers(model)):
         raise ValueError("the model carries an adapter: quantise first, then inject")
     head = output_head(model)
@@ -866,6 +867,6 @@ def quantize_nf4(model, skip=("lm_head",)):
 
 def dequantize_nf4(model):
     """Put a plain layer with the rounded values in place of every NF4Linear."""
-    refuse_waiting(model, "dequantise")
+    refuse_while_off(model, "dequantise")
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     replace_modules(model, {module: module.to_dense() for module in packed})

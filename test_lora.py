@@ -815,7 +815,7 @@ def test_merging_refuses_what_is_no_plain_product(base):
     model = injected(SmallGPT, targets="mlp")
     wrappers(model)[1].base = base()
     refused("cannot merge into this", merge_lora, model)
-    assert len(wrappers(model)) == 2 and not lora.stashed(model, "lora_waiting")
+    assert len(wrappers(model)) == 2 and not lora.modules_with(model, "lora_waiting")
 
 
 def test_a_base_of_zeros_is_a_plain_product():
@@ -837,7 +837,7 @@ def test_after_an_interrupt_at_any_line_all_can_be_had_back(change, dtype):
     before, adapted = bits(model), logits(model)
     codes = [function.__code__ for function in (
         merge_lora.__wrapped__, disable_lora.__wrapped__, lora.merge_layer, lora.replace_modules,
-        lora.restore_wrappers)]
+        lora.switch_on)]
     interrupted = left = 0
 
     def interrupt(frame, event, arg):
@@ -859,7 +859,7 @@ def test_after_an_interrupt_at_any_line_all_can_be_had_back(change, dtype):
             change(model)
             break
         except KeyboardInterrupt:
-            if wrappers(model) and lora.stashed(model, "lora_waiting"):  # half of it is done
+            if wrappers(model) and lora.modules_with(model, "lora_waiting"):  # half of it is done
                 for call in (merge_lora, strip_lora):
                     refused("call unmerge_lora", call, model, error=RuntimeError)
             unmerge_lora(model)
