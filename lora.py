@@ -20,7 +20,7 @@ Use, with any PyTorch model:
     merge_lora(model)                   # plain layers with W0 + scaling B A: no extra latency
     strip_lora(model)                   # forget the adapter, keep the merged weights
 
-On a first reading, stop at "which layers can be adapted". The appendix (a 4-bit base) can go.
+First reading: stop at "which layers can be adapted". The appendix (a 4-bit base) can be deleted.
 
 Differences from the paper and the authors' code
 - A starts as nn.Linear's weight does, and its input has dropout, as in the authors' code. In the
@@ -36,7 +36,6 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -100,7 +99,7 @@ class LoRALinear(nn.Module):
 
     A variant is a subclass. It overrides forward() and, to the same effect, merged_weight(), adds
     its tensors to adapter_parameters(), and lists in `options` what it adds to adapter_config.json.
-    Its constructor must accept an nn.Linear on the meta device: loading learns the shapes by it.
+    load_adapter builds one over an nn.Linear on the meta device, to learn the tensors' shapes.
     """
     options = {}
 
@@ -119,8 +118,8 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))        # (..., k) -> (..., r)
         update = F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        # The base comes last: no gradient needs its product, and a block that is recomputed in
-        # backward then stops before it.
+        # The base comes last: backward does not use its product, so checkpointing can stop
+        # recomputing before it.
         return self.base(x) + update
 
     def delta(self):
@@ -150,7 +149,7 @@ class LoRALinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self.base._apply(fn)  # and keep_dtype then finds nothing left to do there
+        self.base._apply(fn)  # as usual; below, keep_dtype changes only A and B
         return super()._apply(keep_dtype)
 
 
@@ -161,24 +160,8 @@ def features(layer):
     return tuple(reversed(layer.weight.shape))  # Conv1D
 
 
-def is_packed(layer):
-    """True for a layer in fewer bits, as in the appendix: its to_dense() returns a plain layer."""
-    return hasattr(layer, "to_dense")
-
-
-def is_transposed(layer):
-    """True for GPT-2's Conv1D in transformers, also if it is packed: its weight is (k, d)."""
-    conv1d = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
-    return conv1d or (is_packed(layer) and layer.transposed)
-
-
-def d_by_k(weight, layer):
-    """Turn a weight from the layer's layout to (d, k), or back."""
-    return weight.T if is_transposed(layer) else weight
-
-
 def device_of(module):
-    return next(chain(module.parameters(), module.buffers())).device
+    return [*module.parameters(), *module.buffers()][0].device
 
 
 # --- injection ---
@@ -186,16 +169,19 @@ def device_of(module):
 def inject_lora(model, config, layer=LoRALinear):
     """Freeze the model, wrap the targets, train also_train (Sec. 4.2); return the wrapped names.
 
-    Create the optimizer afterwards. Raises ValueError, or RuntimeError while an adapter is merged
-    or off, with the model untouched.
+    Create the optimizer afterwards. Raises ValueError for what cannot be adapted, and RuntimeError
+    while an adapter is merged or off; the model is then unchanged.
     """
-    refuse_while_off(model, "inject")
+    require_on(model, "inject")
     if dict(lora_layers(model)):
         raise ValueError("the model carries an adapter: call strip_lora(model) first")
     layers, heads = select(model, config)
     for name, head in heads.items():
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters()):
             warnings.warn(f"{name} trains in 16 bits, where small updates round away")
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()):
+        warnings.warn("BatchNorm updates its statistics while training, and no adapter saves them: "
+                      "call eval() on these modules")
     install(model, {base: layer(base, config) for base in layers.values()}, heads)
     return list(layers)
 
@@ -203,9 +189,9 @@ def inject_lora(model, config, layer=LoRALinear):
 def install(model, wrappers, heads):
     """Freeze the model, place {base: wrapper}, and let the heads train."""
     model.requires_grad_(False)
-    model.zero_grad()  # gradients of pretraining would let an older optimizer move the base
+    model.zero_grad()  # an older optimizer would move the base by gradients left over
     replace_modules(model, wrappers)
-    for module in set(chain.from_iterable(head.modules() for head in heads.values())):
+    for module in {m for head in heads.values() for m in head.modules()}:
         train_in_full(module)
 
 
@@ -214,7 +200,7 @@ def replace_modules(model, replacements):
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             new = replacements.get(getattr(child, "_orig_mod", child))
-            if new is not None and new is not parent:  # inside a wrapper its base stays
+            if new is not None and new is not parent:  # a wrapper keeps its own base
                 parent._modules[name] = new
 
 
@@ -245,20 +231,20 @@ def count_parameters(model):
 #     off              the plain layer                (wrapper, None)
 #     merged           the plain layer, W0 + s B A    (wrapper, W0)
 #
-# Over a packed base, a dense layer takes the place when merging, and (wrapper, base) wait.
+# Over a packed base, merging makes a new dense layer; its `lora_waiting` is (wrapper, base).
 # nn.Module registers nothing that is in a tuple: state_dict() and .to() do not see what waits.
 
 @torch.no_grad()
 def merge_lora(model):
     """Put plain layers with W0 + scaling * B A in the wrappers' places; return the model.
 
-    No latency is added (Sec. 4.1). Summed in fp32, over an fp64 base in fp64, and rounded once. A
-    second call does nothing. Each base layer is tried on a random row first. Raises ValueError, or
-    RuntimeError while the adapter is off, with no layer merged.
+    No latency is added (Sec. 4.1). Summed in fp32 (over fp64 in fp64), then rounded once. A second
+    call does nothing. Raises ValueError for a base that does not compute x W^T + b, a sum that is
+    not finite, or no adapter, and RuntimeError while the adapter is off; no layer is then merged.
     """
     if is_merged(model):
         return model
-    refuse_while_off(model, "merge")
+    require_on(model, "merge")
     layers = dict(lora_layers(model)).values()
     if not layers:
         raise ValueError("the model carries no adapter: call inject_lora or load_adapter first")
@@ -283,6 +269,8 @@ def merge_layer(model, layer):
     W0 = d_by_k(plain.weight, plain)
     W = layer.merged_weight(W0.to(torch.promote_types(W0.dtype, torch.float32)))
     W = d_by_k(W, plain).to(W0.dtype).contiguous()
+    if not W.isfinite().all():
+        raise ValueError(f"a merged weight is NaN or infinite in {W.dtype}")
     # W0 waits on the CPU, so that a GPU never holds the model twice.
     plain.lora_waiting = (layer, layer.base if packed else plain.weight.to("cpu"))
     replace_modules(model, {layer: plain})
@@ -291,51 +279,60 @@ def merge_layer(model, layer):
         layer.to("cpu")
 
 
-def modules_with(model, attribute):
-    """Return {module: what it holds in an attribute that nn.Module does not register}."""
-    return {m: vars(m)[attribute] for m in model.modules() if attribute in vars(m)}
+def is_packed(layer):
+    """True for a layer in fewer bits (appendix): its to_dense() returns a plain layer."""
+    return hasattr(layer, "to_dense")
 
 
-def is_merged(model):
-    """True if every wrapper is away: not after an interrupt, which may leave some merged."""
-    waits = any(W0 is not None for _, W0 in modules_with(model, "lora_waiting").values())
-    return waits and not dict(lora_layers(model))
+def is_transposed(layer):
+    """True for GPT-2's Conv1D in transformers, also if it is packed: its weight is (k, d)."""
+    conv1d = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+    return conv1d or (is_packed(layer) and layer.transposed)
 
 
-def refuse_while_off(model, action):
-    if modules_with(model, "lora_waiting"):
-        raise RuntimeError(f"cannot {action} while merged or inside disable_lora: "
-                           "call unmerge_lora(model), or leave the block")
+def d_by_k(weight, layer):
+    """Turn a weight from the layer's layout to (d, k), or back."""
+    return weight.T if is_transposed(layer) else weight
 
 
 def unmerge_lora(model):
     """Put the wrappers and every bit of W0 back, on the model's device; return the model.
 
-    Also after an interrupt while merging or unmerging.
+    After an interrupt while merging, unmerging or leaving disable_lora, this switches all on.
     """
-    nothing_merged = all(W0 is None for _, W0 in modules_with(model, "lora_waiting").values())
-    return model if nothing_merged else switch_on(model)
-
-
-def switch_on(model):
-    """Put every waiting wrapper back into its place, and W0 into its base."""
     for plain, (layer, W0) in modules_with(model, "lora_waiting").items():
-        if device_of(layer) != device_of(plain):  # it waited on the CPU, or the model was moved
-            layer.to(device_of(plain))
+        layer.to(device_of(plain))  # it waited on the CPU, or the model was moved
         layer.train(plain.training)
         if isinstance(W0, torch.Tensor):
             plain.weight = nn.Parameter(W0.to(plain.weight), requires_grad=False)
         elif W0 is not None:
-            layer.base.to(plain.weight.dtype)  # packed: the dense layer may have been cast
+            layer.base.to(plain.weight.dtype)  # packed: follow a cast of the dense layer
         replace_modules(model, {plain: layer})
         del plain.lora_waiting
     return model
 
 
+def modules_with(model, attribute):
+    """Return {module: value} of the modules that have this attribute, which none registers."""
+    return {m: vars(m)[attribute] for m in model.modules() if attribute in vars(m)}
+
+
+def is_merged(model):
+    """True if all wrappers wait, each with a W0; False if an interrupt left only some merged."""
+    waits = any(W0 is not None for _, W0 in modules_with(model, "lora_waiting").values())
+    return waits and not dict(lora_layers(model))
+
+
+def require_on(model, action):
+    if modules_with(model, "lora_waiting"):
+        raise RuntimeError(f"cannot {action} while merged or inside disable_lora: "
+                           "call unmerge_lora(model), or leave the block")
+
+
 @contextmanager
 def disable_lora(model):
     """Inside a with block the model is the base, with the base's own heads. Do not nest blocks."""
-    refuse_while_off(model, "switch off")
+    require_on(model, "switch off")
     layers, swapped = dict(lora_layers(model)).values(), []
     try:
         for layer in layers:
@@ -346,7 +343,7 @@ def disable_lora(model):
             swapped.append(module)
         yield model
     finally:
-        switch_on(model)
+        unmerge_lora(model)
         for module in swapped:
             swap_weights(module)
 
@@ -358,7 +355,7 @@ def strip_lora(model):
     """
     merged = is_merged(model)
     if not merged:
-        refuse_while_off(model, "strip")
+        require_on(model, "strip")
     replace_modules(model, {layer: layer.base for _, layer in lora_layers(model)})
     for module in modules_with(model, "lora_waiting"):
         del module.lora_waiting
@@ -370,13 +367,49 @@ def strip_lora(model):
     return model
 
 
+def check_product(base):
+    """Raise ValueError unless the base's output is x W^T + b within 1%, tried on a random row.
+
+    A dense layer is then given another W: one that masks W, or computes with a copy, fails.
+    """
+    dense = base.to_dense() if is_packed(base) else base
+    W = dense._parameters.get("weight")  # None if it is computed, as by weight_norm
+    plain = (W is not None and W.dim() == 2 and W.dtype in FLOATS and not W.is_meta
+             and is_product(base, W, dense))
+    if plain and dense is base:
+        d, k = d_by_k(W, base).shape
+        other = d_by_k(torch.outer(random_row(d), random_row(k)) / math.sqrt(k), base).to(W)
+        plain = is_product(partial(functional_call, base, {"weight": other}), other, base)
+    if not plain:
+        raise ValueError(f"cannot merge into this {type(base).__name__}: its output is not "
+                         "x W^T + b, with a dense W of floats")
+
+
+def is_product(function, W, layer):
+    """True if function(x) is x W^T + b within 1%, with the layer's b and its layout of W."""
+    x = random_row(d_by_k(W, layer).shape[1]).expand(1, 1, -1).to(W)
+    try:
+        y = function(x)
+    except Exception:  # such as sizes that do not match
+        return False
+    b = None if layer.bias is None else layer.bias.float()
+    product = F.linear(x.float(), d_by_k(W.float(), layer), b)
+    return (isinstance(y, torch.Tensor) and y.shape == product.shape
+            and bool((y.float() - product).norm() <= 0.01 * product.norm()))
+
+
+def random_row(n):
+    """Return n numbers from N(0, 1), on the CPU and always the same."""
+    return torch.randn(n, generator=torch.Generator().manual_seed(0), device="cpu")
+
+
 # --- heads: modules that train in full (also_train) ---
 #
 # A head stays in its place, and has two sets of weights: those that train, and those of the base.
 # One set is in the module, the other in its `lora_inactive_weights`.
 
 def train_in_full(module):
-    """Let a copy of the module's weights train; the base's become the inactive ones."""
+    """Put trainable copies of its weights into the module; the base's go inactive."""
     module.lora_inactive_weights = {name: nn.Parameter(p.detach().clone())
                                     for name, p in module.named_parameters(recurse=False)}
     swap_weights(module)
@@ -402,7 +435,7 @@ def select(model, config, names=None):
         raise ValueError("a parallel model would not synchronise a later adapter: inject first, "
                          "then wrap")
     tied, heads = tied_modules(model), match(modules, config.also_train)
-    in_heads = set(chain.from_iterable(head.modules() for head in heads.values()))
+    in_heads = {m for head in heads.values() for m in head.modules()}
     layers = {name: layer for name, layer in linear_layers(model).items() if layer not in in_heads}
     if names is not None:
         layers = {name: layers[name] for name in names if name in layers}
@@ -417,8 +450,8 @@ def select(model, config, names=None):
 
     for name in modules:  # PEFT compares letters, not whole parts of a name
         if name.endswith(config.also_train) and name not in heads:
-            raise ValueError(f"also_train={config.also_train}: PEFT would take {name} too, whose "
-                             "name ends in the same letters: name both, or write full names")
+            raise ValueError(f"also_train={config.also_train}: PEFT would train {name} too, whose "
+                             "name ends in the same letters: add it, or write longer endings")
     loaded = not all(p.is_meta for p in model.parameters())
     for name, module in {**layers, **heads}.items():
         if not tied.isdisjoint(module.modules()):
@@ -478,7 +511,7 @@ def ends_in(name, endings):
 
 def tied_modules(model):
     """Return the modules that share a parameter with another one."""
-    uses = Counter(chain.from_iterable(m._parameters.values() for m in model.modules()))
+    uses = Counter(p for m in model.modules() for p in m._parameters.values())
     return {m for m in model.modules() if any(uses[p] > 1 for p in m.parameters(recurse=False))}
 
 
@@ -488,44 +521,7 @@ def routers(model):
              or "router" in name.rpartition(".")[2].lower()]
     found += [m.gate for m in model.modules()
               if hasattr(m, "experts") and isinstance(getattr(m, "gate", None), nn.Module)]
-    return set(chain.from_iterable(module.modules() for module in found))
-
-
-def check_product(base):
-    """Raise ValueError unless the base's output is x W^T + b within 1%, tried on a random row.
-
-    A dense layer is tried with another W too, which a layer with a mask or a copy of W does not
-    follow.
-    """
-    dense = base.to_dense() if is_packed(base) else base
-    W = dense._parameters.get("weight")  # None if it is computed, as by weight_norm
-    plain = (W is not None and W.dim() == 2 and W.dtype in FLOATS and not W.is_meta
-             and is_product(base, W, dense))
-    if plain and dense is base:
-        d, k = d_by_k(W, base).shape
-        other = d_by_k(torch.outer(random_row(d), random_row(k)) / math.sqrt(k), base).to(W)
-        plain = is_product(partial(functional_call, base, {"weight": other}), other, base)
-    if not plain:
-        raise ValueError(f"cannot merge into this {type(base).__name__}: its output is not "
-                         "x W^T + b, with a dense W of floats")
-
-
-def is_product(function, W, layer):
-    """True if function(x) is x W^T + b within 1%, with the layer's b and its layout of W."""
-    x = random_row(d_by_k(W, layer).shape[1]).expand(1, 1, -1).to(W)
-    try:
-        y = function(x)
-    except Exception:  # such as sizes that do not match
-        return False
-    b = None if layer.bias is None else layer.bias.float()
-    product = F.linear(x.float(), d_by_k(W.float(), layer), b)
-    return (isinstance(y, torch.Tensor) and y.shape == product.shape
-            and bool((y.float() - product).norm() <= 0.01 * product.norm()))
-
-
-def random_row(n):
-    """Return n numbers from N(0, 1), on the CPU and always the same."""
-    return torch.randn(n, generator=torch.Generator().manual_seed(0), device="cpu")
+    return {m for module in found for m in module.modules()}
 
 
 # --- adapter files, in PEFT's format ---
@@ -541,8 +537,11 @@ ACCEPTED = set("""
 
 
 def adapter_state_dict(model):
-    """Return copies of the adapter; model.load_state_dict(copies, strict=False) restores them."""
-    refuse_while_off(model, "take an adapter_state_dict")
+    """Return copies of the adapter; model.load_state_dict(copies, strict=False) restores them.
+
+    The adapter has to be on both times: RuntimeError here, while load_state_dict finds no A and B.
+    """
+    require_on(model, "take an adapter_state_dict")
     saved = set(file_parameters(*adapter_modules(model)).values())
     return {name: p.detach().clone() for name, p in model.named_parameters() if p in saved}
 
@@ -566,14 +565,14 @@ def save_adapter(model, folder, metadata=None):
                          "into a plain model, and save that")
     while is_parallel(model) or hasattr(model, "_orig_mod"):
         model = getattr(model, "_orig_mod", None) or model.module
-    refuse_while_off(model, "save")
+    require_on(model, "save")
     layers, heads = adapter_modules(model)
     if not layers:
         raise ValueError("the model carries no adapter: call inject_lora or load_adapter first")
-    configs = {layer.config for layer in layers.values()}
-    if len(configs) != 1:
-        raise ValueError(f"an adapter has one config, but this model has {len(configs)}")
-    config, last = configs.pop(), list(layers.values())[-1]
+    if len({(type(layer), layer.config) for layer in layers.values()}) > 1:
+        raise ValueError("an adapter has one config and one class of layer, this model has several")
+    last = list(layers.values())[-1]
+    config = last.config
     parameters = file_parameters(layers, heads)
     saved = set(parameters.values())
     for name, parameter in model.named_parameters():
@@ -647,13 +646,12 @@ def base_sample(layer):
 def load_adapter(model, folder, layer=LoRALinear):
     """Put a folder's adapter onto the model, replacing any other; return its config.
 
-    Create the optimizer afterwards: loading makes a new A and B, unless the model carries an
-    adapter of the same kind, whose Parameters then take the file's values. Raises ValueError, with
-    the model as it was, if the files are damaged or for another model, and RuntimeError while an
-    adapter is merged or off. Warns if the base is another one, where the file holds a sample of it;
-    PEFT's do not.
+    Create the optimizer afterwards: A and B are new Parameters, except over an adapter of the same
+    layers, class and config, which takes the values in place. Raises ValueError if the files are
+    damaged or for another model, and RuntimeError while an adapter is merged or off; the model is
+    then unchanged. Warns of another base, where the file holds a sample of it; PEFT's do not.
     """
-    refuse_while_off(model, "load an adapter")
+    require_on(model, "load an adapter")
     with disable_lora(model):  # names and shapes in the file are compared with the base's
         try:
             config, tensors, sample, layers, heads = read_adapter(model, Path(folder), layer)
@@ -668,14 +666,14 @@ def load_adapter(model, folder, layer=LoRALinear):
     for key, parameter in file_parameters(*adapter_modules(model)).items():
         parameter.detach().copy_(tensors[key])
     own_sample = torch.tensor(base_sample(list(wrappers.values())[-1]))
-    # The relative difference is 0.1 for the same base in 4 bits, and 1.4 for another seed.
+    # Relative difference: 0.1 for the same base in 4 bits, 1.4 for another seed.
     if own_sample.shape == sample.shape and (own_sample - sample).norm() > 0.3 * sample.norm():
         warnings.warn(f"{folder} was trained on another base")
     return config
 
 
 def signature(layers):
-    """Return what two adapters have in common if one's Parameters can take the other's values."""
+    """Return what must be equal for one adapter's Parameters to take the other's values."""
     # The names stand for the targets: "q_proj" and its full name may mean the same layer.
     return {name: (type(layer), layer.base, replace(layer.config, targets="q_proj"))
             for name, layer in layers.items()}
@@ -839,7 +837,7 @@ def quantize_nf4(model, skip=("lm_head",)):
     weights. The output head and names that end in one of skip stay dense, and, with a warning,
     layers that cannot be packed.
     """
-    refuse_while_off(model, "quantise")
+    require_on(model, "quantise")
     if dict(lora_layers(model)):
         raise ValueError("the model carries an adapter: quantise first, then inject")
     head = output_head(model)
@@ -867,6 +865,6 @@ def quantize_nf4(model, skip=("lm_head",)):
 
 def dequantize_nf4(model):
     """Put a plain layer with the rounded values in place of every NF4Linear."""
-    refuse_while_off(model, "dequantise")
+    require_on(model, "dequantise")
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     replace_modules(model, {module: module.to_dense() for module in packed})

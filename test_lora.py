@@ -509,7 +509,7 @@ def distilbert():
     (tied, dict(also_train="lm_head"), "lm_head shares a weight.*leave it out"),
     (lambda: offloaded("model.layers.1"), {}, "offloaded"),
     (lambda: offloaded("lm_head"), dict(also_train="lm_head"), "offloaded"),
-    (distilbert, DISTILBERT | dict(also_train="classifier"), "pre_classifier.*name both"),
+    (distilbert, DISTILBERT | dict(also_train="classifier"), "pre_classifier.*add it"),
     (lambda: in_dtype(roberta(), "nf4"), HEAD, "buffers"),
     (packed_head, dict(targets="0", also_train="1"), "weights that are no floats"),
     (lambda: nn.DataParallel(llama()), {}, "inject first, then wrap"),
@@ -662,8 +662,6 @@ def test_no_wrapper_can_be_used_while_it_waits(state):
         for call, *args in calls:
             refused("while merged or inside disable_lora", call, *args, error=RuntimeError)
         assert torch.equal(logits(model), before)
-        if state == "off":
-            assert torch.equal(logits(unmerge_lora(model)), before)  # nothing is merged
 
 
 def test_no_adapter_is_a_clear_error():
@@ -837,7 +835,7 @@ def test_after_an_interrupt_at_any_line_all_can_be_had_back(change, dtype):
     before, adapted = bits(model), logits(model)
     codes = [function.__code__ for function in (
         merge_lora.__wrapped__, disable_lora.__wrapped__, lora.merge_layer, lora.replace_modules,
-        lora.switch_on)]
+        unmerge_lora)]
     interrupted = left = 0
 
     def interrupt(frame, event, arg):
@@ -1116,7 +1114,7 @@ def test_saving_refuses_what_would_not_load_again():
     model.model.norm.requires_grad_(True)
     refused("model.norm.weight trains.*also_train", save_adapter, model, ".")
     model.model.layers[1].mlp.up_proj = LoRALinear(model.model.layers[1].mlp.up_proj, LoRAConfig())
-    refused("one config, but this model has 2", save_adapter, model, ".")
+    refused("one config and one class of layer", save_adapter, model, ".")
     assert Path(WEIGHTS).read_bytes() == before
 
 
@@ -1860,20 +1858,6 @@ def test_loss_scaler_agrees_with_grad_scaler():
         torch.testing.assert_close(mine.grad, weight.grad, equal_nan=True)
         scales.add(ours.scale)
     assert scales == {2.0**14, 2.0**15, 2.0**16}
-
-
-def test_layers_that_the_text_does_not_reach_are_named_once(tiny, patch, capsys):
-    """As in a vision tower: the rest must train, these not decay. So on two processes."""
-    patch(train_math, WORLD=2, gather=lambda value: [value])
-    patch(torch.distributed, all_reduce=lambda tensor: None)
-    model, examples = adapted(tiny)
-    model.half().tower = LoRALinear(nn.Linear(4, 4), LoRAConfig(r=2, alpha=4))
-    before = bits(model)
-    flags = "--max-steps 3 --weight-decay 0.1"
-    train_math.train(model, examples, parse_args(command(tiny, flags)))
-    assert capsys.readouterr().out.count("2 weights had no gradient, such as tower.lora_A") == 1
-    trained = changed(bits(model), before)
-    assert trained and not any("tower" in name for name in trained)
 
 
 def test_schedule_warms_up_then_falls_to_zero():

@@ -878,8 +878,6 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
                 (loss * (scaler.scale / targets)).backward()
                 total += loss.detach()
             loss, stop = sum_over_processes(parameters, float(total) / targets, bool(caught))
-            if step == start:
-                name_unreached(model, bar)
 
             # 3. Unscale and clip, in float32.
             scaler.unscale(parameters)
@@ -922,13 +920,6 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
         sys.exit(128 + (caught or [signal.SIGTERM])[0])  # 130 for Ctrl-C, 143 for SIGTERM
 
 
-def name_unreached(model, bar):
-    """Say which weights no gradient has reached, as in parts of a model that text does not use."""
-    names = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    if names:
-        bar.write(f"{len(names)} weights had no gradient, such as {names[0]}")
-
-
 def seed_dropout(seed, micro_batch):
     """Seed torch per micro-batch, so that a resumed run draws the same dropout masks."""
     torch.manual_seed(random.Random(f"{seed} {micro_batch}").getrandbits(32))
@@ -938,15 +929,13 @@ def sum_over_processes(parameters, loss, stop):
     """Sum the gradients, in place, and two numbers over all processes."""
     if WORLD == 1:
         return loss, stop
-    reached = [p.grad is not None for p in parameters]
-    numbers = torch.tensor([loss, stop, *reached], device=parameters[0].device)
+    numbers = torch.tensor([loss, stop], device=parameters[0].device)
     dist.all_reduce(numbers)
-    loss, stop, *reached = numbers.tolist()
-    for p, anywhere in zip(parameters, reached):
-        if anywhere:  # in a short window not every process has a micro-batch
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
-    return loss, stop
+    for p in parameters:
+        if p.grad is None:  # in a short window not every process has a micro-batch
+            p.grad = torch.zeros_like(p)
+        dist.all_reduce(p.grad)
+    return numbers.tolist()
 
 
 def read_log(path):
