@@ -35,7 +35,7 @@ from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, agre
                         check_ids, checkpoints, chunks, encode_prompt, format_prompt, gather,
                         hash_of, join_processes, load_model, loading, number, pick_device,
                         pick_dtype, plain_text, read_table, run_script, trained_with,
-                        warn_of_another_use, write_whole)
+                        warn_of_mismatch, write_whole)
 
 
 # --- flags ---
@@ -473,7 +473,7 @@ def main(args):
         rows = read_problems(args)
         args.chat = isinstance(rows[0].question, list)
     for folder, flags in trained.items():
-        warn_of_another_use(args, folder, flags)
+        warn_of_mismatch(args, folder, flags)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
     base = base_hash(model)
     for folder in adapters.values():  # a broken adapter ends the run now, not after an hour

@@ -13,7 +13,7 @@ and output or response, or messages, as .jsonl, .json, .parquet, .csv or from th
 
 Written: checkpoints/RUN/step_000375/ (an adapter in PEFT's format), state_000375.pt (optimizer) and
 run.json (flags) beside it, and runs/RUN/ (metrics.jsonl with a line per step, TensorBoard events,
-loss.png). Start reading at train().
+loss.png). Start reading at experiment(), then train().
 """
 import argparse
 import csv
@@ -85,7 +85,7 @@ def number(kind, low, high=math.inf):
 
 
 def parse_args(argv=None):
-    """Return the flags. With --resume or --adapter, those that were saved are the defaults."""
+    """Return the flags. --resume and --adapter restore saved ones, and refuse other values."""
     parser, count = Parser(description=__doc__), number(int, 1)
     on_or_off = argparse.BooleanOptionalAction
 
@@ -103,8 +103,8 @@ def parse_args(argv=None):
         "last N (default: 200 or a tenth, whichever is less; 0 for none)", type=number(int, 0))
     add("--epochs", 3, type=count)
     add("--max-steps", None, "stop after N steps; the learning rate ends there too", type=count)
-    add("--adapter", None, "go on training this adapter: --model, --chat, --nf4 and the five flags "
-        "below default to its own", metavar="DIR")
+    add("--adapter", None, "continue this adapter: the five flags below are its own, and by "
+        "default --model, --chat, --nf4", metavar="DIR")
     add("--r", 8, "rank (Sec. 4.1)", type=count)
     add("--alpha", 16.0, "the update is scaled by alpha / r", type=number(float, 1e-9))
     add("--dropout", 0.05, "on the adapter's input", type=number(float, 0, 0.99))
@@ -136,7 +136,8 @@ def parse_args(argv=None):
     saved = saved_flags(args)
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)
-    for key in saved.keys() - MAY_DIFFER - (set() if args.resume else {"chat", "nf4"}):
+    free = MAY_DIFFER if args.resume else MAY_DIFFER | {"chat", "nf4"}
+    for key in sorted(saved.keys() - free):
         now, then = getattr(args, key), saved[key]
         if now != then and not (key == "targets" and sorted(now) == sorted(then)):
             whose = f"the run {args.run_name}" if args.resume else args.adapter
@@ -147,7 +148,7 @@ def parse_args(argv=None):
 
 
 def refuse_unused(parser, args, flag, used):
-    """Raise ValueError if a flag is set, other than those in `used`, that `flag` leaves unused."""
+    """Raise ValueError for a set flag that is not in `used`: beside `flag` it has no effect."""
     for name, value in vars(args).items():
         if name not in used and f"--{name}" != flag and value != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')} has no effect beside {flag}: "
@@ -196,8 +197,8 @@ def trained_with(folder, task="CAUSAL_LM"):
     return flags | {key: header[key] == "True" for key in ("chat", "nf4") if key in header}
 
 
-def warn_of_another_use(args, folder, trained):
-    """Warn if an adapter was trained on another base than args', over other bits or prompts."""
+def warn_of_mismatch(args, folder, trained):
+    """Warn if an adapter was trained on another base, or with other --chat or --nf4."""
     base = trained.get("model", args.model)
     if Path(base).resolve() != Path(args.model).resolve():
         warnings.warn(f"{folder} was trained on {base}, and runs on {args.model} here")
@@ -209,9 +210,9 @@ def warn_of_another_use(args, folder, trained):
 
 # --- prompt and data: from a file to token ids ---
 
-# A question is a text, or the turns of a chat before the answer. Rows with the same `original` ask
-# the same, since MetaMathQA rephrases its problems. `place` counts the rows of the file from 1.
-Row = namedtuple("Row", "question answer place original")
+# A question is a text, or the turns of a chat before the answer. Rows with the same `problem` ask
+# the same: MetaMathQA rephrases its problems. `place` counts the rows of the file from 1.
+Row = namedtuple("Row", "question answer place problem")
 
 COLUMNS = (("query", "response"), ("question", "answer"), ("prompt", "completion"),
            ("instruction", "output"), ("instruction", "response"))
@@ -242,7 +243,7 @@ def read_table(data, split, limit=None, chat=None):
             try:
                 for question, answer in examples_of(row, chat):
                     if answer.strip():
-                        rows.append(Row(question, answer, place, what_it_asks(row, question)))
+                        rows.append(Row(question, answer, place, problem_key(row, question)))
                     else:
                         empty += 1
             except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -260,8 +261,8 @@ def read_table(data, split, limit=None, chat=None):
     return rows[:limit]
 
 
-def what_it_asks(row, question):
-    """Return a text that all rephrasings of a problem share, and all turns of a chat."""
+def problem_key(row, question):
+    """Return a key, equal for all rephrasings of a problem and all turns of a chat."""
     asked = [turn["content"] for turn in row.get("messages") or () if turn["role"] != "assistant"]
     return str(row.get("original_question") or asked or question)
 
@@ -278,21 +279,22 @@ def open_table(data, split):
         return parquet.read_table(path).to_pylist()
     if path.suffix not in FILES:
         raise ValueError(f"expected a file that ends in {', '.join(FILES)}")
-    rows = []
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            if path.suffix == ".csv":
-                rows.extend(csv.DictReader(file, strict=True))
-                return rows
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             text = file.read()
-            if text.lstrip().startswith("["):
-                return json.loads(text)
-            for line in filter(str.strip, text.split("\n")):
-                rows.append(json.loads(line))
-        except (csv.Error, json.JSONDecodeError) as error:
-            raise ValueError(f"row {len(rows) + 1}: {error}") from None
-        except UnicodeDecodeError:
-            raise ValueError("expected text in UTF-8") from None
+    except UnicodeDecodeError:
+        raise ValueError("expected text in UTF-8") from None
+    if path.suffix == ".csv":
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    elif text.lstrip().startswith("["):
+        return json.loads(text)
+    else:
+        table = map(json.loads, filter(str.strip, text.split("\n")))
+    rows = []
+    try:
+        rows.extend(table)
+    except (csv.Error, json.JSONDecodeError) as error:
+        raise ValueError(f"row {len(rows) + 1}: {error}") from None
     return rows
 
 
@@ -306,7 +308,7 @@ def plain_text(value, name="it"):
 
 
 def examples_of(row, chat):
-    """Yield the (question, answer) of a row. Raises ValueError for what is not understood."""
+    """Yield (question, answer), of messages one per assistant turn. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError(f"found {row!r:.60}, expected columns and their values")
     more = [name for name in ("input", "context", "system", "history", "tools")
@@ -314,7 +316,7 @@ def examples_of(row, chat):
     found = row.get("messages")
     if found is not None:
         if more:
-            raise ValueError(f"it has {', '.join(more)}, which is not read beside messages")
+            raise ValueError(f"messages and {', '.join(more)} cannot be used together")
         if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
             raise ValueError(f"messages is {found!r:.60}, expected a list of role and content")
         for name in ("tool_calls", "weight", "reasoning_content", "reasoning", "thinking"):
@@ -324,7 +326,7 @@ def examples_of(row, chat):
                  for turn in found]
         answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         if not answers or answers[0] == 0:
-            raise ValueError("its messages need a turn of the assistant after another turn, found "
+            raise ValueError("messages need an assistant turn that is not the first, found "
                              f"{[turn['role'] for turn in turns]}")
         for i in answers:
             yield turns[:i], turns[i]["content"]
@@ -361,23 +363,24 @@ def hold_out(rows, nb_samples, val_samples=None):
     if n < 1:
         raise ValueError(f"--val-samples {val_samples} leaves nothing to train on: there are "
                          f"{len(rows)} rows")
-    asked, held_out, repeated = {row.original for row in rows[:n]}, [], 0
+    asked, held_out, repeated = {row.problem for row in rows[:n]}, [], 0
     for row in rows[n:]:
         if len(held_out) == val_samples:
             break
-        if row.original in asked:
+        if row.problem in asked:
             repeated += 1
         else:
             held_out.append(row)
     if val_samples and not held_out:
-        warnings.warn("no row is held out: each one left asks what a training row asks")
+        warnings.warn("no row is held out: the rest repeat questions of training rows")
     return rows[:n], held_out, repeated
 
 
 def encode_prompt(tokenizer, prompt):
     """Return the token ids of a text, with the tokenizer's BOS and no EOS, or of a chat's turns."""
     if isinstance(prompt, list):
-        return tokenizer(chat_text(tokenizer, prompt), add_special_tokens=False).input_ids
+        text = chat_text(tokenizer, prompt, ask=True)
+        return tokenizer(text, add_special_tokens=False).input_ids
     ids = tokenizer(prompt, split_special_tokens=True).input_ids  # "<s>" in a text is no BOS
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
@@ -387,14 +390,10 @@ def encode_prompt(tokenizer, prompt):
 SAME_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 
-def chat_text(tokenizer, turns):
-    """Return the turns as the tokenizer's chat template writes them, ready for the next one.
-
-    A date that the template writes is always the same one.
-    """
+def chat_text(tokenizer, turns, ask):
+    """Return the turns as the tokenizer's chat template writes them; with ask, for an answer."""
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template, which messages and --chat need")
-    ask = turns[-1]["role"] != "assistant"
     try:
         return tokenizer.apply_chat_template(
             turns, chat_template=SAME_DATE + tokenizer.get_chat_template(), tokenize=False,
@@ -411,16 +410,17 @@ def encode_row(tokenizer, question, answer):
         for token in tokenizer.added_tokens_decoder.values():
             if token.special and any(token.content in turn["content"] for turn in turns):
                 raise ValueError(f"a turn contains the special token {token.content}")
-        start, whole = chat_text(tokenizer, question), chat_text(tokenizer, turns)
+        start = chat_text(tokenizer, question, ask=True)
+        whole = chat_text(tokenizer, turns, ask=False)
         if not whole.startswith(start):
-            raise ValueError("the chat template rewrites what stands before the answer")
+            raise ValueError("with an answer, the chat template changes the prompt")
         prompt, ids = tokenizer([start, whole], add_special_tokens=False).input_ids
         rest, end = whole[len(start):], []
     else:
         text, rest = format_prompt(question), f" {answer}"
         prompt, ids = encode_prompt(tokenizer, text), encode_prompt(tokenizer, text + rest)
         end = [tokenizer.eos_token_id]
-    if ids[:len(prompt)] != prompt:  # a token holds the end of the prompt and the answer's start
+    if ids[:len(prompt)] != prompt:  # a token spans the prompt's end and the answer's start
         ids = prompt + tokenizer(rest, add_special_tokens=False,
                                  split_special_tokens=not chat).input_ids
     return ids + end, len(prompt)
@@ -503,7 +503,7 @@ def pick_device(name):
 
 
 def cap_memory(device, vram):
-    """Let CUDA's allocator fail at --vram, or at what is free, where Windows would swap."""
+    """Make CUDA's allocator fail above --vram or free memory, where Windows would swap."""
     if device.type != "cuda":
         if vram:
             raise ValueError(f"--vram {vram:g} needs a CUDA device, and this is {device}")
@@ -546,7 +546,7 @@ def load_model(name, dtype, device, nf4=False):
             raise ValueError(f"{', '.join(missing) or 'an EOS token'} is missing")
     if nf4:  # on the CPU: the device never holds the layers dense
         quantize_nf4(model)
-        for parameter in model.parameters():  # views of the mapped file, which keep all of it
+        for parameter in model.parameters():  # a view would keep the whole file mapped
             parameter.data = parameter.data.clone()
     return model.to(device).eval(), tokenizer
 
@@ -562,13 +562,111 @@ def check_ids(model, encoded, new_tokens=0):
                          "--max-new-tokens or --shots")
 
 
+# --- the attention, and what a model must be like ---
+
+def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
+    """Return (softmax(scaling Q K^T + causal bias) V, None): (b, n, h, c), and no weights.
+
+    query (b, h, n, c); key and value (b, g, n, c), h a multiple of g; attention_mask, where causal
+    is not enough, (b, 1, n, n), True where to look.
+    """
+    if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise NotImplementedError("a cap, sinks or a position bias")
+    b, h, n, c = query.shape
+    group = h // key.shape[1]
+    if query.device.type != "cpu":
+        # Below compute capability 8 torch's fused kernels take no grouped heads: without this,
+        # scores of (b, h, n, n) would be in memory.
+        if group > 1:
+            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+        out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout,
+                                             is_causal=attention_mask is None, scale=scaling)
+    else:
+        # The fused kernel's backward is slow here. The query heads of a group are stacked in the
+        # rows, so that K and V are not repeated.
+        if attention_mask is None:
+            attention_mask = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
+        bias = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+        rows = (query * (scaling or c**-0.5)).reshape(b, -1, group * n, c)
+        scores = rows @ key.transpose(2, 3)  # (b, g, h/g n, n)
+        scores += bias.repeat(1, 1, group, 1)  # in place: scores are the largest tensors here
+        weights = F.dropout(F.softmax(scores, dim=-1), dropout)
+        out = (weights @ value).view(b, h, n, -1)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("lora_training", attention)
+AttentionMaskInterface.register("lora_training", sdpa_mask)  # else the mask is silently None
+
+
+def use_attention(model):
+    """Set the attention above, in place of transformers' own."""
+    model.set_attn_implementation("lora_training")
+
+
+def last_logits(model, ids):
+    """Return the logits at the last 16 positions, as batch_loss computes them, in float32."""
+    ids = torch.tensor([ids], device=model.device)
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -16:]
+        return head(hidden.to(head.weight.dtype)).float()
+
+
+def agree(logits, others, tolerance):
+    return bool((logits - others).norm() <= tolerance * others.norm())  # False for NaN
+
+
+def check_head(model, ids):
+    """Raise ValueError unless batch_loss computes the model's own logits, and they are causal.
+
+    ids: the longest row, so that sliding windows take effect.
+    """
+    # The relative error that one product may have.
+    rounding = 1e-5 if model.dtype == torch.float32 else 0.01
+    try:
+        with torch.no_grad():
+            inputs = torch.tensor([ids], device=model.device)
+            own = model(input_ids=inputs, use_cache=False).logits[:, -16:].float()
+        seen = last_logits(model, ids)
+        other = (ids[-1] + 1) % len(model.get_input_embeddings().weight)
+        changed = last_logits(model, [*ids[:-1], other])
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"{type(model).__name__} is not supported here: {first_line(error)}"
+                         ) from None
+    if not agree(seen, own, rounding):
+        raise ValueError(f"{type(model).__name__} scales or caps its logits or shows no hidden "
+                         f"states (not supported here), or overflows in {model.dtype}")
+    if not agree(changed[:, :-1], seen[:, :-1], max(1e-4, rounding)):
+        raise ValueError(f"{type(model).__name__} is not causal: its logits see later tokens")
+
+
+def try_attention(model, ids):
+    """Set the attention above, unless it would change the model's logits."""
+    own, logits = model.config._attn_implementation, last_logits(model, ids)
+    # Allowed relative error over all blocks; 30 blocks in 16 bits had 0.01.
+    rounding = 1e-4 if model.dtype == torch.float32 else 0.05
+    try:
+        use_attention(model)
+        same = agree(last_logits(model, ids), logits, rounding)
+    except Exception as error:  # a mask of another kind, a cap, sinks
+        if is_out_of_memory(error):
+            raise
+        same = False
+    if not same:
+        print("the model's own attention is kept")
+        model.set_attn_implementation(own)
+
+
 # --- precision, schedule ---
 #
 # The base's weights and activations are in --dtype; A, B, their gradients and AdamW's moments are
 # in float32, and so is the loss. float16 has 5 bits of exponent: gradients on their way down to A
 # and B would vanish below 3e-8, so the loss is scaled up first, and the gradients down afterwards.
-# bfloat16 has float32's 8 bits of exponent, and needs no scaling. It has fewer digits, which is why
-# what sums up small steps, A and B, is not held in it.
+# bfloat16 has float32's 8 bits of exponent, and needs no scaling. It has fewer digits, so A and B,
+# which sum up many small steps, stay in float32.
 
 class LossScaler:
     """Dynamic loss scaling for float16 (Micikevicius et al. 2018, arXiv:1710.03740, Sec. 3.2).
@@ -590,7 +688,7 @@ class LossScaler:
 
     @property
     def gave_up(self):
-        """True after 20 skipped steps in a row, or one where no other scale can be tried."""
+        """True after 20 skipped steps in a row, or after one if the loss is not scaled."""
         return self.skipped_in_a_row >= (20 if self.enabled else 1)
 
     def update(self, finite):
@@ -613,13 +711,13 @@ def learning_rate_at(step, steps, warmup, peak):
 
 # --- the loss ---
 
-LOGITS_AT_ONCE = 2**22  # those of 131 positions over a vocabulary of 32,000, whatever the batch
+LOGITS_AT_ONCE = 2**22  # 131 positions at a time, with a vocabulary of 32,000
 
 
 def batch_loss(model, batch):
     """Return the loss summed over the targets, in float32.
 
-    Logits exist at the targets alone, and a chunk at a time: backward computes them again.
+    To save memory, logits are made at targets only, by chunks, and again in backward.
     """
     ids, rows, columns = batch
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -681,7 +779,7 @@ def fits(model, batch, reserve):
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            return False  # `error` ends here, whose traceback holds the activations
+            return False  # this frees `error`: its traceback holds the activations
         finally:
             model.zero_grad(set_to_none=True)
 
@@ -691,17 +789,18 @@ def make_it_fit(model, batch, recompute):
 
     Return whether blocks are recomputed. Raises ValueError if it does not fit.
     """
-    moments = 8 * count_parameters(model)[0]  # AdamW's two, in float32
+    # In float32: gradients of earlier micro-batches, and AdamW's two moments.
+    reserve = 12 * count_parameters(model)[0]
     for recompute in (False, True) if recompute is None else (recompute,):
         if recompute:
             recompute_blocks(model)
-        if fits(model, batch, moments):
+        if fits(model, batch, reserve):
             return recompute
         gc.collect()
     raise ValueError(f"out of memory in the largest batch: {MEMORY_ADVICE}")
 
 
-def settle_memory(model, batch, recompute):
+def choose_recomputation(model, batch, recompute):
     """Decide whether blocks are recomputed, and print what a step takes."""
     device, (rows, longest) = model.device, batch[0].shape
     if device.type != "cuda":  # elsewhere the system swaps or kills before an error can be caught
@@ -746,7 +845,7 @@ def peak_memory(device):
 # be the same: flags, rows, base.
 
 MAY_DIFFER = {"model", "data", "device", "vram", "save_every", "resume", "run_name",
-              "checkpoint_activations"}  # the contents of model and data are compared
+              "checkpoint_activations"}  # begin_run compares tokens and weights
 
 
 def checkpoints(run):
@@ -761,7 +860,7 @@ def state_of(folder):
 
 
 def save_checkpoint(folder, model, metadata, step, optimizer, scaler):
-    """Write the adapter to a folder and the training state beside it: never a part of one.
+    """Write the adapter and, beside it, the training state; a kill leaves none half done.
 
     Every adapter is kept, and the states, twice as large, of the newest two.
     """
@@ -776,7 +875,7 @@ def save_checkpoint(folder, model, metadata, step, optimizer, scaler):
     state_part.write_bytes(content.getvalue())
     state_part.replace(state_of(folder))
     steps = checkpoints(folder.parent)
-    for old in steps[:steps.index(folder)][:-1]:  # all before this one but the last
+    for old in steps[:steps.index(folder)][:-1]:  # keep this one's and the last
         state_of(old).unlink(missing_ok=True)
 
 
@@ -796,7 +895,7 @@ def newest_state(run):
 
 
 def write_whole(path, text):
-    """Write a file that, whenever the process is killed, is the old one or the new one."""
+    """Replace a file in one step: a kill leaves the old one or the new one."""
     part = path.with_name(path.name + ".part")
     part.write_text(text)
     part.replace(path)
@@ -812,24 +911,21 @@ def hash_of(value):
 
 
 def base_hash(model):
-    """Return a hash of 64 weights of each tensor, which stand for the model."""
-    return hash_of([x.flatten()[:64].tolist() for x in [*model.parameters(), *model.buffers()]])
+    """Return a hash of some 64 weights of each tensor, from all over it."""
+    tensors = [x.flatten() for x in [*model.parameters(), *model.buffers()]]
+    return hash_of([x[::max(1, len(x) // 64)].tolist() for x in tensors])
 
 
-def begin_run(run, args, examples, model, step):
+def begin_run(run, args, examples, model):
     """Write run.json, or compare it on --resume. Raises ValueError if rows or base differ."""
-    hashes = {"data": hash_of(examples), "base": base_hash(model)}
-    wanted = gather({**hashes, "step": step})[0]  # every process must have what rank 0 has
-    if wanted["step"] != step:
-        raise ValueError(f"--resume: rank 0 has a checkpoint of step {wanted['step']}, this "
-                         f"process of {step}: every process needs the same folder")
-    path = run / "run.json"
+    hashes, path = {"data": hash_of(examples), "base": base_hash(model)}, run / "run.json"
+    wanted = gather(hashes)[0]  # every process must have what rank 0 has
     if args.resume:
         wanted = json.loads(path.read_text())
-    for name, flag in (("data", "data"), ("base", "model")):
+    for name, flag, what in (("data", "data", "data or tokenizer"), ("base", "model", "the base")):
         if hashes[name] != wanted.get(name):
-            raise ValueError(f"--{flag} {getattr(args, flag)}: not the {name} that this run began "
-                             "with. Restore it, or begin another run with --run-name")
+            raise ValueError(f"--{flag} {getattr(args, flag)}: {what} changed since this run "
+                             "began. Restore it, or begin another run with --run-name")
     if RANK == 0 and not args.resume:
         versions = {library.__name__: library.__version__ for library in (torch, transformers)}
         begun = {"flags": vars(args), **hashes, "versions": versions}
@@ -847,12 +943,13 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
                for batch in epoch_batches(examples, args.batch_size, args.seed, epoch)]
     steps = min(math.ceil(len(batches) / args.grad_accum), args.max_steps or math.inf)
     tenths = {round(steps * tenth / 10) for tenth in range(1, 11)}
-    saves = set(range(0, steps, args.save_every)) if args.save_every else tenths
+    saves = {*range(0, steps, args.save_every), steps} if args.save_every else tenths
     start = step = state["step"] if state else 0
     if state:
         optimizer.load_state_dict(state["optimizer"])
         vars(scaler).update(state["scaler"])
-    stop, log = False, open_log(Path("runs", args.run_name, "metrics.jsonl"), step)
+    metrics = Path("runs", args.run_name, "metrics.jsonl")
+    stop, log = False, open_log(metrics, step)
     bar = tqdm(total=steps, initial=step, unit="step", disable=RANK > 0 or None)
     with bar, catch_signals() as caught:
         if held_out and step == 0:
@@ -909,10 +1006,11 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
             bar.set_postfix_str(status)
             if step in tenths:
                 bar.write(f"step {step:5d}/{steps}  {status}")
-            if metadata and (step in saves or step == steps or stop):
+            if metadata and (step in saves or stop):
                 folder = Path("checkpoints", args.run_name, f"step_{step:06d}")
                 if RANK == 0:
                     save_checkpoint(folder, model, metadata, step, optimizer, scaler)
+                    plot_loss(metrics)
     gather(None)  # rank 0 may still be saving, and torchrun ends all when one exits
     if stop and step < steps:
         if metadata:
@@ -1028,104 +1126,6 @@ def catch_signals():
         restore()
 
 
-# --- the attention, and what a model must be like ---
-
-def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
-    """Return (softmax(scaling Q K^T + causal bias) V, None): (b, n, h, c), and no weights.
-
-    query (b, h, n, c); key and value (b, g, n, c), h a multiple of g; attention_mask, where causal
-    is not enough, (b, 1, n, n), True where to look.
-    """
-    if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise NotImplementedError("a cap, sinks or a position bias")
-    b, h, n, c = query.shape
-    group = h // key.shape[1]
-    if query.device.type != "cpu":
-        # Below compute capability 8 torch's fused kernels take no grouped heads: without this,
-        # scores of (b, h, n, n) would be in memory.
-        if group > 1:
-            key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-        out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout,
-                                             is_causal=attention_mask is None, scale=scaling)
-    else:
-        # The fused kernel's backward is slow here. The query heads of a group are stacked in the
-        # rows, so that K and V are not repeated.
-        if attention_mask is None:
-            attention_mask = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
-        bias = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
-        rows = (query * (scaling or c**-0.5)).reshape(b, -1, group * n, c)
-        scores = rows @ key.transpose(2, 3)  # (b, g, h/g n, n)
-        scores += bias.repeat(1, 1, group, 1)  # in place: scores are the largest tensors here
-        weights = F.dropout(F.softmax(scores, dim=-1), dropout)
-        out = (weights @ value).view(b, h, n, -1)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("lora_training", attention)
-AttentionMaskInterface.register("lora_training", sdpa_mask)  # else the mask is silently None
-
-
-def use_attention(model):
-    """Set the attention above, in place of transformers' own."""
-    model.set_attn_implementation("lora_training")
-
-
-def last_logits(model, ids):
-    """Return the logits at the last 16 positions, as batch_loss computes them, in float32."""
-    ids = torch.tensor([ids], device=model.device)
-    head = model.get_output_embeddings()
-    with torch.no_grad():
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, -16:]
-        return head(hidden.to(head.weight.dtype)).float()
-
-
-def agree(logits, others, tolerance):
-    return bool((logits - others).norm() <= tolerance * others.norm())  # False for NaN
-
-
-def check_head(model, ids):
-    """Raise ValueError unless batch_loss computes the model's own logits, and they are causal.
-
-    ids: the longest row, so that sliding windows take effect.
-    """
-    # The relative error that one product may have.
-    rounding = 1e-5 if model.dtype == torch.float32 else 0.01
-    try:
-        with torch.no_grad():
-            inputs = torch.tensor([ids], device=model.device)
-            own = model(input_ids=inputs, use_cache=False).logits[:, -16:].float()
-        seen = last_logits(model, ids)
-        other = (ids[-1] + 1) % len(model.get_input_embeddings().weight)
-        changed = last_logits(model, [*ids[:-1], other])
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise ValueError(f"{type(model).__name__} is not supported here: {first_line(error)}"
-                         ) from None
-    if not agree(seen, own, rounding):
-        raise ValueError(f"{type(model).__name__} scales or caps its logits or shows no hidden "
-                         f"states (not supported here), or overflows in {model.dtype}")
-    if not agree(changed[:, :-1], seen[:, :-1], max(1e-4, rounding)):
-        raise ValueError(f"{type(model).__name__} is not causal: its logits see later tokens")
-
-
-def try_attention(model, ids):
-    """Set the attention above, unless it would change the model's logits."""
-    own, logits = model.config._attn_implementation, last_logits(model, ids)
-    # The relative error that all blocks may add up; over 30 it was 0.01 in 16 bits.
-    rounding = 1e-4 if model.dtype == torch.float32 else 0.05
-    try:
-        use_attention(model)
-        same = agree(last_logits(model, ids), logits, rounding)
-    except Exception as error:  # a mask of another kind, a cap, sinks
-        if is_out_of_memory(error):
-            raise
-        same = False
-    if not same:
-        print("the model's own attention is kept")
-        model.set_attn_implementation(own)
-
-
 # --- a run, from flags to files ---
 
 def main(args):
@@ -1156,7 +1156,7 @@ def experiment(args, run):
     if adapter is not None:
         print(f"begins with {adapter}")
 
-    # Ten times as many as are held out: of these, rows that repeat a question are passed over.
+    # Ten times the rows to hold out: some repeat a training question and are passed over.
     spare = 10 * (200 if args.val_samples is None else args.val_samples)
     table = read_table(args.data, "train", args.nb_samples + spare, args.chat)
     rows, held_out, passed_over = hold_out(table, args.nb_samples, args.val_samples)
@@ -1167,20 +1167,20 @@ def experiment(args, run):
     if not examples:
         raise ValueError(f"--max-length {args.max_length} leaves none of {len(rows)} rows")
     if not any(tokenizer.eos_token_id in ids[prompt:] for ids, prompt in examples):
-        warnings.warn(f"no target holds {tokenizer.eos_token}: the chat template writes none, so "
-                      "that the model will not learn to stop")
+        warnings.warn(f"no target holds {tokenizer.eos_token} (the chat template writes none): the "
+                      "model will not learn to stop")
     encoded = [ids for ids, _ in examples + held_out_examples]
     check_ids(model, encoded)
     check_head(model, max(encoded, key=len))
     try_attention(model, max(encoded, key=len))
-    begin_run(run, args, (examples, held_out_examples), model, state["step"] if state else 0)
+    begin_run(run, args, (examples, held_out_examples), model)
     torch.manual_seed(args.seed)
     if adapter is None:
         inject_lora(model, config)
     else:
         load_adapter(model, adapter)
         if not args.resume:
-            warn_of_another_use(args, adapter, trained_with(adapter))
+            warn_of_mismatch(args, adapter, trained_with(adapter))
 
     trainable, total = count_parameters(model)
     ids, prompt = examples[0]
@@ -1189,12 +1189,12 @@ def experiment(args, run):
           f"train ({trainable / total:.2%}), in float32\n"
           f"{len(examples):,} rows train, {len(held_out_examples):,} are held out\n"
           f"left out: {len(rows) + len(held_out) - len(encoded):,} longer than {args.max_length} "
-          f"tokens, {passed_over:,} that ask what a training row asks\n"
+          f"tokens, {passed_over:,} with a training row's question\n"
           f"the first row, prompt | target: {tokenizer.decode(ids[:prompt])!r} | "
           f"{tokenizer.decode(ids[prompt:])!r}")
     model.train()
     largest = sorted(examples, key=length)[-args.batch_size:]  # no batch of the run is larger
-    settle_memory(model, collate(largest, device), args.checkpoint_activations)
+    choose_recomputation(model, collate(largest, device), args.checkpoint_activations)
     metadata = {"model": args.model, "chat": str(args.chat), "nf4": str(args.nf4)}
     train(model, examples, args, held_out_examples, state, metadata)
     return report(run, Path("runs", args.run_name, "metrics.jsonl"), device)
@@ -1203,8 +1203,6 @@ def experiment(args, run):
 def report(run, metrics, device):
     """Say what was written and which checkpoint is the best; return the last one."""
     last = checkpoints(run)[-1]
-    if RANK == 0:
-        plot_loss(metrics)
     print(f"peak memory {peak_memory(device) / GiB:.2f} GiB. Written: {last}/, {metrics}, loss.png")
     if best := lowest(read_log(metrics)):
         folder = run / f"step_{best[1]:06d}"
@@ -1302,8 +1300,8 @@ def demo(seed):
                   f"{score}"):
         print(f"3. eval_gsm8k.py {flags}")
         eval_gsm8k.main(eval_gsm8k.parse_args(flags.split()))
-    print("The one-step task falls with the adapter on, which has learned to do two steps whatever "
-          "is asked; with the adapter off, the base is what it was.")
+    print("With the adapter on, one-step problems fail: it learned to take two steps whatever is "
+          "asked. With it off, the base is unchanged.")
 
 
 # --- processes, and the edge of a script ---
@@ -1363,11 +1361,12 @@ def first_line(error):
 
 def is_out_of_memory(error):
     words = "out of memory|OutOfMemory|allocate|ALLOC_FAILED"
-    return isinstance(error, (RuntimeError, MemoryError)) and re.search(words, repr(error))
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(words, repr(error)))
 
 
 def run_script(name, main, parse_args):
-    """End in one line on stderr and exit code 2 for what a flag or a file can cause.
+    """Run main(); errors of flags and files end in one line on stderr and exit code 2.
 
     `python -X dev` shows the traceback instead.
     """
