@@ -582,8 +582,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout,
                                              is_causal=attention_mask is None, scale=scaling)
     else:
-        # The fused kernel's backward is slow here. The query heads of a group are stacked in the
-        # rows, so that K and V are not repeated.
+        # The fused kernel's backward is slow on CPUs with AVX-512 (with AVX2 alone both take as
+        # long). The query heads of a group are stacked in the rows: K and V are not repeated.
         if attention_mask is None:
             attention_mask = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
         bias = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
