@@ -134,13 +134,12 @@ def find_numbers(text):
     return values
 
 
-def extract_answer(completion, flexible=False):
+def extract_answer(text, flexible=False):
     """Return the number that a completion answers, a Fraction, or None.
 
     Strict: the first number behind a marker, "The answer is" (the last one) or "####" (the first
     one), whichever comes later. Flexible: the last "#### n" instead, else the last number.
     """
-    text = completion.split("Question:")[0]  # what follows is a question of its own
     # The lookahead takes no text, so that a second "The answer is" on the line is found too.
     by_words = [*re.finditer(r"the answer is[: \n]*(?=(.*))", text, re.IGNORECASE)][-1:]
     # As in the harness, #### is followed by one word, in which commas do not count.
@@ -172,7 +171,11 @@ def reference(row):
 # --- generation ---
 
 def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
-    """Return greedy completions, in the order of the prompts: [(text, cut off)]."""
+    """Return greedy completions, in the order of the prompts: [(text, cut off)].
+
+    A prompt is a text or the turns of a chat. After a text a model may go on with a question of its
+    own: the completion ends before it.
+    """
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     check_ids(model, encoded, max_new_tokens)
     own = model.generation_config
@@ -188,7 +191,7 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
             print("padding changes what this model computes: one prompt at a time", flush=True)
             batch_size = 1
         leave_after = 16 if has_plain_cache(model, encoded[0]) else max_new_tokens
-        # Under the plain prompt a model may go on with a question of its own. It is not answered.
+        # In a chat it opens no question of the model's own, but may repeat the user's.
         stop = None if isinstance(prompts[0], list) else "Question:"
         # Like lengths share a batch, to save padding. The longest come first, so that running out
         # of memory comes soon.
@@ -230,7 +233,7 @@ def padding_matters(model, row, pad):
 
 
 def complete_batch(model, tokenizer, prompts, eos, stop, max_new_tokens, leave_after):
-    """Complete {i: token ids} as {i: (text, cut off)}, up to an EOS or the text `stop`.
+    """Complete {i: token ids} as {i: (text, cut off)}, up to an EOS or before the text `stop`.
 
     Every leave_after tokens, rows that have ended leave the batch: kept, they would cost as much as
     the longest.
@@ -246,8 +249,7 @@ def complete_batch(model, tokenizer, prompts, eos, stop, max_new_tokens, leave_a
             stopped = stop is not None and stop in text
             ended = stopped or any(token in eos for token in new)
             if ended or len(new) == max_new_tokens:
-                text = text[:text.index(stop) + len(stop)] if stopped else text
-                completions[rows[place]] = text, not ended
+                completions[rows[place]] = text.split(stop)[0] if stopped else text, not ended
             else:
                 keep.append(place)
         rows = [rows[place] for place in keep]
@@ -291,20 +293,22 @@ def mcnemar_p(first, second):
     return min(1.0, 2 * tail / 2**n)
 
 
-def answer(model, tokenizer, rows, shots=0, batch_size=16, max_new_tokens=256, chat=False):
-    """Return a record per problem. The first `shots` rows are worked examples in every prompt."""
-    rows = [row if isinstance(row, Row) else Row(*row, place, row[0])
-            for place, row in enumerate(rows, 1)]
-    references = [reference(row) for row in rows[shots:]]
+def answer(model, tokenizer, rows, shots=0, batch_size=16, max_new_tokens=256):
+    """Return a record per problem, of Rows or (question, answer); a question may be a chat's turns.
+
+    The first `shots` rows are worked examples in every prompt. Raises ValueError for a problem
+    whose answer is no reference.
+    """
+    rows = [Row(*row[:2], place, None) for place, row in enumerate(rows, 1)]
     examples = "".join(f"{format_prompt(row.question)} {row.answer}\n\n" for row in rows[:shots])
-    rows = rows[shots:]
-    prompts = [row.question if chat else examples + format_prompt(row.question) for row in rows]
+    problems = rows[shots:]
+    references = [reference(row) for row in problems]
+    prompts = [row.question if isinstance(row.question, list) else
+               examples + format_prompt(row.question) for row in problems]
     completions = complete(model, tokenizer, prompts, batch_size, max_new_tokens)
     records = []
-    for row, wanted, (text, cut_off) in zip(rows, references, completions):
-        # In a chat "Question:" opens no question of the model's own, but may repeat the user's.
-        said = text.replace("Question:", "") if chat else text
-        strict, flexible = extract_answer(said), extract_answer(said, flexible=True)
+    for row, wanted, (text, cut_off) in zip(problems, references, completions):
+        strict, flexible = extract_answer(text), extract_answer(text, flexible=True)
         records.append(dict(
             question=row.question, completion=text, reference=wanted, answer=strict,
             answer_flexible=flexible, correct=strict == wanted,
@@ -353,12 +357,9 @@ def ask(args, model, tokenizer, adapters):
     for i, text in enumerate(args.ask):
         print(f"\n{text}")
         for name, completions in said.items():
-            completion, goes_on = completions[i]
-            if completion.endswith("Question:"):  # complete() stops there
-                completion, goes_on = completion.removesuffix("Question:"), True
-            end = " ..." if goes_on else ""
-            completion = completion.strip() or "(it ended at once)"
-            print(f"--- {name}\n{completion}{end}")
+            completion, cut_off = completions[i]
+            end = " ..." if cut_off else ""
+            print(f"--- {name}\n{completion.strip() or '(it ended at once)'}{end}")
 
 
 def describe_prompt(chat):
@@ -423,7 +424,7 @@ def score(args, model, tokenizer, rows, scores):
                 load_adapter(model, folder)
             start = time.perf_counter()
             records = answer(model, tokenizer, rows, args.shots, args.batch_size,
-                             args.max_new_tokens, args.chat)
+                             args.max_new_tokens)
             result = settings | summarise(records, base) | {
                 "seconds": round(time.perf_counter() - start, 1)}
             if RANK == 0:

@@ -2173,9 +2173,8 @@ def test_help_shows_the_defaults(script, capsys):
     ("The answer is 1e5.", "-"), ("The answer is 1.5 \u00d7 10^6.", "-"), ("#### 1.2.3", "-"),
     (r"It is 2\sqrt{3}", "-"), (r"The answer is \frac12", "-"), ("The answer is 10^6", "-"),
     ("#### 3/4/2024", "-"),
-    ("#### 7\nThe answer is: 8\n\nQuestion: next\nAnswer: The answer is 9", "8"),
     ("10-5=5, 20-30", "- 30"), ("20 - 30", "- 30"),
-    ("it is -3.", "- -3"), ("Question: #### 5", "-"), ("48/2.5", "-"), ("(9)-5", "- 5"),
+    ("it is -3.", "- -3"), ("48/2.5", "-"), ("(9)-5", "- 5"),
     pytest.param(f"#### -0.{'9' * 5000}", f"-0.{'9' * 5000}", id="no digit is rounded away")])
 def test_strict_answers_need_a_marker_and_flexible_ones_do_not(text, answers):
     wanted = [None if word == "-" else Fraction(word) for word in answers.split() * 2]
@@ -2236,14 +2235,15 @@ def test_a_batch_says_what_each_row_says_alone_and_rows_that_have_ended_leave_it
     own = dict(eos_token_id=eos, do_sample=True, no_repeat_ngram_size=1,
                min_new_tokens=40, pad_token_id=10**6)  # a pad without an embedding
     vars(model.generation_config).update(own)
-    wanted = []
+    wanted, last = [], []
     for said in alone:
         end = next((i for i, token in enumerate(said, 1) if token in [*eos, asks]), None)
-        wanted.append((say(said[:end]), end is None))
+        wanted.append((say(said[:end]).removesuffix("Question:"), end is None))
+        last += said[:end][-1:]
     widths = []
     model.register_forward_hook(lambda _, args, out: widths.append(len(out.logits)))
     assert complete(model, tokenizer, prompts, 8, 40) == wanted
-    assert {cut_off for _, cut_off in wanted} == {True, False} and "Question:" in str(wanted)
+    assert {cut_off for _, cut_off in wanted} == {True, False} and asks in last
     assert max(widths) == 8 and (widths[-1] < 8) == (kind == "llama")
     assert own.items() <= vars(model.generation_config).items()  # kept, for --save-merged
 
@@ -2319,7 +2319,7 @@ def test_shots_stand_in_the_prompt_and_answers_are_counted_by_kind(patch):
     assert wanted.items() <= result.items()
     chat = Row([dict(role="user", content="q")], "#### 5", 1, "q")
     said[:] = [("Question: q\nThe answer is 5", False)]  # in a chat it may repeat the question
-    assert eval_gsm8k.answer(None, None, [chat], chat=True)[0]["correct"]
+    assert eval_gsm8k.answer(None, None, [chat])[0]["correct"]
 
 
 def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, capsys):
@@ -2372,9 +2372,6 @@ def test_asking_prints_base_and_adapters_and_writes_nothing(tiny, capsys, patch)
     found = re.findall("--- (?:base|adapter)\n(.*)", out)
     assert [text.removesuffix(" ...") for text in found] == wanted and wanted[0] != wanted[1]
     assert out.index("Ann has") < out.index("Ben has") and sorted(os.listdir()) == before
-    patch(eval_gsm8k, complete=lambda *_: [("4\nQuestion:", False)])
-    evaluate(tiny, "--ask", "2+2?")
-    assert "--- base\n4 ...\n" in capsys.readouterr().out  # it went on, and was stopped
 
 
 def test_an_adapter_says_how_it_was_trained(tiny, patch):
