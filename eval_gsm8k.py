@@ -186,11 +186,11 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, eos_token_id=eos, pad_token_id=eos[0], return_dict_in_generate=True)
     try:
-        shortest = min(encoded, key=len)
-        if batch_size > 1 and len(encoded) > 1 and padding_matters(model, shortest, eos[0]):
+        padding_matters, rows_can_leave = try_batch(model, min(encoded, key=len), eos[0])
+        if padding_matters and min(batch_size, len(encoded)) > 1:
             print("padding changes what this model computes: one prompt at a time", flush=True)
             batch_size = 1
-        leave_after = 16 if has_plain_cache(model, encoded[0]) else max_new_tokens
+        leave_after = 16 if rows_can_leave else max_new_tokens
         # In a chat it opens no question of the model's own, but may repeat the user's.
         stop = None if isinstance(prompts[0], list) else "Question:"
         # Like lengths share a batch, to save padding. The longest come first, so that running out
@@ -216,11 +216,10 @@ def pad_left(rows, pad, device):
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-@torch.no_grad()
-def padding_matters(model, row, pad):
-    """True if the logits after a row change with padding before it, tried over four tokens.
+def try_batch(model, row, pad):
+    """Return (padding before a row changes its logits, rows can leave the model's cache).
 
-    The model's generation_config has to be the one of complete().
+    Tried over four tokens. The model's generation_config has to be the one of complete().
     """
     logits = []
     for rows in ([row], [row, [pad] * (len(row) + 3)]):
@@ -229,7 +228,12 @@ def padding_matters(model, row, pad):
                              output_logits=True)
         logits.append(torch.stack([step[0].float() for step in out.logits]))
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
-    return not agree(logits[1], logits[0], tolerance)
+    # Rows can leave plain layers of keys and values; other states are not known here.
+    cache, plain = out.get("past_key_values"), (DynamicLayer, DynamicSlidingWindowLayer)
+    rows_can_leave = (not model._is_stateful and type(cache) is DynamicCache
+                      and all(type(layer) in plain and layer.is_initialized
+                              for layer in cache.layers))
+    return not agree(logits[1], logits[0], tolerance), rows_can_leave
 
 
 def complete_batch(model, tokenizer, prompts, eos, stop, max_new_tokens, leave_after):
@@ -254,22 +258,11 @@ def complete_batch(model, tokenizer, prompts, eos, stop, max_new_tokens, leave_a
                 keep.append(place)
         rows = [rows[place] for place in keep]
         ids = out.sequences[keep]
-        mask = torch.cat([mask[keep], mask.new_ones(len(keep), leave_after)], 1)
+        mask = torch.nn.functional.pad(mask[keep], (0, leave_after), value=1)
         if rows:
             cache = out.past_key_values
             cache.reorder_cache(torch.tensor(keep, device=model.device))
     return completions
-
-
-@torch.no_grad()
-def has_plain_cache(model, ids):
-    """True if the model's cache is layers of keys and values, whose rows can leave."""
-    if model._is_stateful:
-        return False
-    cache = getattr(model(torch.tensor([ids], device=model.device), use_cache=True),
-                    "past_key_values", None)
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    return type(cache) is DynamicCache and all(type(layer) in plain for layer in cache.layers)
 
 
 # --- scores ---
