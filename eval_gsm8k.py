@@ -310,7 +310,7 @@ def answer(model, tokenizer, rows, shots=0, batch_size=16, max_new_tokens=256):
 
 
 def summarise(records, base=None):
-    """Return counts, accuracies, 95% interval, and an exact p against the base's records."""
+    """Return counts, accuracies, 95% interval, and an exact p against what the base solves."""
     n, correct = len(records), [record["correct"] for record in records]
     flexible = sum(record["correct_flexible"] for record in records)
     result = dict(
@@ -320,7 +320,7 @@ def summarise(records, base=None):
         no_answer=sum(record["answer"] is None for record in records),
         truncated=sum(record["truncated"] for record in records))
     if base:
-        result["p_value"] = mcnemar_p([record["correct"] for record in base], correct)
+        result["p_value"] = mcnemar_p(base, correct)
     return result
 
 
@@ -373,61 +373,62 @@ def save_merged(args, model, tokenizer, adapters):
           f"of its training: {prompt}")
 
 
-def read_score(path):
-    """Return a finished score and its records, or None if there is none."""
-    if not path.exists():
-        return None
-    with loading("--out", path):
-        result = json.loads(path.read_text())
-        lines = path.with_suffix(".jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        if len(records) != result["n"] or not all("correct" in record for record in records):
-            raise ValueError(f"not the score of the {len(records)} completions in "
-                             f"{path.stem}.jsonl: delete both files")
-        return result, records
-
-
-def plan(args, adapters, settings):
-    """Return [(name, folder, file, settings, score there or None)]; refuse other settings."""
-    scores = []
-    for name, folder in {"base": None, **adapters}.items():
-        path = Path(args.out, f"{name}-{Path(args.data).stem}-{settings['n']}.json")
-        wanted = settings | {"adapter_hash": folder and adapter_hash(folder)}
-        found = read_score(path)
-        for key, value in wanted.items() if found else ():
-            if found[0].get(key, value) != value:  # older files lack some
-                what = f"{key} = {found[0][key]}, now it is {value}"
-                if key.endswith("_hash"):
-                    what = f"different {key.removesuffix('_hash')}"
-                raise ValueError(f"--out {path} was made with {what}: choose another --out, or "
-                                 "rename a folder")
-        where = {"model": args.model, "adapter": folder and str(folder), "data": args.data}
-        scores.append((name, folder, path, where | wanted, found))
-    return scores
-
-
-def score(args, model, tokenizer, rows, scores):
+def score(args, model, tokenizer, rows, adapters):
     """Score the base and each adapter that has no score yet; write the scores and a chart."""
-    base, results = None, {}
-    for name, folder, path, settings, found in scores:
-        if found:
-            result, records = found
-        else:
+    settings = dict(
+        base_hash=base_hash(model), dtype=str(model.dtype).removeprefix("torch."), nf4=args.nf4,
+        chat=args.chat, shots=args.shots, max_new_tokens=args.max_new_tokens,
+        n=len(rows) - args.shots, data_hash=hash_of(rows))
+    name_of_data = f"{Path(args.data).stem}-{settings['n']}"
+    print(f"{settings['n']} problems, scores in {args.out}/", flush=True)
+    os.makedirs(args.out, exist_ok=True)
+    results, base = {}, None
+    for name, folder in {"base": None, **adapters}.items():
+        path = Path(args.out, f"{name}-{name_of_data}.json")
+        settings["adapter_hash"] = folder and adapter_hash(folder)
+        if not path.exists():
             if folder:
                 load_adapter(model, folder)
             start = time.perf_counter()
             records = answer(model, tokenizer, rows, args.shots, args.batch_size,
                              args.max_new_tokens)
-            result = settings | summarise(records, base) | {
-                "seconds": round(time.perf_counter() - start, 1)}
+            result = {"model": args.model, "adapter": folder and str(folder), "data": args.data,
+                      **settings, **summarise(records, base),
+                      "seconds": round(time.perf_counter() - start, 1)}
             if RANK == 0:
                 lines = [json.dumps(record, default=str) + "\n" for record in records]
                 write_whole(path.with_suffix(".jsonl"), "".join(lines))
                 write_whole(path, json.dumps(result, indent=2) + "\n")
-        base, results[name] = base or records, result
-        print(describe(name, result), flush=True)
+            gather(None)  # the other processes read what rank 0 has written
+        results[name], correct = read_score(path, settings)
+        base = base or correct
+        print(describe(name, results[name]), flush=True)
     if RANK == 0:
-        plot(Path(args.out, f"{Path(args.data).stem}-{result['n']}.png"), results)
+        plot(Path(args.out, f"{name_of_data}.png"), results)
+
+
+def read_score(path, settings):
+    """Return a score and, for each problem, whether it was solved.
+
+    Raises ValueError if the score is damaged, or was made with other settings.
+    """
+    with loading("--out", path):
+        result = json.loads(path.read_text())
+        lines = path.with_suffix(".jsonl").read_text().splitlines()
+        correct = [json.loads(line)["correct"] for line in lines]
+        if len(correct) != result["n"]:
+            raise ValueError(f"not the score of the {len(correct)} completions in "
+                             f"{path.stem}.jsonl: delete both files")
+        refuse_other_settings(result, settings)
+    return result, correct
+
+
+def refuse_other_settings(saved, settings):
+    """Raise ValueError if a saved result was made with other settings, and name them."""
+    changed = [f"{key} was {saved[key]!s:.40}, is {value!s:.40}" for key, value in settings.items()
+               if saved.get(key, value) != value]  # older files lack some
+    if changed:
+        raise ValueError(f"made with other settings: {'; '.join(changed)}; give another --out")
 
 
 def plot(path, results):
@@ -469,7 +470,6 @@ def main(args):
     for folder, flags in trained.items():
         warn_of_mismatch(args, folder, flags)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
-    base = base_hash(model)
     for folder in adapters.values():  # a broken adapter ends the run now, not after an hour
         load_adapter(model, folder)
     strip_lora(model)
@@ -479,14 +479,7 @@ def main(args):
     elif args.save_merged is not None:
         save_merged(args, model, tokenizer, adapters)
     else:
-        settings = dict(
-            base_hash=base, dtype=str(dtype).removeprefix("torch."), nf4=args.nf4,
-            chat=args.chat, shots=args.shots, max_new_tokens=args.max_new_tokens,
-            n=len(rows) - args.shots, data_hash=hash_of(rows))
-        scores = plan(args, adapters, settings)
-        os.makedirs(args.out, exist_ok=True)
-        print(f"{settings['n']} problems, scores in {args.out}/", flush=True)
-        score(args, model, tokenizer, rows, scores)
+        score(args, model, tokenizer, rows, adapters)
 
 
 def read_problems(args):

@@ -2397,7 +2397,7 @@ def test_a_score_is_read_not_made_again(tiny, patch):
     patch(eval_gsm8k, complete=lambda *_: pytest.fail("generated"))
     evaluate(tiny, "--nb-samples", "3")
     assert len(records_of("base", n=3)) == 3 and len(records_of("base", "b", n=2)) == 2
-    refused("was made with shots = 0, now it is 1", evaluate, tiny, "--nb-samples", "3", "--shots",
+    refused("shots was 0, is 1", evaluate, tiny, "--nb-samples", "3", "--shots",
             "1")
 
 
@@ -2407,10 +2407,10 @@ def test_another_content_of_the_same_name_is_not_taken_for_what_was_there(tiny):
     evaluate(tiny, "--adapter", "a", "--nb-samples", "2")
     saved("a", lambda: load(tiny)[0], r=2)
     flags = ["--adapter", "a", "--nb-samples", "2"]
-    refused("was made with different adapter", evaluate, tiny, *flags)
+    refused("adapter_hash was", evaluate, tiny, *flags)
     Path("test.jsonl").write_text((tiny / "train.jsonl").read_text())
     flags = ["--data", "test.jsonl", "--nb-samples", "2"]
-    refused("was made with different data", evaluate, tiny, *flags)
+    refused("data_hash was", evaluate, tiny, *flags)
     shutil.copytree(tiny / "base", "base")
     flags = ["--nb-samples", "2", "--out", "b", "--model"]
     evaluate(tiny, *flags, "base")
@@ -2418,7 +2418,7 @@ def test_another_content_of_the_same_name_is_not_taken_for_what_was_there(tiny):
     model = load(tiny)[0]
     model.model.norm.weight.data += 1
     model.save_pretrained("base")
-    refused("was made with different base", evaluate, tiny, *flags, "base")
+    refused("base_hash was", evaluate, tiny, *flags, "base")
 
 
 @cases("what", ["", "{}\n" * 2, '{"correct": false}\n'])
@@ -2426,7 +2426,7 @@ def test_a_damaged_score_is_refused(what, tiny):
     """Else the next one would stand without its p, or end in a traceback."""
     evaluate(tiny, "--nb-samples", "2")
     Path("eval_results/base-test-2.jsonl").write_text(what)
-    refused("--out .*base-test-2.json: not the score of", evaluate, tiny, "--nb-samples", "2")
+    refused("--out .*base-test-2.json: ", evaluate, tiny, "--nb-samples", "2")
     Path("eval_results/base-test-2.json").write_text("{}")
     refused("--out .*base-test-2.json: ", evaluate, tiny, "--nb-samples", "2")
 
