@@ -43,12 +43,14 @@ from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, agre
 def parse_args(argv=None):
     parser, count = Parser(description=__doc__), number(int, 1)
     add, on_or_off = parser.add_argument, argparse.BooleanOptionalAction
+    instead_of_scoring = parser.add_mutually_exclusive_group().add_argument
     add("--model", help="Hub id or folder of the base (default: the adapter's own)")
     add("--adapter", nargs="+", action="extend", default=[], metavar="DIR",
         help="adapters, or runs: all their checkpoints, with --ask the last one")
-    add("--ask", nargs="+", metavar="TEXT", type=plain_text,
-        help="print what base and adapters say, then exit")
-    add("--save-merged", metavar="DIR", help="write base and adapter as one model, then exit")
+    instead_of_scoring("--ask", nargs="+", metavar="TEXT", type=plain_text,
+                       help="print what base and adapters say, then exit")
+    instead_of_scoring("--save-merged", metavar="DIR",
+                       help="write base and adapter as one model, then exit")
     add("--data", default="openai/gsm8k", help="Hub id or file (default: openai/gsm8k)")
     add("--nb-samples", type=count, help="the first N problems (default: all)")
     add("--batch-size", type=count, default=16, help="problems at once (default: 16)")
@@ -346,17 +348,12 @@ def ask(args, model, tokenizer, adapters):
         if folder:
             load_adapter(model, folder)
         said[name] = complete(model, tokenizer, prompts, args.batch_size, args.max_new_tokens)
-    print(f"prompt: {describe_prompt(args.chat)}")
     for i, text in enumerate(args.ask):
         print(f"\n{text}")
         for name, completions in said.items():
             completion, cut_off = completions[i]
             end = " ..." if cut_off else ""
             print(f"--- {name}\n{completion.strip() or '(it ended at once)'}{end}")
-
-
-def describe_prompt(chat):
-    return "the tokenizer's chat template" if chat else repr(format_prompt("..."))
 
 
 def save_merged(args, model, tokenizer, adapters):
@@ -367,10 +364,7 @@ def save_merged(args, model, tokenizer, adapters):
     if RANK == 0:
         model.save_pretrained(args.save_merged)
         tokenizer.save_pretrained(args.save_merged)
-    trained = trained_with(folder)
-    prompt = describe_prompt(trained["chat"]) if "chat" in trained else "unknown"
-    print(f"written: {args.save_merged}/, a plain model of {folder} in {model.dtype}. The prompt "
-          f"of its training: {prompt}")
+    print(f"written: {args.save_merged}/, a plain model of {folder} in {model.dtype}")
 
 
 def score(args, model, tokenizer, rows, adapters):
@@ -453,9 +447,6 @@ def main(args):
     """Ask, export, or score."""
     adapters = list_adapters(args.adapter, last_only=args.ask is not None)
     trained = adopt_training(args, adapters)
-    scoring = args.ask is None and args.save_merged is None
-    if args.ask is not None and args.save_merged is not None:
-        raise ValueError("--ask and --save-merged are two things to do: give one of them")
     if args.save_merged is not None and len(adapters) != 1:
         raise ValueError(f"--save-merged takes one --adapter, found {len(adapters)}: "
                          f"{', '.join(map(str, adapters.values())) or 'none'}")
@@ -464,7 +455,7 @@ def main(args):
     device = pick_device(args.device)
     join_processes(device)
     dtype, reason = pick_dtype(args.dtype, device)
-    if scoring:
+    if args.ask is None and args.save_merged is None:
         rows = read_problems(args)
         args.chat = isinstance(rows[0].question, list)
     for folder, flags in trained.items():
@@ -473,7 +464,9 @@ def main(args):
     for folder in adapters.values():  # a broken adapter ends the run now, not after an hour
         load_adapter(model, folder)
     strip_lora(model)
-    print(f"{args.model}{' over NF4' * args.nf4} on {device} in {dtype} ({reason})", flush=True)
+    prompt = "the tokenizer's chat template" if args.chat else repr(format_prompt("..."))
+    print(f"{args.model}{' over NF4' * args.nf4} on {device} in {dtype} ({reason})\n"
+          f"prompt: {prompt}", flush=True)
     if args.ask is not None:
         ask(args, model, tokenizer, adapters)
     elif args.save_merged is not None:

@@ -2438,7 +2438,6 @@ def test_a_damaged_score_is_refused(what, tiny):
     ("--adapter a --save-merged a", "--save-merged a exists"),
     ("--adapter b --ask q", "--adapter b: an adapter for SEQ_CLS, expected one for CAUSAL_LM"),
     ("--adapter . --ask q", "this folder holds no adapter_config.json"),
-    ("--adapter a --ask q --save-merged m", "two things"),
     ("--save-merged c", "takes one --adapter, found 0"),
     ("--shots 16", "--shots 16 leaves none of 16")])
 def test_bad_runs_end_before_a_model_is_loaded(flags, message, tiny, patch):
@@ -2455,8 +2454,9 @@ def test_bad_flags_are_one_line_and_exit_code_2(capsys):
     for script, flag, value in ((eval_gsm8k, "--shots", "-1"), (train_math, "--lr", "nan"),
                                 (eval_gsm8k, "--ask", "caf\udce9"),
                                 (train_sst2, "--predict", "caf\udce9"),
+                                (eval_gsm8k, "--ask", "q --save-merged m --ask p"),
                                 (train_math, "--clip", "inf"), (train_sst2, "--lr", "inf")):
-        refused("^2$", script.parse_args, [flag, value], error=SystemExit)
+        refused("^2$", script.parse_args, [flag, *value.split()], error=SystemExit)
         assert re.fullmatch(f".* {flag}: .*\n", capsys.readouterr().err)
 
 
