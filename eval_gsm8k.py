@@ -23,6 +23,7 @@ import re
 import sys
 import time
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,9 +32,9 @@ from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lora import dequantize_nf4, load_adapter, merge_lora, strip_lora
-from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, agree, base_hash,
-                        check_ids, checkpoints, chunks, encode_prompt, format_prompt, gather,
-                        hash_of, join_processes, load_model, loading, number, pick_device,
+from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, add_flag, agree,
+                        base_hash, check_ids, checkpoints, chunks, encode_prompt, format_prompt,
+                        gather, hash_of, join_processes, load_model, loading, number, pick_device,
                         pick_dtype, plain_text, read_table, run_script, trained_with,
                         warn_of_mismatch, write_whole)
 
@@ -42,32 +43,31 @@ from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, agre
 
 def parse_args(argv=None):
     parser, count = Parser(description=__doc__), number(int, 1)
-    add, on_or_off = parser.add_argument, argparse.BooleanOptionalAction
-    instead_of_scoring = parser.add_mutually_exclusive_group().add_argument
-    add("--model", help="Hub id or folder of the base (default: the adapter's own)")
-    add("--adapter", nargs="+", action="extend", default=[], metavar="DIR",
-        help="adapters, or runs: all their checkpoints, with --ask the last one")
-    instead_of_scoring("--ask", nargs="+", metavar="TEXT", type=plain_text,
-                       help="print what base and adapters say, then exit")
-    instead_of_scoring("--save-merged", metavar="DIR",
-                       help="write base and adapter as one model, then exit")
-    add("--data", default="openai/gsm8k", help="Hub id or file (default: openai/gsm8k)")
-    add("--nb-samples", type=count, help="the first N problems (default: all)")
-    add("--batch-size", type=count, default=16, help="problems at once (default: 16)")
-    add("--max-new-tokens", type=count, default=256, help="longest completion (default: 256)")
-    add("--shots", type=number(int, 0), default=0, help="first rows, shown as examples")
-    add("--chat", action=on_or_off, help="prompts by the chat template (default: as trained)")
-    add("--nf4", action=on_or_off, help="hold the base in 4 bits (default: as trained)")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--out", default="eval_results", help="folder for the scores (default: eval_results)")
+    add, on_or_off = partial(add_flag, parser), argparse.BooleanOptionalAction
+    either = partial(add_flag, parser.add_mutually_exclusive_group())
+    add("--model", None, "Hub id or folder of the base (default: the adapter's own)")
+    add("--adapter", None, "adapters, or runs: all their checkpoints, with --ask the last one",
+        nargs="+", action="extend", metavar="DIR")
+    either("--ask", None, "print what base and adapters say, then exit", nargs="+",
+           type=plain_text, metavar="TEXT")
+    either("--save-merged", None, "write base and adapter as one model, then exit", metavar="DIR")
+    add("--data", "openai/gsm8k", "Hub id or file")
+    add("--nb-samples", None, "the first N problems (default: all)", type=count)
+    add("--batch-size", 16, "problems at once", type=count)
+    add("--max-new-tokens", 256, "longest completion", type=count)
+    add("--shots", 0, "first rows, shown as examples", type=number(int, 0))
+    add("--chat", None, "prompts by the chat template (default: as trained)", action=on_or_off)
+    add("--nf4", None, "hold the base in 4 bits (default: as trained)", action=on_or_off)
+    add("--dtype", "auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--device", "auto", "auto, cpu, cuda, cuda:1, mps")
+    add("--out", "eval_results", "folder for the scores")
     return parser.parse_args(argv)
 
 
 def list_adapters(folders, last_only=False):
     """Return {name: folder} of adapters, and of every checkpoint of a run, or its last one."""
     adapters = {}
-    for folder in folders:
+    for folder in folders or ():
         steps = checkpoints(folder)
         for path in (steps[-1:] if last_only else steps) or [Path(folder)]:
             run, name = ["", *path.resolve().parts][-2:]
@@ -329,12 +329,10 @@ def summarise(records, base=None):
 def describe(name, result):
     """Return a result in one line."""
     low, high = result["ci95"]
-    line = (f"{name}: {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {result['n']}  "
+    p = f"  p {result['p_value']:.2g} against the base" if "p_value" in result else ""
+    return (f"{name}: {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {result['n']}  "
             f"flexible {result['accuracy_flexible']:.1%}  no answer {result['no_answer']}  "
-            f"cut off {result['truncated']}")
-    if "p_value" in result:
-        line += f"  p {result['p_value']:.2g} against the base"
-    return line
+            f"cut off {result['truncated']}{p}")
 
 
 # --- ask, export, score ---
@@ -411,15 +409,14 @@ def read_score(path, settings):
         lines = path.with_suffix(".jsonl").read_text().splitlines()
         correct = [json.loads(line)["correct"] for line in lines]
         if len(correct) != result["n"]:
-            raise ValueError(f"not the score of the {len(correct)} completions in "
-                             f"{path.stem}.jsonl: delete both files")
+            raise ValueError("another number of completions stands beside it: delete both files")
         refuse_other_settings(result, settings)
     return result, correct
 
 
 def refuse_other_settings(saved, settings):
     """Raise ValueError if a saved result was made with other settings, and name them."""
-    changed = [f"{key} was {saved[key]!s:.40}, is {value!s:.40}" for key, value in settings.items()
+    changed = [f"{key} was {saved[key]}, is {value}" for key, value in settings.items()
                if saved.get(key, value) != value]  # older files lack some
     if changed:
         raise ValueError(f"made with other settings: {'; '.join(changed)}; give another --out")

@@ -2454,10 +2454,12 @@ def test_bad_flags_are_one_line_and_exit_code_2(capsys):
     for script, flag, value in ((eval_gsm8k, "--shots", "-1"), (train_math, "--lr", "nan"),
                                 (eval_gsm8k, "--ask", "caf\udce9"),
                                 (train_sst2, "--predict", "caf\udce9"),
-                                (eval_gsm8k, "--ask", "q --save-merged m --ask p"),
                                 (train_math, "--clip", "inf"), (train_sst2, "--lr", "inf")):
-        refused("^2$", script.parse_args, [flag, *value.split()], error=SystemExit)
+        refused("^2$", script.parse_args, [flag, value], error=SystemExit)
         assert re.fullmatch(f".* {flag}: .*\n", capsys.readouterr().err)
+    both = ["--ask", "q", "--save-merged", "m"]
+    refused("^2$", eval_gsm8k.parse_args, both, error=SystemExit)
+    assert "--save-merged: not allowed with argument --ask" in capsys.readouterr().err
 
 
 @cases("error, word", [(ValueError("two\nlines"), "two"), (ValueError(), "ValueError"),

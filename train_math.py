@@ -84,16 +84,18 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def add_flag(parser, flag, default=None, help="", **options):
+    """Add a flag to a parser, and its default to the help."""
+    if default is not None and default is not False:
+        values = default if isinstance(default, list) else [default]
+        help += f" (default: {' '.join(map(str, values))})"
+    parser.add_argument(flag, default=default, help=help, **options)
+
+
 def parse_args(argv=None):
     """Return the flags. --resume and --adapter restore saved ones, and refuse other values."""
     parser, count = Parser(description=__doc__), number(int, 1)
-    on_or_off = argparse.BooleanOptionalAction
-
-    def add(flag, default=None, help="", **options):
-        if default is not None and default is not False:
-            help += f" (default: {' '.join(default) if isinstance(default, list) else default})"
-        parser.add_argument(flag, default=default, help=help, **options)
-
+    add, on_or_off = partial(add_flag, parser), argparse.BooleanOptionalAction
     add("--model", BASE_MODEL, "Hub id or folder of the base model")
     add("--data", "meta-math/MetaMathQA", "Hub id, or .jsonl/.json/.parquet/.csv")
     add("--chat", None, "prompts by the tokenizer's chat template (default: for messages)",
