@@ -2522,7 +2522,7 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, caps
     other = shutil.copytree(encoder, "other")
     Path(other, "validation.tsv").write_text("sentence\tlabel\nlovely story\t1\n")
     changed = "--ranks 1 2 --seeds 0 1 --full-finetune --data"
-    refused("different data", train_sst2.main, sst2(encoder, f"{changed} {other}"))
+    refused("data_hash was", train_sst2.main, sst2(encoder, f"{changed} {other}"))
     path.write_text(path.read_text().rstrip())  # an editor's, without the last line's end
     shutil.copytree(encoder, "same")
     assert len(train_sst2.main(sst2(encoder, "--ranks 4 --data same --model same/base"))) == 7
@@ -2530,7 +2530,7 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, caps
     model = train_sst2.load_encoder(prepared(encoder)[0], None, 0)
     model.bert.pooler.dense.bias.data += 1
     model.bert.save_pretrained("same/base")
-    refused("different base", train_sst2.main, sst2(encoder, "--model same/base"))
+    refused("base_hash was", train_sst2.main, sst2(encoder, "--model same/base"))
     with filelock.FileLock("runs/sst2/.lock"):
         refused("in use by another process.*another --out", train_sst2.main, args)
     path.write_text(path.read_text()[:-30])
@@ -2577,9 +2577,9 @@ def test_a_decoder_as_classifier_is_padded_with_its_own_id(patch):
         batch, *alone = (float(train_sst2.classify(model, part, "float32")[0])
                          for part in (rows, *([row] for row in rows)))
     assert batch == pytest.approx(sum(alone), abs=1e-4)
-    train_sst2.check_padding(model, rows[0][0])
+    train_sst2.check_rows(model, rows)
     patch(train_sst2, logits_of=lambda model, rows, dtype: torch.ones(len(rows), 2) * len(rows))
-    refused("scores a padded row unlike the row alone", train_sst2.check_padding, model, [5, 6, 7])
+    refused("scores a padded row unlike the row alone", train_sst2.check_rows, model, rows)
 
 
 def test_weight_decay_leaves_biases_and_norms_alone(encoder, patch):
@@ -2718,7 +2718,7 @@ def test_sentences_are_read_as_they_stand():
     ("--data number", "train, row 1: expected sentence.*found 1"),
     ("--adapter nowhere", "has no effect beside --adapter"),
     ("--device x", "--device x: "), ("--model three", "--model three: a classifier of 3 classes"),
-    ("--model words", "--model words: its tokenizer gives ids up to 16, and there are 16")])
+    ("--model words", "ids up to 16: the model has 16 embeddings")])
 def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder):
     for name, row in [("text", '{"text": "a"}'), ("labels", '{"sentence": "a", "label": -1}'),
                       ("half", '{"sentence": "\\ud83d", "label": 1}'), ("both", "{}"),

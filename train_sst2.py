@@ -25,6 +25,7 @@ import math
 import random
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import pandas  # comes with datasets
@@ -34,13 +35,13 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from eval_gsm8k import wilson_interval
+from eval_gsm8k import refuse_other_settings, wilson_interval
 from lora import (LoRAConfig, count_parameters, inject_lora, load_adapter, lora_layers,
                   save_adapter)
-from train_math import (FILES, WORLD, GiB, LossScaler, Parser, agree, base_hash, chunks,
-                        epoch_batches, hash_of, length, loading, locked, number, open_table,
-                        peak_memory, pick_device, pick_dtype, plain_text, refuse_unused, run_script,
-                        trained_with, write_whole)
+from train_math import (FILES, WORLD, GiB, LossScaler, Parser, add_flag, agree, base_hash,
+                        check_ids, chunks, epoch_batches, hash_of, length, loading, locked, number,
+                        open_table, peak_memory, pick_device, pick_dtype, plain_text,
+                        refuse_unused, run_script, trained_with, write_whole)
 
 BASE = "roberta-base"
 
@@ -48,41 +49,39 @@ BASE = "roberta-base"
 # --- flags ---
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__)
-    add, rate, count = parser.add_argument, number(float, 1e-12), number(int, 1)
-    add("--model", help=f"Hub id or folder (default: the adapter's, or {BASE})")
-    add("--data", default="nyu-mll/glue", help="Hub id or folder (default: nyu-mll/glue)")
-    add("--targets", nargs="+", help="layers to adapt (default: query and value)")
-    add("--head", nargs="+", help="modules trained in full (default: the classifier)")
-    add("--adapter", metavar="DIR", help="score a saved adapter")
-    add("--predict", nargs="+", metavar="TEXT", type=plain_text,
-        help="print label and probability of sentences")
-    add("--ranks", nargs="*", type=count, default=[8], help="(default: 8)")
-    add("--seeds", nargs="+", type=number(int, 0), default=[0], help="(default: 0)")
-    add("--alpha", type=rate, default=16.0, help="as released; 8 in Table 9 (default: 16)")
-    add("--dropout", type=number(float, 0, 0.99), default=0.05, help="(default: 0.05)")
-    add("--lr", type=rate, default=5e-4, help="at the peak (default: 5e-4, Table 9)")
-    add("--full-finetune", action="store_true", help="beside LoRA")
-    add("--full-lr", type=rate, default=5e-5, help="of full fine-tuning (default: 5e-5)")
-    add("--epochs", type=count, default=3, help="(default: 3)")
-    add("--batch-size", type=count, default=32, help="sentences (default: 32)")
-    add("--grad-accum", type=count, default=1, help="batches per step (default: 1)")
-    add("--checkpoint-activations", action="store_true", help="less memory, more time")
-    add("--max-length", type=number(int, 3), default=128, help="tokens (default: 128)")
-    add("--nb-samples", type=count, help="of training, drawn with seed 0 (default: all)")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--out", default="runs/sst2", help="folder of the experiment (default: runs/sst2)")
-    add("--demo", action="store_true", help="half a minute on a CPU; writes demo-sst2/")
+    parser, rate, count = Parser(description=__doc__), number(float, 1e-12), number(int, 1)
+    add = partial(add_flag, parser)
+    add("--model", None, f"Hub id or folder (default: the adapter's, or {BASE})")
+    add("--data", "nyu-mll/glue", "Hub id or folder")
+    add("--targets", None, "layers to adapt (default: query and value)", nargs="+")
+    add("--head", None, "modules trained in full (default: the classifier)", nargs="+")
+    add("--adapter", None, "score a saved adapter", metavar="DIR")
+    add("--predict", None, "print label and probability of sentences", nargs="+", metavar="TEXT",
+        type=plain_text)
+    add("--ranks", [8], nargs="*", type=count)
+    add("--seeds", [0], nargs="+", type=number(int, 0))
+    add("--alpha", 16.0, "as released; 8 in Table 9", type=rate)
+    add("--dropout", 0.05, type=number(float, 0, 0.99))
+    add("--lr", 5e-4, "at the peak, as in Table 9", type=rate)
+    add("--full-finetune", False, "beside LoRA", action="store_true")
+    add("--full-lr", 5e-5, "of full fine-tuning", type=rate)
+    add("--epochs", 3, type=count)
+    add("--batch-size", 32, "sentences", type=count)
+    add("--grad-accum", 1, "batches per step", type=count)
+    add("--checkpoint-activations", False, "less memory, more time", action="store_true")
+    add("--max-length", 128, "tokens", type=number(int, 3))
+    add("--nb-samples", None, "of training, drawn with seed 0 (default: all)", type=count)
+    add("--dtype", "auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--device", "auto", "auto, cpu, cuda, cuda:1, mps")
+    add("--out", "runs/sst2", "folder of the experiment")
+    add("--demo", False, "half a minute on a CPU; writes demo-sst2/", action="store_true")
     args = parser.parse_args(argv)
     if not args.ranks and not args.full_finetune:
         parser.error("--ranks: give a rank, or --full-finetune")
     if args.predict and args.adapter is None:
         parser.error("--predict needs --adapter, which makes the predictions")
     if args.demo:
-        refuse_unused(parser, args, "--demo", ["seeds"])
-        if len(args.seeds) > 1:
-            parser.error("--demo takes one seed")
+        refuse_unused(parser, args, "--demo", [])
     if args.adapter is not None:  # it is used as it is, not trained
         refuse_unused(parser, args, "--adapter", ["predict", "model", "data", "head", "max_length",
                                                   "dtype", "device"])
@@ -106,11 +105,11 @@ def read_sentences(data, split):
             table = open_table(str(files[0]) if files else data, split)
         rows = []
         for place, row in enumerate(table, 1):
-            if not isinstance(row, dict) or not isinstance(row.get("sentence"), str) \
-                    or str(row.get("label")) not in ("0", "1") or None in row:
+            if not isinstance(row, dict) or None in row or str(row.get("label")) not in ("0", "1"):
                 raise ValueError(f"{split}, row {place}: expected sentence, and label 0 or 1, "
                                  f"found {row!r:.100}")
-            rows.append((plain_text(row["sentence"], f"{split}, row {place}"), int(row["label"])))
+            sentence = plain_text(row.get("sentence"), f"{split}, row {place}: sentence")
+            rows.append((sentence, int(row["label"])))
         if not rows:
             raise ValueError(f"{split} has no rows")
     return rows
@@ -121,14 +120,9 @@ def encode(args, sentences):
     with loading("--model", args.model):
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
         config = transformers.AutoConfig.from_pretrained(args.model)
-        # RoBERTa's first two positions take no token.
-        longest = min(args.max_length, config.max_position_embeddings - 2)
-        ids = tokenizer(list(sentences), truncation=True, max_length=longest).input_ids
-        largest = max(map(max, ids))
-        if largest >= config.vocab_size:
-            raise ValueError(f"its tokenizer gives ids up to {largest}, and there are "
-                             f"{config.vocab_size} embeddings")
-    return ids
+    # RoBERTa's first two positions take no token.
+    longest = min(args.max_length, config.max_position_embeddings - 2)
+    return tokenizer(list(sentences), truncation=True, max_length=longest).input_ids
 
 
 def read_data(args, split):
@@ -211,10 +205,15 @@ def evaluate(model, examples, dtype):
 
 
 @torch.no_grad()
-def check_padding(model, row):
-    """Raise ValueError if padding changes the logits of a row, tried with half of this one."""
-    model.eval()
+def check_rows(model, examples):
+    """Raise ValueError for ids without an embedding, or if padding changes the logits of a row.
+
+    Padding is tried on one half of the longest row.
+    """
+    check_ids(model, [ids for ids, _ in examples])
+    row = max(examples, key=length)[0]
     half = row[:(len(row) + 1) // 2]
+    model.eval()
     alone = logits_of(model, [half], "float32")[0]
     padded = logits_of(model, [half, row], "float32")[0]
     if not agree(padded, alone, 1e-3):
@@ -231,7 +230,6 @@ def rank_name(r):
 def train(args, data, r, seed):
     """Train and evaluate LoRA of rank r, or every weight. Return (line of sst2.jsonl, model)."""
     model = load_encoder(args, r, seed)
-    check_padding(model, max(data["validation"], key=length)[0])
     trainable, total = count_parameters(model)
     adapter = sum(layer.lora_A.numel() + layer.lora_B.numel() for _, layer in lora_layers(model))
     print(f"{rank_name(r)}, seed {seed}: {adapter:,} adapter + {trainable - adapter:,} other "
@@ -321,18 +319,12 @@ def train(args, data, r, seed):
 # --- one experiment: its folder, table and picture ---
 
 def read_runs(path, settings):
-    """Return the finished runs. Refuse those of another experiment."""
+    """Return {(r, seed): finished run}. Raises ValueError for runs of another experiment."""
     lines = path.read_text().splitlines() if path.exists() else []
     with loading("--out", path):
-        runs = [json.loads(line) for line in lines]
-        if not all(isinstance(run, dict) and "history" in run for run in runs):
-            raise ValueError("a line of it is no run")
-    for run in runs:
-        changed = [f"different {name.removesuffix('_hash')}" if name.endswith("_hash") else
-                   f"{name} was {run[name]}, is {value}"  # older lines lack some
-                   for name, value in settings.items() if run.get(name, value) != value]
-        if changed:
-            raise ValueError(f"{path} holds other runs: {'; '.join(changed)}; give another --out")
+        runs = {(run["r"], run["seed"]): run for run in map(json.loads, lines)}
+        for run in runs.values():
+            refuse_other_settings(run, settings)
     return runs
 
 
@@ -363,8 +355,6 @@ def report(runs, picture):
             axes.plot(mean.index, mean, label=name)
             axes.fill_between(mean.index, curves.min(), curves.max(), alpha=0.2)
         axes.set(xlabel="epoch", ylabel=label)
-        if key == "accuracy" and table.accuracy.max() > 0.7:  # a run at chance would fill the axis
-            axes.set_ylim(bottom=max(0.45, table.accuracy.max() - 0.15))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     figure.savefig(picture, dpi=120)
@@ -387,7 +377,7 @@ def predict(args):
 def score_adapter(args):
     model = load_adapted(args)  # its base, now in args.model, has the tokenizer
     examples = read_data(args, "validation")
-    check_padding(model, max(examples, key=length)[0])
+    check_rows(model, examples)
     accuracy, loss = evaluate(model, examples, args.dtype)
     low, high = wilson_interval(accuracy * len(examples), len(examples))
     print(f"accuracy {accuracy:.2%} [{low:.2%}, {high:.2%}] of {len(examples)}, loss {loss:.3f}")
@@ -418,15 +408,14 @@ def write_demo(folder, seed, train=1500, validation=500):
         (folder / f"{split}.tsv").write_text(text)
 
 
-def demo(seed):
+def demo():
     """Teach an untrained encoder to judge the story, not the music."""
     folder = Path("demo-sst2")
     torch.set_num_threads(1)  # on a busy CPU more threads are five times slower
-    write_demo(folder, seed)
+    write_demo(folder, 0)
     (folder / "sst2.jsonl").unlink(missing_ok=True)
-    flags = (f"--model {folder}/base --data {folder} --out {folder} --seeds {seed} {seed + 1} "
-             "--ranks 1 4 --lr 1e-2 --full-finetune --full-lr 1e-3 --epochs 2 --device cpu "
-             "--dtype float32")
+    flags = (f"--model {folder}/base --data {folder} --out {folder} --seeds 0 1 --ranks 1 4 "
+             "--lr 1e-2 --full-finetune --full-lr 1e-3 --epochs 2 --device cpu --dtype float32")
     return main(parse_args(flags.split()))
 
 
@@ -437,7 +426,7 @@ def main(args):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if args.demo:
-        return demo(args.seeds[0])
+        return demo()
     if WORLD > 1:
         raise ValueError("one process only: start it without torchrun")
     args.device = pick_device(args.device)
@@ -450,25 +439,25 @@ def main(args):
         return predict(args)
     if args.adapter is not None:
         return score_adapter(args)
+
     args.model = args.model or BASE
     data = {split: read_data(args, split) for split in ("train", "validation")}
-    with locked(Path(args.out), "--out"):
-        return experiment(args, data, Path(args.out, "sst2.jsonl"))
-
-
-def experiment(args, data, path):
-    """Train the runs that a file of runs lacks, and report all."""
-    hashes = {"data_hash": hash_of(data),
-              "base_hash": base_hash(load_encoder(args, None, 0).base_model)}
+    base = load_encoder(args, None, 0)
+    check_rows(base, data["train"] + data["validation"])
+    hashes = {"data_hash": hash_of(data), "base_hash": base_hash(base.base_model)}
+    del base
     settings = vars(args) | hashes
     del settings["model"], settings["data"]  # their contents are compared, not their names
-    runs = read_runs(path, settings)
-    for r, seed in itertools.product(args.ranks + [None] * args.full_finetune, args.seeds):
-        if (r, seed) not in [(run["r"], run["seed"]) for run in runs]:
-            runs.append(train(args, data, r, seed)[0] | hashes)  # [0]: the model is freed
-            write_whole(path, "".join(json.dumps(run) + "\n" for run in runs))
-    report(runs, path.with_suffix(".png"))
-    return runs
+    path = Path(args.out, "sst2.jsonl")
+    with locked(path.parent, "--out"):
+        runs = read_runs(path, settings)
+        for r, seed in itertools.product(args.ranks + [None] * args.full_finetune, args.seeds):
+            if (r, seed) not in runs:
+                runs[r, seed] = train(args, data, r, seed)[0] | hashes  # [0]: the model is freed
+                lines = [json.dumps(run) + "\n" for run in runs.values()]
+                write_whole(path, "".join(lines))
+        report([*runs.values()], path.with_suffix(".png"))
+    return [*runs.values()]
 
 
 if __name__ == "__main__":
