@@ -6,9 +6,9 @@
     python eval_gsm8k.py --adapter DIR --save-merged merged          # write one plain model
     torchrun --nproc-per-node 2 -- eval_gsm8k.py --adapter DIR       # score on two GPUs
 
-Scores compare each adapter with the base. In --out: NAME-DATA-N.json (scores of N problems),
-NAME-DATA-N.jsonl (every completion) and, with matplotlib, the chart DATA-N.png. A score that stands
-there is read, not made again, and refused if it was made with other settings.
+Scores compare each adapter with the base. Written to --out: NAME-DATA-N.json (scores of N
+problems), NAME-DATA-N.jsonl (every completion) and, with matplotlib, the chart DATA-N.png. A score
+that stands there is read, and refused if it was made with other settings.
 
 Completions that end in "#### n" score as in lm-evaluation-harness (gsm8k, strict and flexible).
 Different on purpose: "The answer is n" (MetaMathQA) counts too, and the later of two markers wins;
@@ -18,7 +18,6 @@ flexible takes the last number where no marker stands; numbers compare by value:
 import argparse
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -373,7 +372,7 @@ def score(args, model, tokenizer, rows, adapters):
         n=len(rows) - args.shots, data_hash=hash_of(rows))
     name_of_data = f"{Path(args.data).stem}-{settings['n']}"
     print(f"{settings['n']} problems, scores in {args.out}/", flush=True)
-    os.makedirs(args.out, exist_ok=True)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     results, base = {}, None
     for name, folder in {"base": None, **adapters}.items():
         path = Path(args.out, f"{name}-{name_of_data}.json")
@@ -445,8 +444,7 @@ def main(args):
     adapters = list_adapters(args.adapter, last_only=args.ask is not None)
     trained = adopt_training(args, adapters)
     if args.save_merged is not None and len(adapters) != 1:
-        raise ValueError(f"--save-merged takes one --adapter, found {len(adapters)}: "
-                         f"{', '.join(map(str, adapters.values())) or 'none'}")
+        raise ValueError(f"--save-merged takes one --adapter, found {len(adapters)}")
     if args.save_merged is not None and Path(args.save_merged).exists():
         raise ValueError(f"--save-merged {args.save_merged} exists: give another name")
     device = pick_device(args.device)

@@ -119,9 +119,7 @@ def encode(args, sentences):
     """Return token ids. A long sentence is cut: its label still holds."""
     with loading("--model", args.model):
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-        config = transformers.AutoConfig.from_pretrained(args.model)
-    # RoBERTa's first two positions take no token.
-    longest = min(args.max_length, config.max_position_embeddings - 2)
+    longest = min(args.max_length, tokenizer.model_max_length)
     return tokenizer(list(sentences), truncation=True, max_length=longest).input_ids
 
 
@@ -139,12 +137,11 @@ def load_encoder(args, r, seed):
     # This seeds the head, A and the dropout masks. torch's CPU generator takes 32 bits of a seed.
     torch.manual_seed(random.Random(seed).getrandbits(32))
     with loading("--model", args.model):
-        config = transformers.AutoConfig.from_pretrained(args.model)
-        if config.num_labels != 2:
-            raise ValueError(f"a classifier of {config.num_labels} classes, expected 2")
         model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-            args.model, config=config, dtype=torch.float32, output_loading_info=True)
-    distilbert = config.model_type == "distilbert"
+            args.model, dtype=torch.float32, output_loading_info=True)
+        if model.config.num_labels != 2:
+            raise ValueError(f"a classifier of {model.config.num_labels} classes, expected 2")
+    distilbert = model.config.model_type == "distilbert"
     targets = args.targets or (["q_lin", "v_lin"] if distilbert else ["query", "value"])
     head = args.head
     if head is None:
@@ -347,8 +344,9 @@ def report(runs, picture):
         return
     figure = Figure(figsize=(14, 4), layout="constrained")
     figure.suptitle(f"{runs[0]['model']} on {runs[0]['data']}, {runs[0]['n']} validation sentences")
-    for axes, key, label in zip(figure.subplots(1, 3), ("train_loss", "val_loss", "accuracy"), (
-            "training loss (nats)", "validation loss (nats)", "validation accuracy")):
+    panels = {"train_loss": "training loss (nats)", "val_loss": "validation loss (nats)",
+              "accuracy": "validation accuracy"}
+    for axes, (key, label) in zip(figure.subplots(1, 3), panels.items()):
         for name, rank in ranks:
             curves = pandas.concat(map(pandas.DataFrame, rank["history"])).groupby("epoch")[key]
             mean = curves.mean()
@@ -366,8 +364,9 @@ def report(runs, picture):
 def predict(args):
     """Print label and probability of each sentence; return the probabilities of label 1."""
     model = load_adapted(args)  # its base, now in args.model, has the tokenizer
-    probabilities = []
-    for text, ids in zip(args.predict, encode(args, args.predict)):
+    encoded, probabilities = encode(args, args.predict), []
+    check_ids(model, encoded)
+    for text, ids in zip(args.predict, encoded):
         p = float(logits_of(model, [ids], args.dtype).softmax(-1)[0, 1])
         print(f"label {int(p > 0.5)} {max(p, 1 - p):.1%}  {text}")
         probabilities.append(p)
