@@ -69,9 +69,10 @@ def list_adapters(folders, last_only=False):
     for folder in folders or ():
         steps = checkpoints(folder)
         for path in (steps[-1:] if last_only else steps) or [Path(folder)]:
-            run, name = ["", *path.resolve().parts][-2:]
-            name = f"{run}-{name}" if name.startswith("step_") else name
-            if name in adapters or name == "base":
+            name = path.resolve().name
+            if name.startswith("step_"):
+                name = f"{path.resolve().parent.name}-{name}"
+            if name in ("base", *adapters):
                 raise ValueError(f"--adapter {path}: the name {name} is taken: give it once, or "
                                  "rename the folder")
             adapters[name] = path
@@ -425,7 +426,6 @@ def plot(path, results):
     """Draw the accuracies with their intervals, the base at the bottom."""
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
     except ImportError:
         return
     axes = Figure(figsize=(8, len(results) / 2 + 1.5), layout="constrained").subplots()
@@ -434,14 +434,12 @@ def plot(path, results):
         axes.plot(result["accuracy"], name, "o", color="C0")
     axes.set(title=f"{result['n']} problems of {Path(result['data']).stem}, with 95% intervals",
              xlabel="strict accuracy")
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.margins(y=0.5 / len(results))
     axes.figure.savefig(path, dpi=150)
 
 
 def main(args):
     """Ask, export, or score."""
-    adapters = list_adapters(args.adapter, last_only=args.ask is not None)
+    adapters = list_adapters(args.adapter, last_only=bool(args.ask))
     trained = adopt_training(args, adapters)
     if args.save_merged is not None and len(adapters) != 1:
         raise ValueError(f"--save-merged takes one --adapter, found {len(adapters)}")
@@ -450,19 +448,18 @@ def main(args):
     device = pick_device(args.device)
     join_processes(device)
     dtype, reason = pick_dtype(args.dtype, device)
-    if args.ask is None and args.save_merged is None:
+    if not args.ask and args.save_merged is None:
         rows = read_problems(args)
         args.chat = isinstance(rows[0].question, list)
-    for folder, flags in trained.items():
-        warn_of_mismatch(args, folder, flags)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
-    for folder in adapters.values():  # a broken adapter ends the run now, not after an hour
-        load_adapter(model, folder)
+    for folder, flags in trained.items():
+        load_adapter(model, folder)  # a broken adapter ends the run now, not after an hour
+        warn_of_mismatch(args, folder, flags)
     strip_lora(model)
     prompt = "the tokenizer's chat template" if args.chat else repr(format_prompt("..."))
     print(f"{args.model}{' over NF4' * args.nf4} on {device} in {dtype} ({reason})\n"
           f"prompt: {prompt}", flush=True)
-    if args.ask is not None:
+    if args.ask:
         ask(args, model, tokenizer, adapters)
     elif args.save_merged is not None:
         save_merged(args, model, tokenizer, adapters)

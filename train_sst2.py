@@ -339,7 +339,6 @@ def report(runs, picture):
     print(f"{runs[0]['n']} sentences: one run's 95% interval is at most +/- {half:.3f}")
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
     except ImportError:
         return
     figure = Figure(figsize=(14, 4), layout="constrained")
@@ -353,7 +352,6 @@ def report(runs, picture):
             axes.plot(mean.index, mean, label=name)
             axes.fill_between(mean.index, curves.min(), curves.max(), alpha=0.2)
         axes.set(xlabel="epoch", ylabel=label)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     figure.savefig(picture, dpi=120)
 
@@ -434,10 +432,8 @@ def main(args):
     print(f"{args.device}: float32 weights, matrix products in {args.dtype} ({reason})")
     if args.device.type == "mps" and args.checkpoint_activations:
         raise ValueError("--checkpoint-activations: on MPS torch recomputes other dropout masks")
-    if args.predict:
-        return predict(args)
     if args.adapter is not None:
-        return score_adapter(args)
+        return predict(args) if args.predict else score_adapter(args)
 
     args.model = args.model or BASE
     data = {split: read_data(args, split) for split in ("train", "validation")}
