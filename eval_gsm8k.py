@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -143,14 +144,15 @@ def extract_answer(text, flexible=False):
     one), whichever comes later. Flexible: the last "#### n" instead, else the last number.
     """
     # The lookahead takes no text, so that a second "The answer is" on the line is found too.
-    by_words = [*re.finditer(r"the answer is[: \n]*(?=(.*))", text, re.IGNORECASE)][-1:]
+    words = [(match.start(), find_numbers(match[1])) for match in
+             re.finditer(r"the answer is[: \n]*(?=(.*))", text, re.IGNORECASE)]
     # As in the harness, #### is followed by one word, in which commas do not count.
-    by_hashes = [match for match in re.finditer(r"####\s*([^\s#]+)", text)
-                 if find_numbers(match[1])]
-    markers = by_words + (by_hashes[-1:] if flexible else by_hashes[:1])
-    for match in sorted(markers, key=lambda match: -match.start()):
-        words = match[1].replace(",", "") if match in by_hashes else match[1]
-        if numbers := find_numbers(words):
+    hashes = [(match.start(), find_numbers(match[1].replace(",", ""))) for match in
+              re.finditer(r"####\s*([^\s#]+)", text)]
+    hashes = [(place, numbers) for place, numbers in hashes if numbers]
+    markers = words[-1:] + (hashes[-1:] if flexible else hashes[:1])
+    for _, numbers in sorted(markers, reverse=True):
+        if numbers:
             return numbers[0]
     numbers = find_numbers(text) if flexible else []
     return numbers[-1] if numbers else None
@@ -212,10 +214,10 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
 
 def pad_left(rows, pad, device):
     """Return (ids, attention mask), the mask by lengths: ids cannot tell padding from an EOS."""
-    width = max(map(len, rows))
-    ids = [[pad] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    left = dict(batch_first=True, padding_side="left")
+    ids = pad_sequence([torch.tensor(row) for row in rows], padding_value=pad, **left)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], **left)
+    return ids.to(device), mask.to(device)
 
 
 def try_batch(model, row, pad):
@@ -402,15 +404,13 @@ def score(args, model, tokenizer, rows, adapters):
 def read_score(path, settings):
     """Return a score and, for each problem, whether it was solved.
 
-    Raises ValueError if the score is damaged, or was made with other settings.
+    Raises ValueError for files that cannot be read, or were made with other settings.
     """
     with loading("--out", path):
         result = json.loads(path.read_text())
         lines = path.with_suffix(".jsonl").read_text().splitlines()
         correct = [json.loads(line)["correct"] for line in lines]
-        if len(correct) != result["n"]:
-            raise ValueError("another number of completions stands beside it: delete both files")
-        refuse_other_settings(result, settings)
+        refuse_other_settings(result | {"n": len(correct)}, settings)
     return result, correct
 
 
@@ -457,7 +457,7 @@ def main(args):
         warn_of_mismatch(args, folder, flags)
     strip_lora(model)
     prompt = "the tokenizer's chat template" if args.chat else repr(format_prompt("..."))
-    print(f"{args.model}{' over NF4' * args.nf4} on {device} in {dtype} ({reason})\n"
+    print(f"{args.model}{' over NF4' * args.nf4} on {device} in {dtype} ({reason}), "
           f"prompt: {prompt}", flush=True)
     if args.ask:
         ask(args, model, tokenizer, adapters)

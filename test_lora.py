@@ -2427,7 +2427,7 @@ def test_a_damaged_score_is_refused(what, tiny):
     evaluate(tiny, "--nb-samples", "2")
     Path("eval_results/base-test-2.jsonl").write_text(what)
     refused("--out .*base-test-2.json: ", evaluate, tiny, "--nb-samples", "2")
-    Path("eval_results/base-test-2.json").write_text("{}")
+    Path("eval_results/base-test-2.json").write_text("{")
     refused("--out .*base-test-2.json: ", evaluate, tiny, "--nb-samples", "2")
 
 
