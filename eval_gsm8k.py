@@ -101,14 +101,12 @@ def adopt_training(args, adapters):
 # --- answers ---
 
 NUMBER = re.compile(r"""
-    (?P<unread_latex>\\(?:[dt]?frac|sqrt)[{]?)? # a fraction not rewritten below, or a root
     (?P<minus>(?<![\w)])-)?                     # in 10-5 it is an operator
     (?:[$€£][ ]?(?P<minus_inside>-)?)?
     (?:(?P<whole>[0-9]+)[ ](?=[0-9]+[ ]?/[ ]?[0-9]))?       # of a mixed number, 1 1/2
     (?P<digits>[0-9]*\.?[0-9]+)                 # 12, 1.5, .5
     (?:[ ]?/[ ]?(?P<denominator>[0-9]+))?
-    (?P<unread>[ ]?\\(?:sqrt|pi|[dt]?frac)(?:[{][^}]*[}])?  # 2\sqrt{3}
-    |[ ]?[²³⁴⁵⁶⁷⁸⁹½¼¾]
+    (?P<unread>[ ]?(?:[²³⁴⁵⁶⁷⁸⁹½¼¾]|\\pi)
     |(?:(?:[ ]?(?:[/^]|\*\*)[ ]?|[ ]?(?:×|x|\\times|\\cdot|\*)[ ]?(?=10\^)|[.eE{])
         [-+.{}]*[0-9][0-9.{}]*)*)               # 10^6, 1e5, 1.2.3
     """, re.VERBOSE)
@@ -123,13 +121,14 @@ def find_numbers(text):
     text = text.replace("\u2212", "-").replace("{,}", ",").replace("\\$", "$")
     text = re.sub(r"(?<=[0-9])(?=\\[dt]?frac\{)", " ", text)  # 1\frac{1}{2} is mixed
     text = re.sub(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
-    text = re.sub(r"\\[dt]?frac\{[^}]*\}\{[^}]*\}", r"\\frac1", text)  # \frac{x}{4} is not read
+    # Other fractions and roots are not read: 2\sqrt{3} becomes 21^1.
+    text = re.sub(r"[ ]?\\(?:[dt]?frac|sqrt)(?:[{[][^]}]*[]}])*", "1^1", text)
     # 1,234 is one number, 1,2 are two; thin spaces group digits too
     text = re.sub(r"(?<=[0-9])(?:,|\\,|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))", "", text)
     values = []
     for match in NUMBER.finditer(text):
         denominator = int(match["denominator"] or 1)
-        if match["unread_latex"] or match["unread"] or not denominator:
+        if match["unread"] or not denominator:
             values.append(None)
         else:
             value = int(match["whole"] or 0) + Fraction(match["digits"]) / denominator
