@@ -296,11 +296,12 @@ def answer(model, tokenizer, rows, shots=0, batch_size=16, max_new_tokens=256):
     whose answer is no reference.
     """
     rows = [Row(*row[:2], place, None) for place, row in enumerate(rows, 1)]
-    examples = "".join(f"{format_prompt(row.question)} {row.answer}\n\n" for row in rows[:shots])
-    problems = rows[shots:]
+    examples, problems = rows[:shots], rows[shots:]
     references = [reference(row) for row in problems]
-    prompts = [row.question if isinstance(row.question, list) else
-               examples + format_prompt(row.question) for row in problems]
+    prompts = [row.question for row in problems]
+    if not isinstance(prompts[0], list):
+        shown = "".join(f"{format_prompt(row.question)} {row.answer}\n\n" for row in examples)
+        prompts = [shown + format_prompt(question) for question in prompts]
     completions = complete(model, tokenizer, prompts, batch_size, max_new_tokens)
     records = []
     for row, wanted, (text, cut_off) in zip(problems, references, completions):
