@@ -416,7 +416,7 @@ def read_score(path, settings):
 
 def refuse_other_settings(saved, settings):
     """Raise ValueError if a saved result was made with other settings, and name them."""
-    changed = [f"{key} was {saved[key]}, is {value}" for key, value in settings.items()
+    changed = [f"{key} was {saved[key]}, now it is {value}" for key, value in settings.items()
                if saved.get(key, value) != value]  # older files lack some
     if changed:
         raise ValueError(f"made with other settings: {'; '.join(changed)}; give another --out")
@@ -426,6 +426,7 @@ def plot(path, results):
     """Draw the accuracies with their intervals, the base at the bottom."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
     except ImportError:
         return
     axes = Figure(figsize=(8, len(results) / 2 + 1.5), layout="constrained").subplots()
@@ -434,6 +435,7 @@ def plot(path, results):
         axes.plot(result["accuracy"], name, "o", color="C0")
     axes.set(title=f"{result['n']} problems of {Path(result['data']).stem}, with 95% intervals",
              xlabel="strict accuracy")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.figure.savefig(path, dpi=150)
 
 

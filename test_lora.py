@@ -2397,7 +2397,7 @@ def test_a_score_is_read_not_made_again(tiny, patch):
     patch(eval_gsm8k, complete=lambda *_: pytest.fail("generated"))
     evaluate(tiny, "--nb-samples", "3")
     assert len(records_of("base", n=3)) == 3 and len(records_of("base", "b", n=2)) == 2
-    refused("shots was 0, is 1", evaluate, tiny, "--nb-samples", "3", "--shots",
+    refused("shots was 0, now it is 1", evaluate, tiny, "--nb-samples", "3", "--shots",
             "1")
 
 
@@ -2517,7 +2517,7 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, caps
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     again = train_sst2.main(args)
     assert again[:-1] == runs[:-1] and again[-1]["val_loss"] == runs[-1]["val_loss"]
-    refused(" lr was 0.005, is 0.1; .*grad_accum was 1, is 2; give another --out",
+    refused(" lr was 0.005, now it is 0.1; .*grad_accum was 1, now it is 2; give another --out",
             train_sst2.main, sst2(encoder, "--lr 0.1 --grad-accum 2"))
     other = shutil.copytree(encoder, "other")
     Path(other, "validation.tsv").write_text("sentence\tlabel\nlovely story\t1\n")

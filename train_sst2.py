@@ -339,6 +339,7 @@ def report(runs, picture):
     print(f"{runs[0]['n']} sentences: one run's 95% interval is at most +/- {half:.3f}")
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
     except ImportError:
         return
     figure = Figure(figsize=(14, 4), layout="constrained")
@@ -352,6 +353,9 @@ def report(runs, picture):
             axes.plot(mean.index, mean, label=name)
             axes.fill_between(mean.index, curves.min(), curves.max(), alpha=0.2)
         axes.set(xlabel="epoch", ylabel=label)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    if (best := table.accuracy.max()) > 0.7:  # a run at chance would fill the axis
+        axes.set_ylim(bottom=max(0.45, best - 0.15))
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     figure.savefig(picture, dpi=120)
 
