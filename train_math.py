@@ -134,19 +134,23 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.demo:
         refuse_unused(parser, args, "--demo", ["seed"])
-    args.run_name = name_run(args)
     saved = saved_flags(args)
     parser.set_defaults(**saved)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # again: what is not given is now as it was saved
+    refuse_changed(args, saved)
+    args.run_name = name_run(args)
+    return args
+
+
+def refuse_changed(args, saved):
+    """Raise ValueError for a flag that differs from the saved one, and must not."""
     free = MAY_DIFFER if args.resume else MAY_DIFFER | {"chat", "nf4"}
     for key in sorted(saved.keys() - free):
         now, then = getattr(args, key), saved[key]
         if now != then and not (key == "targets" and sorted(now) == sorted(then)):
-            whose = f"the run {args.run_name}" if args.resume else args.adapter
+            whose = f"the run {name_run(args)}" if args.resume else args.adapter
             raise ValueError(f"--{key.replace('_', '-')} is {now}, but {then} in {whose}: "
                              "leave it out")
-    args.run_name = name_run(args)
-    return args
 
 
 def refuse_unused(parser, args, flag, used):
@@ -165,9 +169,9 @@ def name_run(args):
 def saved_flags(args):
     """Return the flags of the run that is resumed, or of the adapter that is started from."""
     if args.resume:
-        path = Path("checkpoints", args.run_name, "run.json")
+        path = Path("checkpoints", name_run(args), "run.json")
         with loading("--resume", path):
-            return json.loads(path.read_text())["flags"] | {"run_name": args.run_name}
+            return json.loads(path.read_text())["flags"] | {"run_name": name_run(args)}
     if args.adapter is not None:
         with loading("--adapter", args.adapter):
             flags = trained_with(args.adapter)
@@ -1350,8 +1354,8 @@ def loading(flag, name):
         if type(error) is not ValueError and not Path(name).exists():  # ours are ValueErrors
             offline = re.search("connect|reach|offline|resolve", reason, re.IGNORECASE)
             hub = ", and the Hub cannot be reached" if offline else ""
-            local = isinstance(error, FileNotFoundError) and error.errno
-            reason = f"no such file or folder{hub}" + ("" if local else f" ({reason})")
+            details = "" if isinstance(error, FileNotFoundError) and error.errno else f" ({reason})"
+            reason = f"no such file or folder{hub}{details}"
         raise ValueError(f"{flag} {name}: {reason}") from None
 
 
