@@ -215,6 +215,18 @@ def lora_layers(model):
     return ((name, m) for name, m in named(model).items() if name and isinstance(m, LoRALinear))
 
 
+def require_on(model, action):
+    """Raise RuntimeError if the adapter is off or merged (see the next section)."""
+    if modules_with(model, "lora_waiting"):
+        raise RuntimeError(f"cannot {action} while merged or inside disable_lora: "
+                           "call unmerge_lora(model), or leave the block")
+
+
+def modules_with(model, attribute):
+    """Return {module: value} of the modules that have this attribute, which none registers."""
+    return {m: vars(m)[attribute] for m in model.modules() if attribute in vars(m)}
+
+
 def count_parameters(model):
     """Return (trainable, total) numbers of weights; a packed layer counts as d x k."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -312,21 +324,10 @@ def unmerge_lora(model):
     return model
 
 
-def modules_with(model, attribute):
-    """Return {module: value} of the modules that have this attribute, which none registers."""
-    return {m: vars(m)[attribute] for m in model.modules() if attribute in vars(m)}
-
-
 def is_merged(model):
     """True if all wrappers wait, each with a W0; False if an interrupt left only some merged."""
     waits = any(W0 is not None for _, W0 in modules_with(model, "lora_waiting").values())
     return waits and not dict(lora_layers(model))
-
-
-def require_on(model, action):
-    if modules_with(model, "lora_waiting"):
-        raise RuntimeError(f"cannot {action} while merged or inside disable_lora: "
-                           "call unmerge_lora(model), or leave the block")
 
 
 @contextmanager
