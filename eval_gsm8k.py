@@ -194,7 +194,7 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
             print("padding changes what this model computes: one prompt at a time", flush=True)
             batch_size = 1
         leave_after = 16 if rows_can_leave else max_new_tokens
-        # In a chat it opens no question of the model's own, but may repeat the user's.
+        # In a chat these words open no question of the model's own: they may repeat the user's.
         stop = None if isinstance(prompts[0], list) else "Question:"
         # Like lengths share a batch, to save padding. The longest come first, so that running out
         # of memory comes soon.
