@@ -311,23 +311,9 @@ def test_merge_rounds_once_and_unmerge_restores_every_bit(build, target, dtype):
     assert same_bits(bits(model), before) and torch.equal(logits(model), unmerged)
 
 
-def test_a_merged_model_is_a_plain_one():
-    """Its state_dict must load into the plain class, and hold round(W0 + s B A)."""
-    model = injected(SmallGPT, targets="all-linear")
-    adapted, plain = logits(model), SmallGPT(seed=1)
-    plain.load_state_dict(merge_lora(model).state_dict())
-    assert torch.equal(logits(plain), logits(model))
-    close(logits(plain), adapted)
-    assert "lora" not in repr(strip_lora(model)).lower()
-    assert torch.equal(logits(unmerge_lora(model)), logits(plain))  # nothing waits any more
-
-
 @cases("r", [1, 3, 6])
 def test_rank_r_reaches_the_best_change_of_rank_r(r):
-    """Trained to a change of W, the rest must be its smaller singular values: at full rank, none.
-
-    That is the least possible (Eckart and Young 1936); at full rank B A is any change (Sec. 4.1).
-    """
+    """What is left of a change of W must be its smaller singular values (Eckart and Young 1936)."""
     torch.manual_seed(0)
     layer, change = LoRALinear(nn.Linear(6, 8), LoRAConfig(r=r)), torch.randn(8, 6)
     optimizer = torch.optim.LBFGS([layer.lora_A, layer.lora_B], max_iter=500, tolerance_change=0,
@@ -351,11 +337,8 @@ DISTILBERT = dict(targets=("q_lin", "v_lin"), also_train=("pre_classifier", "cla
 
 @cases("kind, sizes, options, trainable", [
     ("llama", TINY, {}, 1_126_400), ("llama", TINY, dict(r=64, targets="all-linear"), 50_462_720),
-    ("llama", {}, {}, 4_194_304),  # Llama-2-7B
-    *(("roberta", {}, HEAD | dict(also_train="classifier.out_proj", r=r), adapter + 768 * 2 + 2)
-      for r, adapter in ((1, 36_864), (8, 294_912))),
-    ("distilbert", {}, DISTILBERT, 739_586),
-    ("llama", GPT3, dict(r=1), 4_718_592), ("llama", GPT3, {}, 37_748_736)])
+    ("roberta", {}, HEAD | dict(also_train="classifier.out_proj"), 294_912 + 768 * 2 + 2),
+    ("distilbert", {}, DISTILBERT, 739_586), ("llama", GPT3, {}, 37_748_736)])
 def test_parameter_counts_of_the_published_models(kind, sizes, options, trainable):
     with torch.device("meta"):
         model = make(kind, **sizes)
@@ -363,7 +346,6 @@ def test_parameter_counts_of_the_published_models(kind, sizes, options, trainabl
     found, total = count_parameters(model)
     assert found == trainable
     assert sizes != TINY or total == 1_100_048_384 + trainable
-    assert kind != "distilbert" or total == 67_102_466
 
 
 @cases("build, options", [
@@ -450,8 +432,7 @@ def test_dora_as_a_subclass_has_losses_and_files_of_peft(build, target):
 @cases("bad", [dict(r=0), dict(r=1.5), dict(r=True), dict(alpha=0), dict(alpha=math.nan),
                dict(dropout=1.0), dict(targets=()), dict(rslora="false")])
 def test_config_refuses_values_out_of_range(bad):
-    field, value = next(iter(bad.items()))
-    refused(rf"^{field} = {re.escape(repr(value))} is out of range$", lambda: LoRAConfig(**bad))
+    refused(f"^{next(iter(bad))} = .* is out of range$", lambda: LoRAConfig(**bad))
 
 
 def tied_by_hand():
@@ -473,13 +454,9 @@ def test_targets_match_whole_names(build, options, names):
     assert inject_lora(build(), LoRAConfig(**options)) == names
 
 
-def tied():
-    return llama(tie_word_embeddings=True)
-
-
-def offloaded(part):
+def offloaded():
     model = llama()
-    model.get_submodule(part).to("meta")
+    model.lm_head.to("meta")
     return model
 
 
@@ -502,13 +479,9 @@ def distilbert():
 @cases("build, options, message", [
     (SmallGPT, dict(targets=("q_proj", "q_porj")),
      "'q_porj' matches no layer.*: eq_proj, lm_head, mlp, q_proj, v_proj"),
-    (SmallGPT, dict(also_train="head"), "'head' matches no"),
-    (SmallGPT, dict(targets=("0.v_proj", "mlp"), also_train="mlp"), "'mlp' matches no"),
     (lambda: nn.Linear(8, 8), dict(targets="all-linear"), "no linear layer"),
-    (tied, dict(targets=("q_proj", "lm_head")), "lm_head shares a weight.*leave it out"),
-    (tied, dict(also_train="lm_head"), "lm_head shares a weight.*leave it out"),
-    (lambda: offloaded("model.layers.1"), {}, "offloaded"),
-    (lambda: offloaded("lm_head"), dict(also_train="lm_head"), "offloaded"),
+    (lambda: llama(tie_word_embeddings=True), dict(targets=("q_proj", "lm_head")), "leave it out"),
+    (offloaded, dict(also_train="lm_head"), "offloaded"),
     (distilbert, DISTILBERT | dict(also_train="classifier"), "pre_classifier.*name both"),
     (lambda: in_dtype(roberta(), "nf4"), HEAD, "buffers"),
     (packed_head, dict(targets="0", also_train="1"), "weights that are no floats"),
@@ -518,24 +491,19 @@ def distilbert():
 def test_what_cannot_be_adapted_is_refused_with_the_model_untouched(build, options, message):
     """Each would change another layer too, be lost on saving, or train nothing."""
     model = build()
-    trains = [parameter.requires_grad for parameter in model.parameters()]
+    before = [(name, p.requires_grad) for name, p in model.named_parameters()]
     refused(message, inject_lora, model, LoRAConfig(**options))
-    assert [parameter.requires_grad for parameter in model.parameters()] == trains
-    assert bool([*lora_layers(model)]) == (message == "strip_lora")
+    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == before
 
 
 def test_layers_are_known_by_their_class():
     """Another Conv1D, and layers that are read but never called, must be left alone."""
     conv = type("Conv1D", (nn.Conv1d,), {})(8, 8, 3)  # not that of transformers
-    linear, packed = nn.Linear(4, 4), nn.Linear(4, 4)
-    packed.weight = nn.Parameter(torch.zeros(8, dtype=torch.uint8), False)  # by another library
-    model = nn.Sequential(conv, nn.Embedding(8, 4), nn.TransformerEncoderLayer(8, 2, 16), linear,
-                          linear, packed)
-    head = model.append(nn.Linear(4, 4))[-1]
+    shared, head = nn.Linear(4, 4), nn.Linear(4, 4)
+    model = nn.Sequential(conv, nn.TransformerEncoderLayer(8, 2, 16), shared, shared, head)
     model.get_output_embeddings = lambda: head
-    assert inject_lora(model, LoRAConfig(targets="all-linear")) == ["3", "5"]
-    assert model[3] is model[4] is not linear  # one layer in two places stays one
-    refused("cannot merge into this Linear", merge_lora, model)
+    assert inject_lora(model, LoRAConfig(targets="all-linear")) == ["2"]
+    assert model[2] is model[3] is not shared  # one layer in two places stays one
 
 
 MIXTURES = {
@@ -556,11 +524,8 @@ def test_all_linear_leaves_out_routers(kind):
 
 
 def test_a_gate_without_experts_is_adapted():
-    """A SwiGLU's gate must be: it multiplies, and chooses no expert."""
-    block = nn.ModuleDict({"gate": nn.Linear(8, 8), "up": nn.Linear(8, 8)})
+    block = nn.ModuleDict({"gate": nn.Linear(8, 8), "up": nn.Linear(8, 8)})  # of a SwiGLU
     assert inject_lora(block, LoRAConfig(targets="all-linear")) == ["gate", "up"]
-    block = nn.ModuleDict({"gate": nn.Linear(8, 8), "experts": nn.ModuleList([nn.Linear(8, 8)])})
-    assert inject_lora(block, LoRAConfig(targets="all-linear")) == ["experts.0"]
 
 
 def test_layers_that_mamba_does_not_call_are_left_out():
@@ -568,55 +533,35 @@ def test_layers_that_mamba_does_not_call_are_left_out():
     model = make("mamba", vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
     names = inject_lora(model, LoRAConfig(r=2, targets="all-linear"))
     train(model, 2)
-    assert names and all(layer.lora_B.any() for layer in wrappers(model))
-    strip_lora(model)
-    for name in ("dt_proj", "x_proj", "out_proj"):
-        refused(f"'{name}' matches no", inject_lora, model, LoRAConfig(targets=name))
+    assert all(layer.lora_B.any() for layer in wrappers(model))
+    assert {name.split(".")[-1] for name in names} == {"in_proj"}
 
 
-def test_a_compiled_layer_is_adapted_and_its_wrapper_swapped():
+def test_a_compiled_layer_is_adapted_swapped_and_saved_under_its_own_name():
     """Compiling keeps a reference to the layer, which must not stay in use."""
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    x, base = torch.randn(3, 8), copy.deepcopy(model)
-    model[0] = torch.compile(model[0], backend="eager")  # before injecting, and after
-    inject_lora(model, LoRAConfig(r=2, targets=("0", "1")))
+    model, base = SmallGPT(), logits(SmallGPT())
+    first, second = model.blocks
+    first["mlp"] = torch.compile(first["mlp"], backend="eager")  # before injecting, and after
+    inject_lora(model, LoRAConfig(r=2, targets=("q_proj", "mlp")))
     perturb(model)
-    model[1] = torch.compile(model[1], backend="eager")
-    adapted = model(x)
-    assert relative_error(adapted, base(x)) > 0.1
+    second["mlp"] = torch.compile(second["mlp"], backend="eager")
+    adapted = logits(model)
+    assert relative_error(adapted, base) > 0.1
     with disable_lora(model):
-        assert torch.equal(model(x), base(x))
-    close(merge_lora(model)(x), adapted)
-    assert torch.equal(unmerge_lora(model)(x), adapted)
+        assert torch.equal(logits(model), base)
+    close(logits(merge_lora(model)), adapted)
+    assert torch.equal(logits(unmerge_lora(model)), adapted)
+    save_adapter(torch.compile(model, backend="eager"), ".")
+    load_adapter(plain := SmallGPT(), ".")
+    close(logits(plain), adapted)
 
 
-def test_a_head_in_16_bits_is_a_warning():
-    """Small updates to it round away."""
-    with pytest.warns(match="^classifier trains in 16 bits"):
-        inject_lora(roberta().bfloat16(), LoRAConfig(**HEAD))
-
-
-def test_parallel_models_are_wrapped_after_injection():
-    """DDP would not synchronise a later adapter; saving from inside must work."""
+def test_parallel_models_are_saved_from_inside_and_sharded_ones_refused():
     model = saved(".")
-    before, parallel = weights("."), nn.DataParallel(model)
-    refused("no layer here has a name as in base_model", load_adapter, parallel, ".")
-    save_adapter(parallel, ".")
+    before = weights(".")
+    save_adapter(nn.DataParallel(model), ".")
     assert same_bits(weights("."), before)
     refused("each process holds a part", save_adapter, sharded(model), ".")
-
-
-def test_compiled_blocks_stay_out_of_the_names():
-    """What is saved from a model compiled in whole or in part must load into a plain one."""
-    model = injected(llama)
-    before = adapter_state_dict(model)
-    for i in range(2):
-        model.model.layers[i] = torch.compile(model.model.layers[i], backend="eager")
-    save_adapter(torch.compile(model, backend="eager"), ".")
-    load_adapter(plain := llama(), ".")
-    assert same_bits(adapter_state_dict(plain), before)
-    load_adapter(model, ".")
-    close(logits(model), logits(plain))
 
 
 # --- lora.py: merged, switched off, taken off ---
@@ -634,8 +579,7 @@ def test_disable_is_the_base_also_after_an_exception(build, options, dtype):
         assert torch.equal(logits(model), base)
         raise KeyError
     assert torch.equal(logits(model), adapted)
-    assert torch.equal(logits(strip_lora(model)), base)
-    assert same_bits(bits(model), bits(in_dtype(build(), dtype)))
+    assert same_bits(bits(strip_lora(model)), bits(in_dtype(build(), dtype)))
 
 
 def test_a_trained_head_stays_after_merging():
@@ -654,38 +598,31 @@ def test_no_wrapper_can_be_used_while_it_waits(state):
     with put_aside(model, state):
         calls = [(inject_lora, model, LoRAConfig()), (save_adapter, model, "."),
                  (load_adapter, model, "."), (adapter_state_dict, model),
-                 (disable_lora(model).__enter__,), (quantize_nf4, model),
-                 (dequantize_nf4, model)]
+                 (disable_lora(model).__enter__,), (quantize_nf4, model), (dequantize_nf4, model)]
         if state == "off":
             calls += [(merge_lora, model), (strip_lora, model)]
         before = logits(model)
         for call, *args in calls:
             refused("while merged or inside disable_lora", call, *args, error=RuntimeError)
         assert torch.equal(logits(model), before)
-        if state == "off":
-            assert torch.equal(logits(unmerge_lora(model)), before)  # nothing is merged
 
 
 def test_no_adapter_is_a_clear_error():
     refused("no adapter.*inject_lora", merge_lora, llama())
-    refused("carries no adapter", save_adapter, llama(), ".")
-    with disable_lora(model := llama()):
-        assert torch.equal(logits(model), logits(llama()))
+    refused("no adapter.*inject_lora", save_adapter, llama(), ".")
 
 
 @cases("dtype", [torch.float32, "nf4"])
 @cases("state", ["merged", "off"])
 def test_casts_moves_and_modes_reach_what_waits(state, dtype):
     """Afterwards all must be where and what it is in a model that stood there all along."""
-    model = injected(lambda: in_dtype(roberta(), dtype), targets="query", dropout=0.5)
-    W0 = wrappers(model)[0].weight.detach().clone()
+    def build():
+        return injected(lambda: in_dtype(roberta(), dtype), targets="query", dropout=0.5)
+
+    model = build()
     with put_aside(model, state):
         model.bfloat16().train()
-    unmerge_lora(model)
-    wanted = injected(lambda: in_dtype(roberta(), dtype), targets="query", dropout=0.5)
-    assert same_bits(bits(model), bits(wanted.bfloat16()))
-    if dtype == torch.float32:
-        assert torch.equal(wrappers(model)[0].weight, W0.bfloat16())  # cast once
+    assert same_bits(bits(unmerge_lora(model)), bits(build().bfloat16()))
     assert all(module.training for module in model.modules())
     with put_aside(model, state):
         model.to("meta")
@@ -693,50 +630,38 @@ def test_casts_moves_and_modes_reach_what_waits(state, dtype):
 
 
 def test_a_head_is_cast_while_its_other_weights_wait():
-    """Trained and base's weights must both be in the model's dtype when it is their turn."""
+    """Both sets of weights must be in the model's dtype, and stay the optimizer's parameters."""
     model = injected(roberta, **HEAD).bfloat16()
-    adapted = logits(model)
+    adapted, before = logits(model), [p for p in model.parameters() if p.requires_grad]
     with disable_lora(model):
         assert torch.equal(logits(model), logits(roberta().bfloat16()))
         model.float()
-    assert torch.equal(logits(model.bfloat16()), adapted)
-
-
-def test_parameters_stay_the_same_for_the_optimizer():
-    model = injected(roberta, **HEAD)
-    before = {name: p for name, p in model.named_parameters() if p.requires_grad}
     unmerge_lora(merge_lora(model))
-    with disable_lora(model.bfloat16()):
-        model.float()
-    after = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert before.keys() == after.keys() and all(after[name] is before[name] for name in before)
+    after = [p for p in model.parameters() if p.requires_grad]
+    assert all(a is b for a, b in zip(after, before, strict=True))
+    assert torch.equal(logits(model.bfloat16()), adapted)
 
 
 @cases("dtype", [torch.float32, "nf4"])
 def test_hooks_fire_once_a_call_in_every_state(dtype):
-    """Registered before injecting, they must fire once, and go when they are removed."""
-    model, calls = in_dtype(gpt2(), dtype), []
-    attention = model.transformer.h[0].attn.c_attn
-    handles = [attention.register_forward_hook(lambda *_: calls.append("forward")),
-               attention.register_forward_pre_hook(lambda *_: calls.append("before"))]
-    if dtype == "nf4":
-        dequantize_nf4(model)
-        quantize_nf4(model)
+    """Registered before quantising and injecting, they must fire once, and go when removed."""
+    model, calls = gpt2(), []
+    layer = model.transformer.h[0].attn.c_attn
+    handles = [layer.register_forward_hook(lambda *_: calls.append("forward")),
+               layer.register_forward_pre_hook(lambda *_: calls.append("before"))]
+    in_dtype(model, dtype)
 
     def fired():
         calls.clear()
         logits(model)
-        return sorted(calls)
+        return calls
 
     inject_lora(model, LoRAConfig(targets="c_attn"))
-    states = [fired()]
-    merge_lora(model)
-    states.append(fired())
-    unmerge_lora(model)
-    states.append(fired())
+    for change in (unmerge_lora, merge_lora, unmerge_lora):
+        change(model)
+        assert fired() == ["before", "forward"]
     with disable_lora(model):
-        states.append(fired())
-    assert states == [["before", "forward"]] * 4
+        assert fired() == ["before", "forward"]
     for handle in handles:
         handle.remove()
     assert not fired()
@@ -748,46 +673,16 @@ def test_a_hook_on_a_wrapper_keeps_it_from_being_merged():
     """It would not run while merged, and what it does to the output would be lost in silence."""
     model = injected(SmallGPT, targets="mlp")
     handle = wrappers(model)[1].register_forward_hook(lambda module, args, output: 2 * output)
-    hooked = logits(model)
     refused("has a forward hook", merge_lora, model)
-    assert torch.equal(logits(model), hooked)
     handle.remove()
     merge_lora(model)
 
 
-class Louder(nn.Linear):
-    def forward(self, x):
-        return 1.015 * super().forward(x)
-
-
-class Pair(nn.Linear):
-    def forward(self, x):
-        return super().forward(x), None
-
-
-class Masked(nn.Linear):
-    """Its weight is zero already where the mask will cut the update."""
-
-    def __init__(self, mask):
-        super().__init__(*mask.T.shape)
-        self.mask = mask
-        self.weight.data *= mask
-
-    def forward(self, x):
-        return F.linear(x, self.weight * self.mask, self.bias)
-
-
-class Cached(nn.Linear):
-    """It computes with a copy of its first weight."""
-
-    def forward(self, x):
-        self.copy = vars(self).get("copy", self.weight.data.clone())
-        return F.linear(x, self.copy, self.bias)
-
-
-class Turned(nn.Linear):
-    def forward(self, x):
-        return x @ self.weight[:3]
+def custom(forward):
+    """Return a layer whose forward is another one, and whose weight a triangular mask fits."""
+    layer = type("Custom", (nn.Linear,), {"forward": forward})(16, 16)
+    layer.weight.data.tril_()
+    return layer
 
 
 def doubled():
@@ -803,13 +698,13 @@ def empty():
     return layer
 
 
-TRIANGLE, TWO_BLOCKS = torch.ones(16, 16).tril(), torch.block_diag(*torch.ones(2, 8, 8))
-
-
-@cases("base", [lambda: Louder(16, 16), lambda: Pair(16, 16), doubled, lambda: Masked(TRIANGLE),
-                lambda: Masked(TWO_BLOCKS), lambda: Cached(16, 16), lambda: Turned(16, 16),
-                lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
-                lambda: nn.Linear(16, 16, device="meta"), empty])
+@cases("base", [
+    doubled, empty, lambda: custom(lambda self, x: F.linear(x, 1.015 * self.weight, self.bias)),
+    lambda: custom(lambda self, x: F.linear(x, self.weight.tril(), self.bias)),
+    lambda: custom(lambda self, x: (F.linear(x, self.weight, self.bias), None)),
+    lambda: custom(lambda self, x: x @ self.weight[:3]),
+    lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
+    lambda: nn.Linear(16, 16, device="meta")])
 def test_merging_refuses_what_is_no_plain_product(base):
     """W0 + s B A would compute something else there: nothing must be merged."""
     model = injected(SmallGPT, targets="mlp")
@@ -822,9 +717,7 @@ def test_a_base_of_zeros_is_a_plain_product():
     """Its output is x W^T, all zero: merging must give the update alone."""
     base = nn.Linear(16, 16, bias=False)
     nn.init.zeros_(base.weight)
-    model = nn.Sequential(base)
-    inject_lora(model, LoRAConfig(r=2, targets="0"))
-    perturb(model)
+    model = injected(lambda: nn.Sequential(base), targets="0")
     update = model[0].delta()
     assert torch.equal(merge_lora(model)[0].weight, update)
 
@@ -869,12 +762,10 @@ def test_after_an_interrupt_at_any_line_all_can_be_had_back(change, dtype):
     assert interrupted > 20
 
 
-@cases("dtype", [torch.float32, torch.bfloat16, "nf4"])
-def test_compiled_copied_and_pickled_models_agree(dtype):
-    """Outputs must be equal; what is done to a copy must not touch the model."""
-    model = injected(lambda: in_dtype(SmallGPT().eval(), dtype), dropout=0.5)
+@cases("dtype", [torch.float32, "nf4"])
+def test_what_is_done_to_a_copy_does_not_touch_the_model(dtype):
+    model = injected(lambda: in_dtype(SmallGPT(), dtype))
     unmerged = logits(model)
-    close(logits(torch.compile(model, backend="eager")), unmerged)
     merged = logits(merge_lora(model))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(twin), merged)
@@ -924,7 +815,6 @@ def test_copies_of_the_adapter_go_back():
     perturb(model)
     assert changed(adapter_state_dict(model), before) == before.keys()
     wrappers(model)[0].lora_A.requires_grad_(False)  # a frozen A belongs to the adapter too
-    assert adapter_state_dict(model).keys() == before.keys()
     model.load_state_dict(before, strict=False)
     assert same_bits(adapter_state_dict(model), before)
 
