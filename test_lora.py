@@ -1072,15 +1072,6 @@ def test_nf4_takes_the_nearest_value_in_4_25_bits():
     assert torch.equal(NF4Linear(ragged).weight, ragged.weight)
 
 
-def test_nf4_codes_agree_with_bitsandbytes():
-    functional = pytest.importorskip("bitsandbytes.functional")
-    layer = linear(nn.Linear, 320, 256)
-    weight, packed = layer.weight.detach(), NF4Linear(layer)
-    codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    assert torch.equal(codes.flatten(), packed.codes)
-    close(packed.weight, functional.dequantize_4bit(codes, state), atol=3e-4)
-
-
 @cases("dtype", DTYPES)
 @cases("kind", [nn.Linear, Conv1D])
 def test_nf4_computes_and_differentiates_like_the_dense_layer(kind, dtype):
@@ -1095,13 +1086,10 @@ def test_nf4_computes_and_differentiates_like_the_dense_layer(kind, dtype):
 
 @cases("build", [llama, gpt2])
 def test_lora_over_nf4_trains_and_goes_back(build):
-    model, plain, config = build(), build(), LoRAConfig(r=4, targets="all-linear")
+    model, plain = build(), build()
     names, base = quantize_nf4(model), logits(model)
-    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    assert len(packed) == len(names) and not any(p.requires_grad for layer in packed
-                                                 for p in layer.parameters())
     assert count_parameters(model)[1] == count_parameters(plain)[1]
-    assert inject_lora(model, config) == names
+    assert inject_lora(model, LoRAConfig(r=4, targets="all-linear")) == names
     before = bits(model)
     train(model, 3)
     assert changed(bits(model), before) == adapter_state_dict(model).keys()
@@ -1117,9 +1105,9 @@ def test_quantising_leaves_what_it_must():
     assert quantize_nf4(model, ()) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
     inject_lora(model, LoRAConfig())
     refused("quantise first", quantize_nf4, model)
-    own, damaged = type("Own", (nn.Linear,), {})(8, 8), nn.Linear(8, 8)
-    nn.init.constant_(damaged.weight, math.nan)
-    layers = nn.Sequential(own, damaged, *(nn.Linear(8, 8) for _ in range(4)))
+    layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+    layers[0].__class__ = type("Own", (nn.Linear,), {})
+    nn.init.constant_(layers[1].weight, math.nan)
     layers[2].weight = layers[3].weight
     prune.l1_unstructured(layers[4], "weight", 0.5)  # a hook computes it
     with pytest.warns(match="stays dense") as caught:
@@ -1205,10 +1193,9 @@ def write_rows(name, *rows):
 def test_rows_of_all_columns_and_kinds_of_file():
     """Every pair of columns must come out as question and answer, text as it stands."""
     rows = [{"query": "2024-01-01", "response": "r"}, {"question": "q", "answer": "r\u2028s"},
-            {"prompt": "p", "completion": "c"}, {"instruction": "do", "output": "so"},
-            {"instruction": "do", "input": "it", "output": "so"},
+            {"prompt": "p", "completion": "c"}, {"instruction": "do", "input": "it", "output": "so"},
             {"instruction": "do", "context": "it", "output": None, "response": "so"}]
-    wanted = [("2024-01-01", "r"), ("q", "r\u2028s"), ("p", "c"), ("do", "so"), ("do\nit", "so"),
+    wanted = [("2024-01-01", "r"), ("q", "r\u2028s"), ("p", "c"), ("do\nit", "so"),
               ("do\nit", "so")]
     Path("x.json").write_text(json.dumps(rows))
     Path("x.jsonl").write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
@@ -1230,45 +1217,41 @@ def test_empty_answers_are_left_out_and_only_calculator_marks_removed(capsys):
     assert "x.jsonl: 4 rows, 2 without an answer left out" in capsys.readouterr().out
 
 
+USER, BOT = dict(role="user", content="1+1?"), dict(role="assistant", content="2")
+PAIR = dict(question="a", answer="b")
+
+
+@cases("row, message", [
+    (1, "found 1, expected columns"),
+    (dict(text="a"), "has .'text'., expected messages or one of"),
+    (PAIR | dict(answer=5), "answer is 5, expected text"),
+    (PAIR | dict(answer="\ud83d"), "surrogates"),
+    (PAIR | dict(context="c"), "has context, which is not read beside question"),
+    (dict(instruction="a", output="b", input=math.nan), "input is nan, expected text"),
+    (dict(instruction="a", output="b", history=[["c", "d"]]), "has history.*write .* as messages"),
+    (dict(messages="hello"), "messages is 'hello', expected a list"),
+    (dict(messages=[]), "need a turn of the assistant after another turn"),
+    (dict(messages=[BOT, USER, BOT]), "found .'assistant', 'user', 'assistant'."),
+    (dict(messages=[USER, BOT | dict(content=None)]), "content is None, expected text"),
+    (dict(messages=[USER, BOT], system="c"), "has system, which is not read beside messages"),
+    (dict(messages=[USER, BOT | dict(tool_calls=[1])]), "have tool_calls, which is not read"),
+    (dict(messages=[USER, BOT | dict(weight=0)]), "have weight, which is not read")])
+def test_a_row_that_is_not_understood_is_refused_with_its_place(row, message):
+    write_rows("x.jsonl", PAIR, row)
+    refused(f"--data x.jsonl: row 2: .*{message}", read_rows, "x.jsonl", "train")
+
+
 @cases("name, text, message", [
     ("x.csv", "query,response\n", "no row"), ("x.csv", "query,response\n1,2,3\n", "row 1: it has"),
     ("x.csv", 'question,answer\na,b\n1+1?,"two\n2+2?,4\n', "row 2: unexpected end"),
     ("x.jsonl", '{"question": "a", "answer": "b"}\n\n{broken\n', "row 2: Expecting"),
-    ("x.parquet", "PAR1", "Arrow"), ("x.tsv", "question\tanswer", "ends in .jsonl"),
-    ("x.json", '[{"query": 1, "response": "b"}]', "row 1: query is 1, expected text"),
-    ("x.json", '[{"instruction": "a", "input": NaN, "output": "b"}]', "row 1: input is nan"),
-    ("x.json", '[{"instruction": "a", "input": [1], "output": "b"}]', "row 1: input is .1."),
-    ("x.json", '[{"question": "a", "answer": 5}]', "row 1: answer is 5"),
-    ("x.json", '[{"question": "a", "answer": "\\ud83d"}]', "row 1: .*surrogates"),
-    ("x.json", '[{"text": "a"}]', "row 1: it has .'text'., expected messages or .*prompt/compl"),
-    ("x.json", '[{"question": "a", "answer": "b", "system": "c"}]', "row 1: .*as messages"),
-    ("x.json", '[{"instruction": "a", "output": "b", "history": [["c", "d"]]}]', "1: .*messages"),
-    ("x.json", '[{"question": "a", "answer": "b", "context": "c"}]', "context, which is not read"),
-    ("x.json", '[{"question": "a", "answer": "b", "messages": null}, {"messages": [{"role": "user",'
-     ' "content": "a"}, {"role": "assistant", "content": "b"}]}]', "beside rows of other columns"),
-    ("x.json", '[{"messages": "hello"}]', "row 1: messages is 'hello', expected a list"),
-    ("x.json", '[{"messages": [{"role": "assistant", "content": "a"}]}]', "row 1: .*after anot"),
-    ("x.json", '[{"messages": []}]', "row 1: its messages need a turn of the assistant"),
-    ("x.json", '[{"messages": [{"role": "user", "content": "a"}, {"role": "bot"}]}]', "content is"),
-    ("x.json", '[{"messages": [{"role": "bot", "content": "a"}]}]', "row 1: .*found .'bot'."),
-    ("x.json", '[{"messages": [{"role": "assistant", "content": null}]}]', "row 1: content is Non"),
-    ("x.json", '[{"messages": [{"role": "user", "content": "a"}], "system": "b"}]', "beside mess"),
-    ("x.json", '[{"messages": [{"role": "user", "content": null, "tool_calls": [1]}]}]',
-     "have tool"),
-    ("x.json", '[{"messages": [{"role": "user", "content": "", "weight": 0}]}]', "have weight"),
-    ("x.json", '[{"messages": [{"role": "user", "content": "", "thinking": "b"}]}]', "have think"),
-    ("x.json", "[1]", "row 1: found 1, expected columns"), ("nothere.jsonl", None, "no such file")])
-def test_bad_data_is_one_clear_error(name, text, message):
+    ("x.jsonl", json.dumps(PAIR) + "\n" + json.dumps(dict(messages=[USER, BOT])), "other columns"),
+    ("x.jsonl", "\xff", "expected text in UTF-8"), ("x.tsv", "a\tb", "ends in .jsonl"),
+    ("nothere.jsonl", None, "no such file")])
+def test_a_bad_file_is_one_clear_error(name, text, message):
     if text is not None:
-        Path(name).write_text(text)
+        Path(name).write_text(text, encoding="latin1")
     refused(f"--data {name}: .*{message}", read_rows, name, "train")
-
-
-def test_other_encodings_and_a_chat_without_its_template_are_refused():
-    Path("x.jsonl").write_text('{"question": "a", "answer": "b"}', encoding="utf-16")
-    refused("--data x.jsonl: expected text in UTF-8", read_rows, "x.jsonl", "train")
-    write_rows("x.jsonl", {"messages": TURNS})
-    refused("leave --no-chat out", read_table, "x.jsonl", "train", None, False)
 
 
 def test_subset_and_split_of_a_data_set_on_the_hub(patch):
@@ -1278,7 +1261,7 @@ def test_subset_and_split_of_a_data_set_on_the_hub(patch):
     def load_dataset(*what, split):
         row = dict(question=f"{what} {split}", answer="1", sentence=f"{what} {split}", label=1)
         return datasets.Dataset.from_list([row])
-    patch(HfApi, repo_info=lambda *_, **__: None)
+
     patch(datasets, load_dataset=load_dataset)
     assert read_rows("openai/gsm8k", "test") == [("('openai/gsm8k', 'main') test", "1")]
     assert read_rows("a/b", "train") == [("('a/b', None) train", "1")]
@@ -1290,10 +1273,9 @@ def test_a_hub_that_cannot_be_reached_is_one_line(patch):
     import huggingface_hub.constants
     patch(huggingface_hub.constants, HF_HUB_OFFLINE=True)
     patch(datasets.config, HF_HUB_OFFLINE=True)
-    refused("--model a/b: no such file or folder, and the Hub cannot be reached", load_model,
-            "a/b", None, CPU)
-    refused("--data a/b: no such file or folder, and the Hub cannot be reached", read_rows, "a/b",
-            "train")
+    message = " a/b: no such file or folder, and the Hub cannot be reached"
+    refused(f"--model{message}", load_model, "a/b", None, CPU)
+    refused(f"--data{message}", read_rows, "a/b", "train")
 
 
 def test_held_out_rows_stand_behind_the_training_rows_and_ask_something_else():
@@ -1304,15 +1286,13 @@ def test_held_out_rows_stand_behind_the_training_rows_and_ask_something_else():
     assert hold_out(rows, 99, 0) == (rows, [], 0)
     with pytest.warns(match="no row is held out"):  # all are repeated
         assert [len(part) for part in hold_out(10 * rows, 60)[:2]] == [60, 0]
-    assert [len(part) for part in hold_out([Row("q", "a", i, i) for i in range(64)], 99)[:2]] == [
-        58, 6]
+    assert len(hold_out([Row("q", "a", i, i) for i in range(64)], 99)[1]) == 6  # a tenth
     refused("--val-samples 8 leaves nothing to train on", hold_out, rows, 99, 8)
 
 
 def test_the_original_question_is_what_metamathqa_calls_so():
     """The turns of one conversation ask the same, whatever is answered; so do equal questions."""
-    chats = [[dict(role=role, content=text) for role, text in zip(("user", "assistant") * 2, said)]
-             for said in ("xyxy", "xzxz")]
+    chats = [[USER, BOT | dict(content=said), USER, BOT] for said in "xy"]
     write_rows("x.jsonl", dict(query="a", response="b", original_question="c"),
                dict(query="a", response="b"), *({"messages": chat} for chat in chats))
     first, second, *turns = read_table("x.jsonl", "train", chat=True)
@@ -1320,6 +1300,8 @@ def test_the_original_question_is_what_metamathqa_calls_so():
     assert (first.original, second.original) == ("c", str(second.question))
     assert len(turns) == 4 and len({turn.original for turn in turns}) == 1
     assert [row.place for row in (first, second, *turns)] == [1, 2, 3, 3, 4, 4]
+    write_rows("x.jsonl", {"messages": chats[0]})
+    refused("leave --no-chat out", read_table, "x.jsonl", "train", None, False)
 
 
 # --- train_math.py: token ids ---
@@ -1347,7 +1329,6 @@ LLAMA_2 = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST
            "[/INST]{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}")
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-REWRITES = "{{ messages | length }}" + CHATML
 
 
 def letters(template):
@@ -1365,51 +1346,35 @@ def letters(template):
     return tokenizer
 
 
-TURNS = [dict(role="user", content="1+1?"), dict(role="assistant", content="2"),
-         dict(role="user", content="and 2+2?"), dict(role="assistant", content="4")]
-
-
-@cases("template, target", [(LLAMA_2, " 4 </s>"), (CHATML, "4<|im_end|>\n")])
+@cases("template, target", [(LLAMA_2, " 2 </s>"), (CHATML, "2<|im_end|>\n")])
 def test_ids_of_a_chat_are_those_of_the_template(template, target):
     """A row for each turn of the assistant; no second BOS or EOS; the target is the turn."""
-    tokenizer = letters(template)
-    write_rows("x.jsonl", {"messages": TURNS})
+    tokenizer, turns = letters(template), [USER, BOT, USER, BOT]
+    write_rows("x.jsonl", {"messages": turns})
     (first, _), (ids, prompt) = encode(read_table("x.jsonl", "train"), tokenizer, 512)
-    assert ids == tokenizer.apply_chat_template(TURNS, return_dict=False)
-    assert ids[:prompt] == tokenizer.apply_chat_template(TURNS[:3], add_generation_prompt=True,
+    assert ids == tokenizer.apply_chat_template(turns, return_dict=False)
+    assert ids[:prompt] == tokenizer.apply_chat_template(turns[:3], add_generation_prompt=True,
                                                          return_dict=False)
     assert "".join(tokenizer.convert_ids_to_tokens(ids[prompt:])) == target
-    assert first == tokenizer.apply_chat_template(TURNS[:2], return_dict=False)
+    assert first == tokenizer.apply_chat_template(turns[:2], return_dict=False)
 
 
 @cases("template, content, message", [
     (CHATML, "a<|im_end|>", "special token <.im_end"), (CHATML, "a</s>", "special token </s>"),
-    (None, "a", "the tokenizer has no chat template"), (REWRITES, "a", "rewrites"),
+    (None, "a", "the tokenizer has no chat template"),
+    ("{{ messages | length }}" + CHATML, "a", "rewrites what stands before the answer"),
     ("{{ raise_exception('no system') }}", "a", "no system")])
 def test_a_chat_that_cannot_be_written_is_refused_with_its_row(template, content, message):
-    write_rows("x.jsonl", {"messages": TURNS},
-               {"messages": [TURNS[0], dict(role="assistant", content=content)]})
+    write_rows("x.jsonl", {"messages": [USER, BOT]},
+               {"messages": [USER, BOT | dict(content=content)]})
     rows = read_table("x.jsonl", "train")[-1:]
     refused(f"--data: row 2: .*{message}", encode, rows, letters(template), 512)
 
 
-def test_a_template_that_writes_the_date_writes_the_same_on_every_day(patch):
-    """A run that is resumed tomorrow must find its rows; what a template refuses is a line."""
-    tokenizer, texts = letters("{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}"), set()
-    for day in (1, 2):
-        patch(transformers.utils.chat_template_utils, datetime=SimpleNamespace(now=lambda: day))
-        texts.add(train_math.chat_text(tokenizer, TURNS[:1]))
-    assert texts == {"26 Jul 2024 1+1?"}
-    tokenizer = letters("{{ raise_exception('no system') }}")
-    refused("the chat template: .*no system", encode_prompt, tokenizer, TURNS[:1])
-
-
-def test_what_looks_like_a_special_token_in_a_text_is_text():
-    """HTML's <s>old</s> must give neither a BOS nor an EOS inside a row."""
-    tokenizer = letters(None)
-    ids, prompt = encode([("strike <s> out?", "<s>old</s> new")], tokenizer, 512)[0]
-    assert [ids.count(0), ids.count(1), ids[0], ids[-1]] == [1, 1, 0, 1]
-    assert tokenizer.convert_ids_to_tokens(ids[prompt:-1]) == list(" <s>old</s> new")
+def test_a_template_that_writes_the_date_writes_the_same_on_every_day():
+    """A run that is resumed tomorrow must find its rows."""
+    tokenizer = letters("{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}")
+    assert train_math.chat_text(tokenizer, [USER]) == "26 Jul 2024 1+1?"
 
 
 def test_rows_that_are_too_long_are_left_out_not_cut(tiny):
@@ -1448,8 +1413,6 @@ def test_half_precision_without_units_has_to_be_asked_for(patch):
     assert train_math.pick_dtype("auto", CPU)[0] == torch.float32
     with pytest.warns(match="--dtype bfloat16 is slow"):
         assert train_math.pick_dtype("bfloat16", CPU)[0] == torch.bfloat16
-    patch(train_sst2, pick_device=lambda _: torch.device("mps"))
-    refused("on MPS", train_sst2.main, train_sst2.parse_args(["--checkpoint-activations"]))
 
 
 def test_models_are_loaded_as_asked_or_refused(tiny):
@@ -1459,8 +1422,7 @@ def test_models_are_loaded_as_asked_or_refused(tiny):
         model.bfloat16().save_pretrained(name, state_dict=part)
         tokenizer.save_pretrained(name)
     for dtype in DTYPES:
-        model, _ = load_model("half", dtype, CPU, nf4=True)
-        assert model.dtype == dtype
+        assert load_model("half", dtype, CPU, nf4=True)[0].dtype == dtype
     tokenizer.eos_token = None
     tokenizer.save_pretrained("half")
     saved("both", lambda: load(tiny)[0])  # transformers would load it, and put the adapter on
@@ -1472,11 +1434,11 @@ def test_models_are_loaded_as_asked_or_refused(tiny):
 def test_rows_beyond_the_positions_are_refused(tiny):
     """Learned positions would end in an index error, rotary ones in nonsense."""
     model, tokenizer = load(tiny)
+    n = len(model.lm_head.weight)
     model.config.max_position_embeddings = 40
     refused("40 positions.*--max-new-tokens", complete, model, tokenizer, ["a"], 1, 40)
-    n = len(model.lm_head.weight)
-    train_math.check_ids(model, [[n - 1]], 39)
     refused(f"ids up to {n}", train_math.check_ids, model, [[n]])
+    train_math.check_ids(model, [[n - 1]], 39)
 
 
 # --- train_math.py: loss, attention ---
@@ -1502,14 +1464,12 @@ def test_loss_and_gradients_equal_the_full_computation(targets, at_once, tiny, p
 
 def test_logits_exist_a_chunk_at_a_time(tiny, patch):
     model, examples = adapted(tiny)
-    batch, kept = collate(examples[:8], "cpu"), []
+    batch, kept, seen = collate(examples[:8], "cpu"), [], []
+    model.lm_head.register_forward_hook(lambda _, args, out: seen.append(len(out)))
     for at_once in (2**22, 300):
         patch(train_math, LOGITS_AT_ONCE=at_once)
-        seen = []
-        handle = model.lm_head.register_forward_hook(lambda _, args, out: seen.append(len(out)))
         kept.append(saved_for_backward(lambda: batch_loss(model, batch), model.parameters()))
-        handle.remove()
-        assert max(seen) <= at_once // len(model.lm_head.weight)
+    assert max(seen[1:]) <= 300 // len(model.lm_head.weight) < seen[0]
     assert kept[0] == pytest.approx(kept[1], rel=0.05)  # no logits are among them
 
 
@@ -1538,11 +1498,10 @@ def test_held_out_loss_is_transformers_own_without_dropout(tiny):
 
 
 @cases("kind, options, message", [
-    ("gemma2", {}, "not supported here"), ("granite", {"logits_scaling": 2.0}, "not supported"),
-    ("llama4_text", {"num_local_experts": 2}, "not supported here"),
-    ("llama", {"rms_norm_eps": math.nan}, "not supported here"),
-    ("electra", {"embedding_size": 16}, "not supported here"),
-    ("bert-generation", {}, "not causal"), ("rembert", {"output_embedding_size": 8}, "not")])
+    ("granite", {"logits_scaling": 2.0}, "scales or caps its logits"),
+    ("llama", {"rms_norm_eps": math.nan}, "scales or caps its logits"),
+    ("electra", {"embedding_size": 16}, "is not supported here"),
+    ("bert-generation", {}, "is not causal")])
 def test_unusual_heads_and_models_that_see_ahead_are_refused(kind, options, message):
     """The loss would not be the model's own, or leak."""
     torch.manual_seed(0)
@@ -1553,13 +1512,11 @@ def test_unusual_heads_and_models_that_see_ahead_are_refused(kind, options, mess
 
 @cases("kind, options", [
     ("gemma2", {"final_logit_softcapping": None}),  # attention's cap of 50: hardly seen here
-    ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}), ("gptj", {"rotary_dim": 8}),
-    ("doge", {})])
+    ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}), ("doge", {})])
 def test_attention_of_another_kind_is_kept(kind, options):
     """With caps, sinks or a mask of its own it must stay, and compute the same."""
     model = causal(kind, attn_implementation="eager", **options)
     before = logits(model)
-    train_math.check_head(model, ROW)
     train_math.try_attention(model, ROW)
     assert model.config._attn_implementation == "eager" and torch.equal(logits(model), before)
 
@@ -1568,6 +1525,7 @@ def test_a_check_does_not_swallow_out_of_memory(patch):
     """Where memory runs out, no model is to blame."""
     def fails(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
     model = llama()
     patch(model, forward=fails)
     refused("out of memory", train_math.check_head, model, ROW, error=torch.OutOfMemoryError)
@@ -1588,7 +1546,6 @@ def test_attention_is_transformers_own(kind, window, dtype):
         output.square().sum().backward()
         results.append([output, *(p.grad.float() for p in model.model.layers.parameters())])
         train_math.check_head(model.eval(), ROW)
-        assert model.config._attn_implementation == attention  # a check changes nothing
         train_math.try_attention(model, ROW)
     tolerance = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
     assert all((a - b).norm() < tolerance * a.norm() for a, b in zip(*results))
@@ -1599,18 +1556,16 @@ def test_attention_is_the_same_off_the_cpu(mask):
     """Its two ways must agree, on a CPU that says it is another device."""
     class Elsewhere(torch.Tensor):
         device = SimpleNamespace(type="cuda")
+
     q, (k, v) = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 2, 5, 8)
     here, there = (train_math.attention(None, x, k, v, mask, 0.9)[0]
                    for x in (q, q.as_subclass(Elsewhere)))
     close(here, there.as_subclass(torch.Tensor))
 
 
-@cases("kind", ["mamba", "mamba2", "nemotron_h"])
-def test_state_space_models_train_in_half_precision(kind):
-    """fp32 logits or hidden states must break neither check nor loss."""
-    model = causal(kind, dtype=torch.float16, state_size=4, ssm_state_size=8, n_groups=1,
-                   num_heads=4, mamba_num_heads=4, mamba_head_dim=16, head_dim=16, chunk_size=8,
-                   layers_block_type=["mamba", "attention"])
+def test_a_state_space_model_trains_in_half_precision():
+    """Its hidden states, in fp32, must break neither check nor loss."""
+    model = causal("mamba", dtype=torch.float16, state_size=4)
     train_math.check_head(model, ROW)
     train_math.try_attention(model, ROW)
     inject_lora(model, LoRAConfig(targets=["in_proj"]))
@@ -1683,25 +1638,26 @@ def test_where_memory_runs_out_blocks_are_recomputed(when, tiny):
     assert torch.equal(torch.get_rng_state(), rng)
 
 
-@cases("recompute", [False, True])
-def test_what_does_not_fit_is_one_line(recompute, tiny, patch):
+def test_what_does_not_fit_is_one_line(patch):
     """Forced either way, no second trial is made. AdamW's moments need two floats a weight."""
-    model, reserved = adapted(tiny)[0], []
+    model, reserved = injected(llama), []
     patch(train_math, fits=lambda model, batch, reserve: reserved.append(reserve))
-    refused("out of memory.*--nf4.*--max-length", train_math.make_it_fit, model, None, recompute)
-    assert reserved == [2 * 4 * count_parameters(model)[0]]
+    for recompute in (False, True):
+        refused("out of memory.*--nf4", train_math.make_it_fit, model, None, recompute)
+    assert reserved == [2 * 4 * count_parameters(model)[0]] * 2
 
 
-def test_on_a_cpu_activations_are_kept_unless_asked(tiny, capsys, patch):
-    """Nothing fails there in time to choose: the first lines must name the flag."""
-    run(tiny, "--max-steps 1")
-    assert "kept: --checkpoint-activations takes less memory" in capsys.readouterr().out
-    run(tiny, "--max-steps 1 --run-name two", RECOMPUTE)
-    assert "activations are recomputed" in capsys.readouterr().out
+def test_on_a_cpu_activations_are_kept_unless_asked(patch, capsys):
+    """Nothing fails there in time to choose; on MPS torch would draw other dropout masks."""
+    model, batch = llama(), collate([(ROW, 4)], "cpu")
+    train_math.settle_memory(model, batch, None)
+    train_math.settle_memory(model, batch, True)
+    kept, recomputed = capsys.readouterr().out.splitlines()
+    assert "kept: --checkpoint-activations takes less" in kept and "recomputed" in recomputed
     patch(transformers.PreTrainedModel, device=torch.device("mps"))
-    model, examples = adapted(tiny)
-    refused("cannot be used on mps", train_math.settle_memory, model,
-            collate(examples[:2], "cpu"), True)
+    refused("cannot be used on mps", train_math.settle_memory, model, batch, True)
+    patch(train_sst2, pick_device=lambda _: torch.device("mps"))
+    refused("on MPS", train_sst2.main, train_sst2.parse_args(["--checkpoint-activations"]))
 
 
 def test_vram_caps_what_the_allocator_may_take(patch):
@@ -1713,7 +1669,6 @@ def test_vram_caps_what_the_allocator_may_take(patch):
         train_math.cap_memory(cuda, vram)
     assert share == [3.5 / 16, 10 / 16, 10 / 16]
     refused("--vram 4 needs a CUDA device", train_math.cap_memory, CPU, 4)
-    train_math.cap_memory(CPU, None)
 
 
 # --- train_math.py: loss scaling, schedule, numbers that go wrong ---
