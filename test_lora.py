@@ -1981,14 +1981,13 @@ def test_wrong_input_is_one_line(flags, message, tiny, patch):
     ("#### .5", "1/2"), ("#### 1/0", "-"), (r"the answer is \boxed{6/8}", "3/4"),
     ("The answer is 3. The answer is:\n4,2", "4"), ("#### none\n#### 5,0123", "50123"),
     ("The answer is 3\n#### 4", "4"), ("#### 4\nThe answer is 3", "3"),
-    ("The answer is \u22125.", "-5"), ("#### -\u20ac5", "-5"), ("#### $-5", "-5"),
+    ("The answer is \u22125.", "-5"), ("#### $-5", "-5"),
     (r"The answer is: -\frac{1}{2}", "-1/2"), (r"The answer is $2\frac{3}{4}$", "11/4"),
     (r"The answer is \$1{,}000", "1000"), (r"The answer is $1\,000$.", "1000"),
     ("The answer is 1\u202f000.", "1000"), ("The answer is 1 1/2.", "3/2"),
-    ("The answer is 12...", "12"), ("The answer is 12!", "12"), (r"It: #### \boxed{12.}", "12"),
+    ("The answer is 12...", "12"), (r"It: #### \boxed{12.}", "12"),
     ("The answer is 1e5.", "-"), ("The answer is 1.5 \u00d7 10^6.", "-"), ("#### 1.2.3", "-"),
-    (r"It is 2\sqrt{3}", "-"), (r"The answer is \frac12", "-"), ("The answer is 10^6", "-"),
-    ("#### 3/4/2024", "-"),
+    (r"It is 2\sqrt{3}", "-"), (r"The answer is \frac12", "-"), ("#### 3/4/2024", "-"),
     ("#### 7\nThe answer is: 8\n\nQuestion: next\nAnswer: The answer is 9", "8"),
     ("10-5=5, 20-30", "- 30"), ("20 - 30", "- 30"),
     ("it is -3.", "- -3"), ("Question: #### 5", "-"), ("48/2.5", "-"), ("(9)-5", "- 5"),
@@ -2018,10 +2017,9 @@ def test_scores_equal_lm_evaluation_harness():
 
 
 @cases("text, value", [
-    ("so\n#### 1,234", 1234), ("The answer is: 5", 5), ("18", 18), ("$1,250.50", "1250.5"),
+    ("so\n#### 1,234", "1234"), ("The answer is: 5", "5"), ("$1,250.50", "1250.5"),
     ("it makes 18", None), ("#### none", None), (r"The answer is: \frac{x}{4}", None),
-    ("3 of 4", None), ("1e5", None), ("7%", 7), ("#### 10 000", None), ("#### 1 1/2", None),
-    ("#### 1\u202f234", None), ("#### 5\n6", 5)])
+    ("1e5", None), ("#### 10 000", None), ("#### 1\u202f234", None), ("#### 5\n6", "5")])
 def test_a_reference_has_a_marker_or_is_a_bare_number(text, value):
     """Any other row must be refused by its number: 57 of 175 Alpaca answers hold a digit."""
     row = Row("q", text, 9, "q")
@@ -2032,22 +2030,34 @@ def test_a_reference_has_a_marker_or_is_a_bare_number(text, value):
 
 # --- eval_gsm8k.py: generation ---
 
-@cases("kind", ["llama", "mamba"])
-def test_a_batch_says_what_each_row_says_alone_and_rows_that_have_ended_leave_it(kind, tiny):
-    """Padding and the checkpoint's settings must change no token."""
+@cases("kind, options, batch", [
+    ("llama", {}, 8), ("mamba", {}, 8), ("rwkv", dict(attention_hidden_size=32), 1),
+    ("bart", dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
+                  forced_eos_token_id=None), 1),
+    ("minimax", dict(num_local_experts=4, num_experts_per_tok=2,
+                     layer_types=["linear_attention", "full_attention"]), 1),
+    ("openai-gpt", dict(n_embd=32, n_layer=2, n_head=4, n_positions=128), 8)])
+def test_a_batch_says_what_each_row_says_alone(kind, options, batch, tiny):
+    """Padding and the checkpoint's settings must change no token; rows that have ended leave."""
     _, tokenizer = load(tiny)
-    model = causal(kind, max_position_embeddings=99, eos_token_id=1)
+    model = causal(kind, vocab_size=len(tokenizer), eos_token_id=None, max_position_embeddings=128,
+                   **options)
     for parameter in model.parameters():
-        parameter.data *= 20 ** (parameter.dim() == 2)  # or it would repeat one word
+        if parameter.dim() >= 2:  # or it would repeat one word
+            parameter.data += 0.3 * torch.randn_like(parameter)
     prompts = [format_prompt(q) for q, _ in read_rows(f"{tiny}/test.jsonl", "test", 8)]
     inputs = [torch.tensor([encode_prompt(tokenizer, prompt)]) for prompt in prompts]
     alone = [model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
                             max_new_tokens=40)[0, ids.shape[1]:].tolist() for ids in inputs]
-    late = sorted({*sum(alone, [])} - {token for said in alone for token in said[:6]})
-    eos, asks = [tokenizer.eos_token_id, late[0]], late[-1]
+    late = {*sum(alone, [])} - {token for said in alone for token in said[:6]}
+    late = sorted(late, key=lambda token: sum(token in said for said in alone))  # the rarest first
+    asks = next(token for token in late if token in alone[0])
+    eos = [token for token in late if token not in alone[0]][:2]
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos[0])
 
     def say(ids, **_):
         return " ".join("Question:" if i == asks else str(i) for i in ids if i != eos[0])
+
     tokenizer.decode = say
     own = dict(eos_token_id=eos, do_sample=True, no_repeat_ngram_size=1,
                min_new_tokens=40, pad_token_id=10**6)  # a pad without an embedding
@@ -2060,43 +2070,8 @@ def test_a_batch_says_what_each_row_says_alone_and_rows_that_have_ended_leave_it
     model.register_forward_hook(lambda _, args, out: widths.append(len(out.logits)))
     assert complete(model, tokenizer, prompts, 8, 40) == wanted
     assert {cut_off for _, cut_off in wanted} == {True, False} and "Question:" in str(wanted)
-    assert max(widths) == 8 and (widths[-1] < 8) == (kind == "llama")
+    assert (max(widths), widths[-1] < batch) == (max(batch, 2), kind == "llama")
     assert own.items() <= vars(model.generation_config).items()  # kept, for --save-merged
-
-
-SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, eos_token_id=1)
-
-
-@cases("kind, options", [
-    ("rwkv", dict(attention_hidden_size=32, intermediate_size=48, context_length=256)),
-    ("bart", dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
-                  max_position_embeddings=128, pad_token_id=0, forced_eos_token_id=None)),
-    ("minimax", dict(intermediate_size=48, num_key_value_heads=2, head_dim=8, num_local_experts=4,
-                     num_experts_per_tok=2, max_position_embeddings=128, pad_token_id=0,
-                     layer_types=["linear_attention", "full_attention"])),
-    ("openai-gpt", dict(n_embd=32, n_layer=2, n_head=4, n_positions=128))])
-def test_no_completion_depends_on_its_batch(kind, options, tiny, patch):
-    """Where padding moves the logits, or a cache cannot be cut, another way must be taken."""
-    _, tokenizer = load(tiny)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        kind, **SIZES | dict(vocab_size=len(tokenizer)) | options)).eval()
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    prompts = ["Ann has 3 eggs .", "Ann has 3 eggs . Ann gets 2 more . Ann gets 5 more .", "Ben"]
-    decode = tokenizer.decode
-
-    def early(ids, **options):  # one row asks on after a few tokens, the others go on
-        text = decode(ids, **options)
-        return text + " Question:" if ids[0] == first else text
-    first = None
-    alone = complete(model, tokenizer, prompts, 1, 40)
-    first = tokenizer(alone[0][0]).input_ids[0]
-    tokenizer.decode = early
-    wanted = [completion for prompt in prompts
-              for completion in complete(model, tokenizer, [prompt], 1, 40)]
-    assert complete(model, tokenizer, prompts, 3, 40) == wanted
 
 
 # --- eval_gsm8k.py: scores, questions, export ---
@@ -2104,7 +2079,7 @@ def test_no_completion_depends_on_its_batch(kind, options, tiny, patch):
 def evaluation(tiny, *flags):
     common = (f"--model {tiny}/base --data {tiny}/test.jsonl --max-new-tokens 8 --dtype float32 "
               "--device cpu")
-    return [*common.split(), *flags]
+    return [*common.split(), *" ".join(flags).split()]
 
 
 def evaluate(tiny, *flags):
@@ -2127,15 +2102,14 @@ def test_shots_stand_in_the_prompt_and_answers_are_counted_by_kind(patch):
     """Shots must not be scored; each count must be its own, worked out by hand."""
     said, asked = [("#### 1", False), ("2", False), ("", True), ("9", False)], []
     patch(eval_gsm8k, complete=lambda _, __, prompts, *rest: asked.extend(prompts) or said)
-    rows = [Row("a?", "#### 7", 1, "a?"), *(Row("q", str(n), n, "q") for n in (1, 2, 3, 4))]
+    rows = [("a?", "#### 7"), *(("q", str(n)) for n in (1, 2, 3, 4))]
     result = eval_gsm8k.summarise(eval_gsm8k.answer(None, None, rows, shots=1))
     assert asked == 4 * ["Question: a?\nAnswer: #### 7\n\nQuestion: q\nAnswer:"]
     wanted = dict(n=4, correct=1, accuracy=0.25, correct_flexible=2, accuracy_flexible=0.5,
                   no_answer=3, truncated=1)
     assert wanted.items() <= result.items()
-    chat = Row([dict(role="user", content="q")], "#### 5", 1, "q")
     said[:] = [("Question: q\nThe answer is 5", False)]  # in a chat it may repeat the question
-    assert eval_gsm8k.answer(None, None, [chat], chat=True)[0]["correct"]
+    assert eval_gsm8k.answer(None, None, [([USER], "#### 5")], chat=True)[0]["correct"]
 
 
 def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, capsys):
@@ -2143,32 +2117,29 @@ def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, ca
         saved(f"checkpoints/run/{step}", lambda: load(tiny)[0])
     assert [*eval_gsm8k.list_adapters(["checkpoints/run"], last_only=True)] == [
         "run-step_1000000"]  # what --ask asks
-    flags = ["--adapter", "checkpoints/run", "--batch-size", "3", "--out"]
-    evaluate(tiny, *flags, "one")
+    flags = "--adapter checkpoints/run --batch-size 3 --out"
+    evaluate(tiny, flags, "one")
     names = ["base", "run-step_999000", "run-step_1000000"]
     assert re.findall("(?m)^(.*): .* of 16", capsys.readouterr().out) == names
-    done = torchrun(HERE / "eval_gsm8k.py", evaluation(tiny, *flags, "two"))
+    done = torchrun(HERE / "eval_gsm8k.py", evaluation(tiny, flags, "two"))
     assert done.stdout.count("16 problems, scores in two/") == 1, done.stderr
     for name in names:
         one, two = (json.load(open(f"{out}/{name}-test-16.json")) for out in ("one", "two"))
         assert one == two | {"seconds": one["seconds"]}
         assert ("p_value" in one) == (one["adapter"] is not None) == (name != "base")
         assert records_of(name, "one") == records_of(name, "two")
-    assert {"model", "data", "accuracy", "ci95", "correct_flexible", "truncated"} < set(one)
     assert len(os.listdir("one")) == 7 and Path("one/test-16.png").exists()  # two each, a chart
 
 
-@cases("flags", [[], ["--nf4"]])
-def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny, patch):
+@cases("flags", ["", "--nf4"])
+def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny):
     """Export must score nothing; transformers and pipeline must open it and answer alike."""
     saved("adapter", lambda: load(tiny)[0], also_train="lm_head")
-    evaluate(tiny, "--adapter", "adapter", *flags)
-    with pytest.MonkeyPatch.context() as only:
-        only.setattr(eval_gsm8k, "complete", lambda *_: pytest.fail("generated"))
-        evaluate(tiny, "--adapter", "adapter", "--save-merged", "merged", "--data", "none", *flags)
-    evaluate(tiny, "--model", "merged", "--out", "again")
+    evaluate(tiny, "--adapter adapter", flags)
+    evaluate(tiny, "--adapter adapter --save-merged merged --data none", flags)
+    evaluate(tiny, "--model merged --out again")
     assert records_of("adapter") == records_of("base", "again") != records_of("base")
-    evaluate(tiny, "--out", "alone", *flags)
+    evaluate(tiny, "--out alone", flags)
     assert records_of("base") == records_of("base", "alone")  # the head of the adapter is gone
     say = transformers.pipeline("text-generation", "merged", device="cpu")
     assert say("Question: Ann", max_new_tokens=3)[0]["generated_text"].startswith("Question: Ann")
@@ -2176,20 +2147,20 @@ def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny, patch)
 
 def test_asking_prints_base_and_adapters_and_writes_nothing(tiny, capsys, patch):
     saved("adapter", lambda: load(tiny)[0], also_train="lm_head")
-    before = sorted(os.listdir())
-    evaluate(tiny, "--adapter", "adapter", "--ask", "Ann has 3 eggs .", "Ben has 4 pens .")
-    out = capsys.readouterr().out
+    before, texts, wanted = sorted(os.listdir()), ["Ann has 3 eggs .", "Ben has 4 pens ."], []
     model, tokenizer = load(tiny)
-    prompts = [format_prompt(text) for text in ("Ann has 3 eggs .", "Ben has 4 pens .")]
+    prompts = [format_prompt(text) for text in texts]
     base = complete(model, tokenizer, prompts, 2, 8)
     load_adapter(model, "adapter")
-    wanted = [text.strip() for pair in zip(base, complete(model, tokenizer, prompts, 2, 8))
-              for text, _ in pair]
-    found = re.findall("--- (?:base|adapter)\n(.*)", out)
-    assert [text.removesuffix(" ...") for text in found] == wanted and wanted[0] != wanted[1]
-    assert out.index("Ann has") < out.index("Ben has") and sorted(os.listdir()) == before
+    for text, *said in zip(texts, base, complete(model, tokenizer, prompts, 2, 8)):
+        wanted += [text, "--- base", said[0][0].strip(), "--- adapter", said[1][0].strip()]
+    flags = ["--ask", *texts, "--adapter", "adapter"]
+    capsys.readouterr()
+    eval_gsm8k.main(eval_gsm8k.parse_args([*evaluation(tiny), *flags]))
+    lines = [line.removesuffix(" ...") for line in capsys.readouterr().out.splitlines() if line]
+    assert lines[-len(wanted):] == wanted and sorted(os.listdir()) == before
     patch(eval_gsm8k, complete=lambda *_: [("4\nQuestion:", False)])
-    evaluate(tiny, "--ask", "2+2?")
+    evaluate(tiny, "--ask 2+2?")
     assert "--- base\n4 ...\n" in capsys.readouterr().out  # it went on, and was stopped
 
 
@@ -2199,55 +2170,45 @@ def test_an_adapter_says_how_it_was_trained(tiny, patch):
         "model": f"{tiny}/base", "chat": "True", "nf4": "True"})
     read = []
     patch(eval_gsm8k, load_model=lambda *found: read.append(found) or load(tiny), ask=lambda *_: 0)
-    for flags in ("", "--no-nf4 --no-chat", "--model other"):
+    for flags, model, trained, warned in (
+            ("", f"{tiny}/base", True, 0), ("--no-nf4 --no-chat", f"{tiny}/base", False, 2),
+            ("--model other", "other", True, 1)):
         args = eval_gsm8k.parse_args(f"--adapter a --ask x --device cpu {flags}".split())
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             eval_gsm8k.main(args)
-        assert read[-1][0] == ("other" if "other" in flags else f"{tiny}/base")
-        assert (read[-1][3], args.chat) == 2 * ("--no" not in flags,)
-        words = [str(warning.message) for warning in told if "was trained" in str(warning.message)]
-        assert len(words) == 2 * ("--no" in flags) + ("other" in flags)
+        assert (read[-1][0], read[-1][3], args.chat) == (model, trained, trained)
+        assert len([w for w in told if "a was trained " in str(w.message)]) == warned
 
 
-def test_a_score_is_read_not_made_again(tiny, patch):
-    evaluate(tiny, "--nb-samples", "3")
-    evaluate(tiny, "--nb-samples", "2", "--shots", "1", "--out", "b")
-    patch(eval_gsm8k, complete=lambda *_: pytest.fail("generated"))
-    evaluate(tiny, "--nb-samples", "3")
-    assert len(records_of("base", n=3)) == 3 and len(records_of("base", "b", n=2)) == 2
-    refused("was made with shots = 0, now it is 1", evaluate, tiny, "--nb-samples", "3", "--shots",
-            "1")
-
-
-def test_another_content_of_the_same_name_is_not_taken_for_what_was_there(tiny):
-    """Another adapter, data or base of the same name must be refused, another spelling not."""
+def test_a_score_is_read_and_only_of_the_same_settings_and_contents(tiny, patch):
+    """Other settings, adapter, data or base under a name must be refused, other spellings not."""
+    base = Path(shutil.copytree(tiny / "base", "base"))
     saved("a", lambda: load(tiny)[0])
-    evaluate(tiny, "--adapter", "a", "--nb-samples", "2")
+    shutil.copy(tiny / "test.jsonl", "test.jsonl")
+    flags = "--model base --data test.jsonl --adapter a --nb-samples 3"
+    evaluate(tiny, flags)
+    patch(eval_gsm8k, complete=lambda *_: pytest.fail("generated"))
+    evaluate(tiny, flags, f"--model {base.absolute()}")
+    assert len(records_of("base", n=3)) == len(records_of("a", n=3)) == 3
+    refused("was made with shots = 0, now it is 1", evaluate, tiny, flags, "--shots 1")
     saved("a", lambda: load(tiny)[0], r=2)
-    flags = ["--adapter", "a", "--nb-samples", "2"]
-    refused("was made with different adapter", evaluate, tiny, *flags)
-    Path("test.jsonl").write_text((tiny / "train.jsonl").read_text())
-    flags = ["--data", "test.jsonl", "--nb-samples", "2"]
-    refused("was made with different data", evaluate, tiny, *flags)
-    shutil.copytree(tiny / "base", "base")
-    flags = ["--nb-samples", "2", "--out", "b", "--model"]
-    evaluate(tiny, *flags, "base")
-    evaluate(tiny, *flags, "../" + Path.cwd().name + "/base")
+    refused("was made with different adapter", evaluate, tiny, flags)
+    shutil.copy(tiny / "train.jsonl", "test.jsonl")
+    refused("was made with different data", evaluate, tiny, flags)
     model = load(tiny)[0]
     model.model.norm.weight.data += 1
     model.save_pretrained("base")
-    refused("was made with different base", evaluate, tiny, *flags, "base")
+    refused("was made with different base", evaluate, tiny, flags)
 
 
-@cases("what", ["", "{}\n" * 2, '{"correct": false}\n'])
-def test_a_damaged_score_is_refused(what, tiny):
+def test_a_damaged_score_is_refused(tiny):
     """Else the next one would stand without its p, or end in a traceback."""
-    evaluate(tiny, "--nb-samples", "2")
-    Path("eval_results/base-test-2.jsonl").write_text(what)
-    refused("--out .*base-test-2.json: not the score of", evaluate, tiny, "--nb-samples", "2")
-    Path("eval_results/base-test-2.json").write_text("{}")
-    refused("--out .*base-test-2.json: ", evaluate, tiny, "--nb-samples", "2")
+    evaluate(tiny, "--nb-samples 2")
+    for name, text in (("base-test-2.jsonl", '{"correct": false}\n'),
+                       ("base-test-2.jsonl", "{}\n" * 2), ("base-test-2.json", "{}")):
+        Path("eval_results", name).write_text(text)
+        refused("--out .*base-test-2.json: ", evaluate, tiny, "--nb-samples 2")
 
 
 @cases("flags, message", [
@@ -2265,7 +2226,7 @@ def test_bad_runs_end_before_a_model_is_loaded(flags, message, tiny, patch):
     saved("b", roberta, **HEAD)
     write_rows("x.jsonl", dict(question="q", answer="5"), dict(question="q", answer="Paris 2024"))
     patch(eval_gsm8k, load_model=lambda *_: pytest.fail("loaded"))
-    refused(message, evaluate, tiny, *flags.split())
+    refused(message, evaluate, tiny, flags)
 
 
 # --- eval_gsm8k.py: the edge ---
