@@ -97,7 +97,6 @@ def test_zero_start_leaves_the_output_bit_identical(kind, dtype):
     A, B = layer.lora_A, layer.lora_B
     assert A.shape == (4, 24) and B.shape == (16, 4)
     assert A.dtype == B.dtype == torch.float32
-    assert "r=4, scaling=2" in repr(layer)
 
 
 def test_A_starts_as_the_weight_of_nn_linear_does():
@@ -506,25 +505,18 @@ def test_layers_are_known_by_their_class():
     assert model[2] is model[3] is not shared  # one layer in two places stays one
 
 
-MIXTURES = {
-    "phimoe": dict(num_local_experts=2),
-    "jetmoe": dict(kv_channels=8, num_local_experts=6, num_experts_per_tok=2),
-    "afmoe": dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24,
-                  num_dense_layers=1),
-    "hunyuan_v1_moe": dict(num_experts=6, moe_topk=2)}
-
-
-@cases("kind", MIXTURES)
-def test_all_linear_leaves_out_routers(kind):
-    """What chooses the experts must not be adapted, whatever its name."""
+@cases("kind, options", [
+    ("jetmoe", dict(kv_channels=8, num_local_experts=6, num_experts_per_tok=2)),
+    ("afmoe", dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24,
+                   num_dense_layers=1)),
+    ("hunyuan_v1_moe", dict(num_experts=6, moe_topk=2))])
+def test_all_linear_leaves_out_routers(kind, options):
+    """What chooses the experts must not be adapted, whatever its name; a SwiGLU's gate must be."""
     with torch.device("meta"):
-        names = inject_lora(causal(kind, **MIXTURES[kind]), LoRAConfig(targets="all-linear"))
+        names = inject_lora(causal(kind, **options), LoRAConfig(targets="all-linear"))
     assert len(names) >= 2
     assert not [name for name in names if "router" in name or name.endswith(("gate", "gate.wg"))]
-
-
-def test_a_gate_without_experts_is_adapted():
-    block = nn.ModuleDict({"gate": nn.Linear(8, 8), "up": nn.Linear(8, 8)})  # of a SwiGLU
+    block = nn.ModuleDict({"gate": nn.Linear(8, 8), "up": nn.Linear(8, 8)})
     assert inject_lora(block, LoRAConfig(targets="all-linear")) == ["gate", "up"]
 
 
@@ -557,10 +549,10 @@ def test_a_compiled_layer_is_adapted_swapped_and_saved_under_its_own_name():
 
 
 def test_parallel_models_are_saved_from_inside_and_sharded_ones_refused():
-    model = saved(".")
-    before = weights(".")
+    model = injected(llama)
     save_adapter(nn.DataParallel(model), ".")
-    assert same_bits(weights("."), before)
+    load_adapter(plain := llama(), ".")
+    assert same_bits(bits(plain), bits(model))
     refused("each process holds a part", save_adapter, sharded(model), ".")
 
 
@@ -607,15 +599,14 @@ def test_no_wrapper_can_be_used_while_it_waits(state):
         assert torch.equal(logits(model), before)
 
 
-def test_no_adapter_is_a_clear_error():
-    refused("no adapter.*inject_lora", merge_lora, llama())
-    refused("no adapter.*inject_lora", save_adapter, llama(), ".")
+@cases("call", [merge_lora, lambda model: save_adapter(model, ".")])
+def test_no_adapter_is_a_clear_error(call):
+    refused("no adapter.*inject_lora", call, llama())
 
 
 @cases("dtype", [torch.float32, "nf4"])
 @cases("state", ["merged", "off"])
 def test_casts_moves_and_modes_reach_what_waits(state, dtype):
-    """Afterwards all must be where and what it is in a model that stood there all along."""
     def build():
         return injected(lambda: in_dtype(roberta(), dtype), targets="query", dropout=0.5)
 
@@ -713,15 +704,6 @@ def test_merging_refuses_what_is_no_plain_product(base):
     assert len(wrappers(model)) == 2 and not lora.stashed(model, "lora_waiting")
 
 
-def test_a_base_of_zeros_is_a_plain_product():
-    """Its output is x W^T, all zero: merging must give the update alone."""
-    base = nn.Linear(16, 16, bias=False)
-    nn.init.zeros_(base.weight)
-    model = injected(lambda: nn.Sequential(base), targets="0")
-    update = model[0].delta()
-    assert torch.equal(merge_lora(model)[0].weight, update)
-
-
 @cases("dtype", [torch.float32, "nf4"])
 @cases("change", [merge_lora, unmerge_lora, lambda model: disable_lora(model).__enter__()])
 def test_after_an_interrupt_at_any_line_all_can_be_had_back(change, dtype):
@@ -767,11 +749,10 @@ def test_what_is_done_to_a_copy_does_not_touch_the_model(dtype):
     model = injected(lambda: in_dtype(SmallGPT(), dtype))
     unmerged = logits(model)
     merged = logits(merge_lora(model))
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(logits(twin), merged)
-        assert torch.equal(logits(unmerge_lora(twin)), unmerged)
-        perturb(twin)
-        assert torch.equal(logits(model), merged)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(unmerge_lora(twin)), unmerged)
+    perturb(twin)
+    assert torch.equal(logits(model), merged)
 
 
 @cases("dtype", [torch.float32, "nf4"])
@@ -842,24 +823,22 @@ def edit_tensors(change):
 @cases("build, first, second", [
     (llama, {}, dict(targets="all-linear", rslora=True)), (roberta, HEAD, dict(targets="dense")),
     (roberta, HEAD | dict(also_train=("classifier", "classifier.dense")), HEAD),
-    (gpt2, dict(targets=("c_attn", "c_fc")), dict(targets="c_proj")),
-    (SmallGPT, dict(r=numpy.int64(2), alpha=numpy.float32(4)), dict(targets="0.q_proj"))])
+    (gpt2, dict(r=numpy.int64(2), alpha=numpy.float32(4), targets="c_fc"), dict(targets="c_proj"))])
 def test_a_loaded_adapter_is_exact_and_replaces_any_other(build, first, second):
     """Bits and config must come back; a replaced head goes back to its start."""
-    folders = ["first", "second"]
-    both = [saved(folder, build, **o) for folder, o in zip(folders, (first, second))]
     model = build()
-    for folder, wanted in zip(folders * 2, both * 2):
-        config, loaded = wrappers(wanted)[0].config, load_adapter(model, folder)
+    for options in (first, second, first):
+        wanted = saved("adapter", build, **options)
+        config, loaded = wrappers(wanted)[0].config, load_adapter(model, "adapter")
         assert dataclasses.replace(loaded, targets=config.targets) == config
         assert same_bits(bits(model), bits(wanted))
         assert torch.equal(logits(model), logits(wanted))
         assert torch.equal(logits(strip_lora(copy.deepcopy(model))), logits(build()))
         save_adapter(model, "again")
-        assert adapter_config("again") == adapter_config(folder)
+        assert adapter_config("again") == adapter_config("adapter")
         # PEFT 0.6 and 0.7 refuse the key.
         assert ("use_rslora" in adapter_config("again")) == config.rslora
-    assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
+    assert sorted(os.listdir("again")) == [CONFIG, WEIGHTS]
 
 
 def test_loading_over_an_adapter_of_the_same_kind_keeps_its_parameters():
@@ -909,14 +888,12 @@ def test_auto_classes_of_peft_open_what_is_saved(build, options, task, opener):
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BROKEN = {
     "peft_type = 'IA3'": lambda: edit_config(peft_type="IA3"),
-    r"\(4, 32\) in adapter_model.*\(8, 32\)": lambda: edit_config(r=8),
     f"\\({10**12}, 32\\) in the model": lambda: edit_config(r=10**12),  # and nothing is allocated
     "x.base_model.*missing in the model": lambda: edit_tensors(
         lambda t: t.update({f"x.{KEY}": t[KEY] + 1})),
     "q_proj.lora_B.*missing in adapter_model": lambda: edit_tensors(
         lambda t: t.pop(KEY.replace("_A", "_B"))),
-    "not finite": lambda: edit_tensors(lambda t: t[KEY].fill_(math.inf)),
-    "int64": lambda: edit_tensors(lambda t: t.update({KEY: t[KEY].long()}))}
+    "not finite": lambda: edit_tensors(lambda t: t[KEY].fill_(math.inf))}
 
 
 @cases("message", BROKEN)
@@ -946,7 +923,6 @@ def mutant(files, rng):
 
 
 def test_mutated_adapters_load_exactly_or_leave_the_model_alone():
-    """Of 1,000 each must load to the bit what it says, or be refused."""
     saved(".", SmallGPT)
     paths = Path(WEIGHTS), Path(CONFIG)
     whole, rng, loaded = [path.read_bytes() for path in paths], random.Random(0), 0
@@ -1038,20 +1014,19 @@ def test_every_option_of_peft_is_honoured_harmless_or_refused():
     """What changes the adapter must be refused by name, as must an option that is unknown."""
     peft = pytest.importorskip("peft")
     model = saved(".")
-    fields = dataclasses.asdict(peft.LoraConfig(**adapter_config())) | {"nosuch": None}
+    fields = dataclasses.asdict(peft.LoraConfig(**adapter_config()))
     edit_config(**{key: value for key, value in fields.items() if isinstance(value, (int, str))})
     load_adapter(model, ".")  # the defaults change nothing
     refusals = """
         bias lora_bias use_dora use_qalora use_bdlora alora_invocation_tokens arrow_config
         kasa_config monteclora_config velora_config rank_pattern alpha_pattern layer_replication
         megatron_config trainable_token_indices target_parameters ensure_weight_tying loftq_config
-        corda_config lora_ga_config init_lora_weights nosuch""".split()
+        corda_config lora_ga_config init_lora_weights""".split()
     assert fields.keys() <= lora.ACCEPTED | set(refusals)
-    before = adapter_config()
-    for option in refusals:
+    for option in [*refusals, "nosuch"]:
+        saved(".")
         edit_config(**{option: "pissa"})
         refused(f"{option} = 'pissa' is not supported", load_adapter, model, ".")
-        edit_config(**{option: before.get(option)})
 
 
 # --- lora.py: a 4-bit base ---
@@ -1118,7 +1093,6 @@ def test_quantising_leaves_what_it_must():
 # --- train_math.py: helpers ---
 
 ROW = list(range(10, 26))  # 16 token ids
-KEEP, RECOMPUTE = "--no-checkpoint-activations", "--checkpoint-activations"
 
 
 @pytest.fixture(scope="session")
@@ -1229,7 +1203,6 @@ PAIR = dict(question="a", answer="b")
     (PAIR | dict(answer="\ud83d"), "surrogates"),
     (PAIR | dict(context="c"), "has context, which is not read beside question"),
     (dict(instruction="a", output="b", input=math.nan), "input is nan, expected text"),
-    (dict(instruction="a", output="b", history=[["c", "d"]]), "has history.*write .* as messages"),
     (dict(messages="hello"), "messages is 'hello', expected a list"),
     (dict(messages=[]), "need a turn of the assistant after another turn"),
     (dict(messages=[BOT, USER, BOT]), "found .'assistant', 'user', 'assistant'."),
@@ -1269,16 +1242,6 @@ def test_subset_and_split_of_a_data_set_on_the_hub(patch):
     assert train_sst2.read_sentences("a/glue", "test") == [("('a/glue', 'sst2') test", 1)]
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(patch):
-    import datasets
-    import huggingface_hub.constants
-    patch(huggingface_hub.constants, HF_HUB_OFFLINE=True)
-    patch(datasets.config, HF_HUB_OFFLINE=True)
-    message = " a/b: no such file or folder, and the Hub cannot be reached"
-    refused(f"--model{message}", load_model, "a/b", None, CPU)
-    refused(f"--data{message}", read_rows, "a/b", "train")
-
-
 def test_held_out_rows_stand_behind_the_training_rows_and_ask_something_else():
     """Rephrasings of what a training row asks must be passed over, and counted."""
     rows = [Row(f"q{i}", "a", i, original) for i, original in enumerate("abcadbef")]
@@ -1307,22 +1270,38 @@ def test_the_original_question_is_what_metamathqa_calls_so():
 
 # --- train_math.py: token ids ---
 
+def letters(template=None, merges=()):
+    """Return a tokenizer of letters and special tokens, with a chat template."""
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    words = [*special, "<unk>", *map(chr, range(32, 127)), "\n", "▁", ":▁"]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {word: i for i, word in enumerate(words)}, [*merges], unk_token="<unk>"))
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        pad_token="</s>")  # pad == eos hides no target
+    tokenizer.add_special_tokens({"additional_special_tokens": special[2:]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 @cases("merges, space", [([], "▁"), ([(":", "▁")], "▁▁")])
 def test_training_masks_exactly_what_generation_is_given(merges, space):
     """A row must be the prompt's ids, the answer's and EOS, without a second space before it."""
-    words = ["<s>", "</s>", *sorted(set("Question:▁1+1?\nAnswer:▁2</s>")), ":▁"]
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({w: i for i, w in enumerate(words)}, merges))
+    tokenizer = letters(merges=merges)
+    inner = tokenizer.backend_tokenizer
     inner.normalizer = tokenizers.normalizers.Sequence([
         tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
     inner.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="</s>", pad_token="</s>")  # pad == eos hides no target
-    texts = [("1+1?", "2"), ("1+1+1?", "2</s>1")]
+    texts = [("1+1?", "2"), ("<s>1+1?</s>", "2</s>1")]  # what looks like a special token is text
     ids, rows, columns = collate(encode(texts, tokenizer, 512), "cpu")
     for i, (question, answer) in enumerate(texts):
         targets = columns[rows == i]
-        assert ids[i, :targets[0]].tolist() == encode_prompt(tokenizer, format_prompt(question))
+        prompt = ids[i, :targets[0]].tolist()
+        assert prompt == encode_prompt(tokenizer, format_prompt(question))
+        assert prompt.count(0) == 1 and 1 not in prompt
         assert tokenizer.convert_ids_to_tokens(ids[i, targets]) == [*space, *answer, "</s>"]
 
 
@@ -1330,21 +1309,6 @@ LLAMA_2 = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST
            "[/INST]{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}")
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-
-
-def letters(template):
-    """Return a tokenizer of letters and special tokens, with a chat template."""
-    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    words = [*special, "<unk>", *map(chr, range(32, 127)), "\n"]
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE(
-        {word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
-    inner.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.add_special_tokens({"additional_special_tokens": special[2:]})
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 @cases("template, target", [(LLAMA_2, " 2 </s>"), (CHATML, "2<|im_end|>\n")])
@@ -1520,16 +1484,6 @@ def test_attention_of_another_kind_is_kept(kind, options):
     before = logits(model)
     train_math.try_attention(model, ROW)
     assert model.config._attn_implementation == "eager" and torch.equal(logits(model), before)
-
-
-def test_a_check_does_not_swallow_out_of_memory(patch):
-    """Where memory runs out, no model is to blame."""
-    def fails(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    model = llama()
-    patch(model, forward=fails)
-    refused("out of memory", train_math.check_head, model, ROW, error=torch.OutOfMemoryError)
 
 
 @cases("dtype", DTYPES)
