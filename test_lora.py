@@ -574,15 +574,6 @@ def test_disable_is_the_base_also_after_an_exception(build, options, dtype):
     assert same_bits(bits(strip_lora(model)), bits(in_dtype(build(), dtype)))
 
 
-def test_a_trained_head_stays_after_merging():
-    model = injected(roberta, **HEAD)
-    adapted = logits(model)
-    close(logits(strip_lora(merge_lora(model))), adapted)
-    assert model.state_dict().keys() == roberta().state_dict().keys()
-    inject_lora(model, LoRAConfig(**HEAD))  # nothing of the last adapter is in the way
-    close(logits(strip_lora(model)), adapted)
-
-
 @cases("state", ["merged", "off"])
 def test_no_wrapper_can_be_used_while_it_waits(state):
     """Each would lose the adapter or apply it twice."""
@@ -697,7 +688,6 @@ def empty():
     lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
     lambda: nn.Linear(16, 16, device="meta")])
 def test_merging_refuses_what_is_no_plain_product(base):
-    """W0 + s B A would compute something else there: nothing must be merged."""
     model = injected(SmallGPT, targets="mlp")
     wrappers(model)[1].base = base()
     refused("cannot merge into this", merge_lora, model)
@@ -742,17 +732,6 @@ def test_after_an_interrupt_at_any_line_all_can_be_had_back(change, dtype):
         finally:
             sys.settrace(None)
     assert interrupted > 20
-
-
-@cases("dtype", [torch.float32, "nf4"])
-def test_what_is_done_to_a_copy_does_not_touch_the_model(dtype):
-    model = injected(lambda: in_dtype(SmallGPT(), dtype))
-    unmerged = logits(model)
-    merged = logits(merge_lora(model))
-    twin = copy.deepcopy(model)
-    assert torch.equal(logits(unmerge_lora(twin)), unmerged)
-    perturb(twin)
-    assert torch.equal(logits(model), merged)
 
 
 @cases("dtype", [torch.float32, "nf4"])
@@ -1197,13 +1176,10 @@ PAIR = dict(question="a", answer="b")
 
 
 @cases("row, message", [
-    (1, "found 1, expected columns"),
     (dict(text="a"), "has .'text'., expected messages or one of"),
-    (PAIR | dict(answer=5), "answer is 5, expected text"),
     (PAIR | dict(answer="\ud83d"), "surrogates"),
     (PAIR | dict(context="c"), "has context, which is not read beside question"),
     (dict(instruction="a", output="b", input=math.nan), "input is nan, expected text"),
-    (dict(messages="hello"), "messages is 'hello', expected a list"),
     (dict(messages=[]), "need a turn of the assistant after another turn"),
     (dict(messages=[BOT, USER, BOT]), "found .'assistant', 'user', 'assistant'."),
     (dict(messages=[USER, BOT | dict(content=None)]), "content is None, expected text"),
@@ -1216,15 +1192,13 @@ def test_a_row_that_is_not_understood_is_refused_with_its_place(row, message):
 
 
 @cases("name, text, message", [
-    ("x.csv", "query,response\n", "no row"), ("x.csv", "query,response\n1,2,3\n", "row 1: it has"),
+    ("x.csv", "query,response\n1,2,3\n", "row 1: it has"),
     ("x.csv", 'question,answer\na,b\n1+1?,"two\n2+2?,4\n', "row 2: unexpected end"),
     ("x.jsonl", '{"question": "a", "answer": "b"}\n\n{broken\n', "row 2: Expecting"),
     ("x.jsonl", json.dumps(PAIR) + "\n" + json.dumps(dict(messages=[USER, BOT])), "other columns"),
-    ("x.jsonl", "\xff", "expected text in UTF-8"), ("x.tsv", "a\tb", "ends in .jsonl"),
-    ("nothere.jsonl", None, "no such file")])
+    ("x.jsonl", "\xff", "expected text in UTF-8"), ("x.tsv", "a\tb", "ends in .jsonl")])
 def test_a_bad_file_is_one_clear_error(name, text, message):
-    if text is not None:
-        Path(name).write_text(text, encoding="latin1")
+    Path(name).write_text(text, encoding="latin1")
     refused(f"--data {name}: .*{message}", read_rows, name, "train")
 
 
@@ -1449,17 +1423,13 @@ def test_accumulation_equals_one_big_batch(tiny):
             assert metrics(size)[0][key] == pytest.approx(metrics(8)[0][key], rel=1e-5)
 
 
-def test_held_out_loss_is_transformers_own_without_dropout(tiny):
-    """Per target, over batches of unequal length, and the mode must come back."""
+def test_held_out_loss_is_per_target_and_without_dropout(tiny):
+    """Over batches of unequal length it must be that of one batch, and the mode must come back."""
     model, examples = adapted(tiny, dropout=0.5)
-    total = targets = 0
-    for ids, prompt in examples[:7]:
-        labels = torch.tensor([[-100] * prompt + ids[prompt:]])
-        with torch.no_grad():
-            loss = model.eval()(input_ids=torch.tensor([ids]), labels=labels).loss
-        total, targets = total + float(loss) * (len(ids) - prompt), targets + len(ids) - prompt
-    ours = train_math.validation_loss(model.train(), examples[:7], 4)
-    assert ours == pytest.approx(total / targets, abs=1e-4) and model.training
+    batch = collate(examples[:7], "cpu")
+    ours = train_math.validation_loss(model, examples[:7], 4)
+    assert model.training
+    assert ours == pytest.approx(float(batch_loss(model.eval(), batch)) / len(batch[1]), rel=1e-5)
 
 
 @cases("kind, options, message", [
@@ -1468,7 +1438,6 @@ def test_held_out_loss_is_transformers_own_without_dropout(tiny):
     ("electra", {"embedding_size": 16}, "is not supported here"),
     ("bert-generation", {}, "is not causal")])
 def test_unusual_heads_and_models_that_see_ahead_are_refused(kind, options, message):
-    """The loss would not be the model's own, or leak."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **SMALL | {"head_dim": 8} | options)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -1602,16 +1571,13 @@ def test_what_does_not_fit_is_one_line(patch):
     assert reserved == [2 * 4 * count_parameters(model)[0]] * 2
 
 
-def test_on_a_cpu_activations_are_kept_unless_asked(patch, capsys):
-    """Nothing fails there in time to choose; on MPS torch would draw other dropout masks."""
-    model, batch = llama(), collate([(ROW, 4)], "cpu")
-    train_math.settle_memory(model, batch, None)
-    train_math.settle_memory(model, batch, True)
-    kept, recomputed = capsys.readouterr().out.splitlines()
-    assert "kept: --checkpoint-activations takes less" in kept and "recomputed" in recomputed
-    patch(transformers.PreTrainedModel, device=torch.device("mps"))
-    refused("cannot be used on mps", train_math.settle_memory, model, batch, True)
-    patch(train_sst2, pick_device=lambda _: torch.device("mps"))
+def test_recomputing_is_refused_on_mps(patch):
+    """There torch would draw other dropout masks."""
+    mps = torch.device("mps")
+    patch(transformers.PreTrainedModel, device=mps)
+    patch(train_sst2, pick_device=lambda _: mps)
+    batch = collate([(ROW, 4)], "cpu")
+    refused("cannot be used on mps", train_math.settle_memory, llama(), batch, True)
     refused("on MPS", train_sst2.main, train_sst2.parse_args(["--checkpoint-activations"]))
 
 
@@ -1704,8 +1670,7 @@ def test_training_learns_and_writes_what_it_says(tiny, capsys):
     losses = [line["loss"] for line in lines]
     left_out = sum(len(ids) > 38 for ids, _ in adapted(tiny)[1])
     assert f"{64 - left_out} rows train, 0 are held" in out and 0 < left_out < 64
-    assert f"{left_out} longer than 38 tokens" in out and "target: 'Question : " in out
-    assert len(re.findall(r"(?m)^step +\d+/\d+ ", out)) == 10  # one at each tenth
+    assert f"{left_out} longer than 38 tokens" in out
     assert sum(losses[-8:]) < sum(losses[:8]) - 0.4 and Path("runs/_./loss.png").exists()
     group, = state(last)["optimizer"]["param_groups"]
     assert group["weight_decay"] == 0.125 and lines[0]["peak_memory_gib"] > 0.05
@@ -1766,25 +1731,17 @@ def test_resume_continues_bitwise(what, more, tiny):
     last = run(tiny, flags)
     whole, lines = weights(last), metrics()
     damage(last, what)
+    by_name = parse_args(["--run-name", "run", "--resume", "--checkpoint-activations"])
     with pytest.warns(match="skipping damaged checkpoint .*step_000006"):
-        assert run(tiny, flags, "--resume", "--checkpoint-activations") == last
+        assert train_math.main(by_name) == last  # all other flags come from run.json
     assert same_bits(weights(last), whole)
     for one, two in zip(lines, metrics(), strict=True):
         assert [*one.items()][:6] == [*two.items()][:6]  # speed and memory vary
-    assert run(tiny, flags, "--resume") == last  # finished already
+    same = f"{flags} --resume --data {tiny}/../{tiny.name}/train.jsonl"
+    assert run(tiny, same) == last  # finished already, and the same file by another path
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     board = events.EventAccumulator("runs/run").Reload()
     assert [event.step for event in board.Scalars("loss")] == [line["step"] for line in lines]
-
-
-def test_the_name_of_a_run_is_enough_to_resume_it(tiny):
-    """All other flags must come from run.json; other spellings of the same files are the same."""
-    flags = "--max-steps 4 --save-every 2 --dropout 0.1 --run-name a/b"
-    whole = weights(run(tiny, flags))
-    for spelled in ([], ["--data", f"{tiny}/../{tiny.name}/train.jsonl", "--lr", "1e-2"]):
-        shutil.rmtree("checkpoints/a_b/step_000004")
-        last = train_math.main(parse_args(["--run-name", "a/b", "--resume", *spelled]))
-        assert same_bits(weights(last), whole) and os.listdir("checkpoints") == ["a_b"]
 
 
 def test_the_seed_reaches_dropout(tiny, patch):
@@ -1891,9 +1848,6 @@ def test_an_adapter_tells_that_it_was_trained_on_chats(tiny):
     assert (found.chat, found.model) == (True, "base")
     with pytest.warns(match="was trained with --chat, and runs without it"):
         run(tiny, f"--adapter {last} --model base --no-chat --run-name two --max-steps 1")
-    edited = adapter_config(last) | {"base_model_name_or_path": "hub/base"}  # to be published
-    (last / CONFIG).write_text(json.dumps(edited))
-    assert parse_args(["--adapter", str(last)]).model == "hub/base"
 
 
 def test_two_states_stay_whatever_lies_damaged_later():
@@ -1920,8 +1874,7 @@ def test_a_log_is_read_without_its_damaged_lines():
 
 @cases("flags, message", [
     ("--max-length 4", "4 leaves none of 64 rows"), ("--demo", "has no effect beside --demo"),
-    ("--grad-accum 1", "--grad-accum 1 leaves processes idle.*expected 2 or more"),
-    ("--adapter nowhere", "--adapter nowhere: no such file or folder")])
+    ("--grad-accum 1", "--grad-accum 1 leaves processes idle.*expected 2 or more")])
 def test_wrong_input_is_one_line(flags, message, tiny, patch):
     patch(train_math, WORLD=2 if "accum" in flags else 1)
     refused(message, run, tiny, flags)
@@ -2099,23 +2052,18 @@ def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny):
     assert say("Question: Ann", max_new_tokens=3)[0]["generated_text"].startswith("Question: Ann")
 
 
-def test_asking_prints_base_and_adapters_and_writes_nothing(tiny, capsys, patch):
+def test_asking_prints_base_and_adapters_one_under_the_other(tiny, capsys):
     saved("adapter", lambda: load(tiny)[0], also_train="lm_head")
-    before, texts, wanted = sorted(os.listdir()), ["Ann has 3 eggs .", "Ben has 4 pens ."], []
     model, tokenizer = load(tiny)
-    prompts = [format_prompt(text) for text in texts]
+    prompts = [format_prompt("Ann"), format_prompt("Ben")]
     base = complete(model, tokenizer, prompts, 2, 8)
     load_adapter(model, "adapter")
-    for text, *said in zip(texts, base, complete(model, tokenizer, prompts, 2, 8)):
+    wanted = ["prompt: 'Question: ...\\nAnswer:'"]
+    for text, *said in zip(["Ann", "Ben"], base, complete(model, tokenizer, prompts, 2, 8)):
         wanted += [text, "--- base", said[0][0].strip(), "--- adapter", said[1][0].strip()]
-    flags = ["--ask", *texts, "--adapter", "adapter"]
-    capsys.readouterr()
-    eval_gsm8k.main(eval_gsm8k.parse_args([*evaluation(tiny), *flags]))
+    evaluate(tiny, "--adapter adapter --ask Ann Ben")
     lines = [line.removesuffix(" ...") for line in capsys.readouterr().out.splitlines() if line]
-    assert lines[-len(wanted):] == wanted and sorted(os.listdir()) == before
-    patch(eval_gsm8k, complete=lambda *_: [("4\nQuestion:", False)])
-    evaluate(tiny, "--ask 2+2?")
-    assert "--- base\n4 ...\n" in capsys.readouterr().out  # it went on, and was stopped
+    assert lines[-len(wanted):] == wanted
 
 
 def test_an_adapter_says_how_it_was_trained(tiny, patch):
@@ -2167,16 +2115,14 @@ def test_a_damaged_score_is_refused(tiny):
 
 @cases("flags, message", [
     ("--adapter a --adapter a", "the name a is taken"),
-    ("--adapter nowhere", "--adapter nowhere: "),
     ("--data x.jsonl", "--data x.jsonl: row 2: expected an answer that ends in ####"),
     ("--adapter a --save-merged a", "--save-merged a exists"),
     ("--adapter b --ask q", "--adapter b: an adapter for SEQ_CLS, expected one for CAUSAL_LM"),
-    ("--adapter . --ask q", "this folder holds no adapter_config.json"),
     ("--adapter a --ask q --save-merged m", "two things"),
     ("--save-merged c", "takes one --adapter, found 0"),
     ("--shots 16", "--shots 16 leaves none of 16")])
 def test_bad_runs_end_before_a_model_is_loaded(flags, message, tiny, patch):
-    saved("a", lambda: load(tiny)[0])
+    saved("a", SmallGPT)
     saved("b", roberta, **HEAD)
     write_rows("x.jsonl", dict(question="q", answer="5"), dict(question="q", answer="Paris 2024"))
     patch(eval_gsm8k, load_model=lambda *_: pytest.fail("loaded"))
@@ -2185,21 +2131,20 @@ def test_bad_runs_end_before_a_model_is_loaded(flags, message, tiny, patch):
 
 # --- eval_gsm8k.py: the edge ---
 
-def test_bad_flags_are_one_line_and_exit_code_2(capsys):
-    for script, flag, value in ((eval_gsm8k, "--shots", "-1"), (train_math, "--lr", "nan"),
-                                (eval_gsm8k, "--ask", "caf\udce9"),
-                                (train_sst2, "--predict", "caf\udce9"),
-                                (train_math, "--clip", "inf"), (train_sst2, "--lr", "inf")):
-        refused("^2$", script.parse_args, [flag, value], error=SystemExit)
-        assert re.fullmatch(f".* {flag}: .*\n", capsys.readouterr().err)
+@cases("script, flag, value", [
+    (eval_gsm8k, "--shots", "-1"), (eval_gsm8k, "--ask", "caf\udce9"),
+    (train_math, "--lr", "nan"), (train_math, "--clip", "inf")])
+def test_bad_flags_are_one_line_and_exit_code_2(script, flag, value, capsys):
+    refused("^2$", script.parse_args, [flag, value], error=SystemExit)
+    assert re.fullmatch(f".* {flag}: .*\n", capsys.readouterr().err)
 
 
-@cases("error, word", [(ValueError("two\nlines"), "two"), (ValueError(), "ValueError"),
-                       (RuntimeError("can't allocate memory"), "--batch-size"),
+@cases("error, word", [(ValueError("two\nlines"), "two lines"), (ValueError(), "ValueError"),
                        (MemoryError("Unable to allocate 9 GiB"), "--batch-size")])
 def test_errors_end_in_one_line(error, word, patch, capsys):
     def fails(*_):
         raise error
+
     patch(warnings, formatwarning=None)
     refused("^2$", train_math.run_script, "x.py", fails, lambda: None, error=SystemExit)
     assert re.fullmatch(f"x.py: .*{word}.*\n", capsys.readouterr().err)
@@ -2304,22 +2249,6 @@ def test_padding_changes_neither_loss_nor_accuracy(kind, patch):
     refused("scores a padded row unlike the row alone", train_sst2.check_padding, model, [5, 6, 7])
 
 
-def test_weight_decay_leaves_biases_and_norms_alone(encoder, patch):
-    groups, adamw = [], torch.optim.AdamW
-
-    def recorded(parameters, **options):
-        groups.extend(parameters)
-        return adamw(parameters, **options)
-
-    patch(torch.optim, AdamW=recorded)
-    args, data = prepared(encoder, "--nb-samples 16")
-    _, model = train_sst2.train(args, data, None, 0)
-    decays = {p: group["weight_decay"] for group in groups for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        plain = name.endswith("bias") or "LayerNorm" in name
-        assert decays[parameter] == (0 if plain else 0.01), name
-
-
 def test_four_batches_of_eight_are_one_of_thirty_two(encoder):
     shutil.copytree(encoder / "base", "dry")
     text = (encoder / "base/config.json").read_text()
@@ -2345,13 +2274,16 @@ def test_recomputed_blocks_give_equal_gradients_and_save_less(encoder):
 
 
 def test_skipped_steps_leave_weights_and_schedule_and_twenty_end_a_run(encoder, patch):
-    """The first step taken must have the peak rate."""
+    """The first step taken must have the peak rate; gradients are unscaled, then clipped."""
     args, data = prepared(encoder, "--dtype float16 --batch-size 8 --full-lr 0.05")
     steps, step, scaler = [], torch.optim.AdamW.step, train_sst2.LossScaler
 
     def recorded(optimizer):
-        group = optimizer.param_groups[0]
-        steps.append((group["lr"], nn.utils.get_total_norm([p.grad for p in group["params"]])))
+        matrices, others = optimizer.param_groups
+        steps.append((matrices["lr"], nn.utils.get_total_norm([p.grad for p in matrices["params"]])))
+        assert {p.dim() > 1 for p in matrices["params"]} == {True}
+        assert {p.dim() > 1 for p in others["params"]} == {False}  # biases and LayerNorm
+        assert (matrices["weight_decay"], others["weight_decay"]) == (0.01, 0)
         step(optimizer)
 
     def run(scale):
@@ -2364,7 +2296,7 @@ def test_skipped_steps_leave_weights_and_schedule_and_twenty_end_a_run(encoder, 
     assert skipped == 12 and same_bits(bits(train_sst2.load_encoder(args, None, 0)), weights)
     assert 0 < run(2.0**22)[0] < 12
     assert [lr for lr, _ in steps[:2]] == pytest.approx([0.05, 0.05 * 11 / 12])
-    assert steps[0][1] < 0.5 and max(norm for _, norm in steps) < 1.001  # unscaled, clipped
+    assert steps[0][1] < 0.5 and max(norm for _, norm in steps) < 1.001
     args.epochs = 2
     refused("at step 20: try a lower learning rate", run, 2.0**120)
 
@@ -2412,11 +2344,8 @@ def test_sentences_are_read_as_they_stand():
 
 
 @cases("name, text, message", [
-    ("test.jsonl", "", "expected a folder with one train.jsonl, .*found none"),
-    ("train.jsonl", '{"text": "a"}', "train, row 1: expected sentence"),
     ("train.jsonl", '{"sentence": "a", "label": -1}', "row 1: .*label 0 or 1"),
     ("train.jsonl", '{"sentence": "\\ud83d", "label": 1}', "surrogates"),
-    ("train.jsonl", "1", "train, row 1: expected sentence.*found 1"),
     ("train.csv", "label,sentence\n1,A film, and so on\n", "train, row 1: ")])
 def test_bad_sentences_are_a_clear_error(name, text, message):
     Path(name).write_text(text)
@@ -2476,27 +2405,21 @@ def test_amplification_is_what_it_is_by_hand(kind):
 
 def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, capsys):
     os.chdir(encoder.parent)
-    one, other, args = "demo-sst2/r4-s0", "demo-sst2/r4-s1", prepared(encoder)[0]
 
     def compare(*flags):
         return section7.main(section7.parse_args([*flags, "--out", "pictures"]))
 
+    one, other = "demo-sst2/r4-s0", "demo-sst2/r4-s1"
     maps = compare(one, other)
     first, last = (f"bert.encoder.layer.{n}.attention.self.query" for n in (0, 1))
-    a, b = (dict(lora_layers(section7.load(section7.parse_args([one, other]), x)))[last]
-            for x in (one, other))
-    out = capsys.readouterr().out.splitlines()
-    rows = [line.split() for line in out if line.startswith(last)]
-    V1, V2 = (torch.linalg.qr(layer.lora_A.T).Q for layer in (a, b))
-    assert rows[0][-1] == f"{(V1.T @ V2).square().sum() / 4:.2f}"
-    assert rows[2][1:3] == [f"{b.weight.norm():.2f}", f"{b.delta().norm():.2f}"]
+    a, b = (weights(x)[f"base_model.model.{last}.lora_A.weight"] for x in (one, other))
+    overlap = (torch.linalg.qr(a.T).Q.T @ torch.linalg.qr(b.T).Q).square().sum() / 4
+    assert re.search(rf"{last}.* {overlap:.2f}\n", capsys.readouterr().out)
     close(maps["mean of 2 attention.self.query"], (maps[first] + maps[last]) / 2)
+    assert Path("pictures/compare-r4-s0-r4-s1.png").exists()
+    args = prepared(encoder)[0]
     saved("c", lambda: train_sst2.load_encoder(args, None, 0), **HEAD | {"targets": "dense"})
     refused("share no layer", compare, one, "c", "--model", f"{encoder}/base")
-    saved("d", lambda: train_sst2.load_encoder(args, None, 0), targets="query")
-    flags = f"--adapter d --model {encoder}/base --data {encoder}"
-    refused("has no classifier", train_sst2.main, train_sst2.parse_args(flags.split()))
-    assert Path("pictures/compare-r4-s0-r4-s1.png").exists()
 
 
 # --- the CUDA path, on fake tensors ---
