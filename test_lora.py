@@ -264,6 +264,11 @@ def workdir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def peft():
+    return pytest.importorskip("peft")
+
+
 @pytest.fixture
 def patch(monkeypatch):
     """Return patch(owner, name=fake), which holds for one test."""
@@ -298,15 +303,14 @@ def test_merge_rounds_once_and_unmerge_restores_every_bit(build, target, dtype):
     before, unmerged, rounded = bits(model), logits(model), []
     for layer in wrappers(model):
         update = 2 * layer.lora_B @ layer.lora_A
-        update = update.T if build is gpt2 else update
         W0 = layer.weight if dtype == torch.float64 else layer.weight.float()
-        rounded.append((W0 + update).to(layer.weight.dtype))
+        rounded.append((W0 + (update.T if build is gpt2 else update)).to(layer.weight.dtype))
     with torch.autocast("cpu", torch.bfloat16):  # the sum stays fp32
-        assert merge_lora(model) is model and merge_lora(model) is model
+        merge_lora(merge_lora(model))
     merged = [module.weight for name, module in model.named_modules() if name.endswith(target)]
     assert all(map(torch.equal, merged, rounded)) and len(merged) == 2
     assert relative_error(logits(model), unmerged) < ROUNDING[dtype]
-    assert unmerge_lora(model) is model
+    unmerge_lora(model)
     assert same_bits(bits(model), before) and torch.equal(logits(model), unmerged)
 
 
@@ -348,10 +352,10 @@ def test_parameter_counts_of_the_published_models(kind, sizes, options, trainabl
 
 
 @cases("build, options", [
-    (llama, {}), (llama, dict(rslora=True)), (gpt2, dict(targets=("c_attn",))), (roberta, HEAD)])
-def test_training_curve_equals_that_of_peft(build, options):
+    (llama, {}), (llama, dict(rslora=True, targets="1.self_attn.q_proj")),
+    (gpt2, dict(targets="c_attn")), (roberta, HEAD)])
+def test_training_curve_equals_that_of_peft(build, options, peft):
     """PEFT must load our file and have the losses of 20 AdamW steps within 1e-4."""
-    peft = pytest.importorskip("peft")
     model = saved(".", build, **options)
     theirs = peft.PeftModel.from_pretrained(build(), ".", is_trainable=True).eval()
     close(logits(theirs), logits(model))
@@ -403,9 +407,8 @@ class DoRALinear(LoRALinear):
 
 
 @cases("build, target", [(llama, "q_proj"), (gpt2, "c_attn")])
-def test_dora_as_a_subclass_has_losses_and_files_of_peft(build, target):
+def test_dora_as_a_subclass_has_losses_and_files_of_peft(build, target, peft):
     """Losses of 20 steps must be PEFT's; files must be read both ways; merging must agree."""
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=[target], use_dora=True)
     theirs = peft.get_peft_model(build(), config).eval()
     perturb(theirs)
@@ -413,13 +416,12 @@ def test_dora_as_a_subclass_has_losses_and_files_of_peft(build, target):
     load_adapter(model := build(), ".", DoRALinear)
     close(logits(model), logits(theirs))
     assert train(model, 20) == pytest.approx(train(theirs, 20), abs=1e-4)
-
     save_adapter(model, "ours")
     again = peft.PeftModel.from_pretrained(build(), "ours").eval()
-    close(logits(again), logits(model))
-    unmerged, W0 = logits(model), wrappers(model)[0].weight.detach().clone()
+    unmerged = logits(model)
+    close(logits(again), unmerged)
     close(logits(merge_lora(model)), unmerged)
-    assert torch.equal(wrappers(unmerge_lora(model))[0].weight, W0)
+    assert torch.equal(logits(unmerge_lora(model)), unmerged)
     refused("use_dora = True is not supported", load_adapter, build(), "ours")
     saved("plain", build, targets=target)
     refused("use_dora = None is not supported", load_adapter, build(), "plain", DoRALinear)
@@ -629,26 +631,22 @@ def test_hooks_fire_once_a_call_in_every_state(dtype):
     """Registered before quantising and injecting, they must fire once, and go when removed."""
     model, calls = gpt2(), []
     layer = model.transformer.h[0].attn.c_attn
-    handles = [layer.register_forward_hook(lambda *_: calls.append("forward")),
-               layer.register_forward_pre_hook(lambda *_: calls.append("before"))]
-    in_dtype(model, dtype)
+    handle = layer.register_forward_hook(lambda *_: calls.append("fired"))
 
     def fired():
         calls.clear()
         logits(model)
-        return calls
+        return len(calls)
 
-    inject_lora(model, LoRAConfig(targets="c_attn"))
+    inject_lora(in_dtype(model, dtype), LoRAConfig(targets="c_attn"))
     for change in (unmerge_lora, merge_lora, unmerge_lora):
         change(model)
-        assert fired() == ["before", "forward"]
+        assert fired() == 1
     with disable_lora(model):
-        assert fired() == ["before", "forward"]
-    for handle in handles:
-        handle.remove()
-    assert not fired()
+        assert fired() == 1
+    handle.remove()
     merge_lora(model)
-    assert not fired()
+    assert fired() == 0
 
 
 def test_a_hook_on_a_wrapper_keeps_it_from_being_merged():
@@ -833,15 +831,6 @@ def test_loading_over_an_adapter_of_the_same_kind_keeps_its_parameters():
         assert kept == [*before] * (alpha == 8)
 
 
-@cases("build, options, targets", [
-    (llama, dict(targets="1.self_attn.q_proj"), ["model.layers.1.self_attn.q_proj"]),
-    (SmallGPT, dict(targets="all-linear"), ["eq_proj", "mlp", "q_proj", "v_proj"])])
-def test_targets_are_written_as_endings_where_these_say_the_same(build, options, targets):
-    """PEFT finds every layer whose name ends so: then full names must be written."""
-    saved(".", build, **options)
-    assert adapter_config()["target_modules"] == targets
-
-
 def t5():
     config = AutoConfig.for_model("t5", vocab_size=64, d_model=32, d_ff=48, num_layers=1, d_kv=8,
                                   num_heads=4, decoder_start_token_id=0)
@@ -852,9 +841,8 @@ def t5():
     (llama, {}, "CAUSAL_LM", "CausalLM"), (t5, dict(targets="q"), "SEQ_2_SEQ_LM", "Seq2SeqLM"),
     (distilbert, DISTILBERT, "SEQ_CLS", "SequenceClassification"),
     (roberta, dict(targets="query"), None, None)])  # for SEQ_CLS PEFT wants the head in the file
-def test_auto_classes_of_peft_open_what_is_saved(build, options, task, opener):
+def test_auto_classes_of_peft_open_what_is_saved(build, options, task, opener, peft):
     """task_type must be the one by which PEFT chooses the model's class; logits must agree."""
-    peft = pytest.importorskip("peft")
     build().save_pretrained("base")
     model = saved("a", lambda: type(build()).from_pretrained("base").eval(), **options)
     assert adapter_config("a")["task_type"] == task
@@ -889,7 +877,7 @@ def mutant(files, rng):
     """Return both files with one change: an option, a cut or a bit."""
     weights, config = map(bytearray, files)
     kind, part = rng.randrange(3), rng.choice([weights, config])
-    place = rng.randrange(min(len(part), 4000))  # the header of the weights, or their beginning
+    place = rng.randrange(min(len(part), 4000))  # of the weights mostly the header
     if kind == 0:
         options = json.loads(config)
         options[rng.choice([*options, "use_dora", "exclude_modules"])] = rng.choice(VALUES)
@@ -969,8 +957,7 @@ def test_an_interrupted_save_leaves_no_mixed_adapter(patch):
     (llama, ["q_proj", "lm_head"], {}),
     (roberta, ["query"], dict(task_type="SEQ_CLS")),
     (roberta, "all-linear", dict(task_type="SEQ_CLS"))])
-def test_adapters_that_peft_made_load_and_agree(build, targets, options):
-    peft = pytest.importorskip("peft")
+def test_adapters_that_peft_made_load_and_agree(build, targets, options, peft):
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, **options)
     theirs = peft.get_peft_model(build(), config).eval()
     perturb(theirs)
@@ -989,9 +976,8 @@ def test_the_base_of_a_head_in_a_file_must_be_the_same(dtype):
     refused("another base weight for lm_head", load_adapter, llama().to(dtype), ".")
 
 
-def test_every_option_of_peft_is_honoured_harmless_or_refused():
+def test_every_option_of_peft_is_honoured_harmless_or_refused(peft):
     """What changes the adapter must be refused by name, as must an option that is unknown."""
-    peft = pytest.importorskip("peft")
     model = saved(".")
     fields = dataclasses.asdict(peft.LoraConfig(**adapter_config()))
     edit_config(**{key: value for key, value in fields.items() if isinstance(value, (int, str))})
@@ -1300,7 +1286,7 @@ def test_ids_of_a_chat_are_those_of_the_template(template, target):
 
 @cases("template, content, message", [
     (CHATML, "a<|im_end|>", "special token <.im_end"), (CHATML, "a</s>", "special token </s>"),
-    (None, "a", "the tokenizer has no chat template"),
+    (None, "a", "no chat template"),
     ("{{ messages | length }}" + CHATML, "a", "rewrites what stands before the answer"),
     ("{{ raise_exception('no system') }}", "a", "no system")])
 def test_a_chat_that_cannot_be_written_is_refused_with_its_row(template, content, message):
@@ -1314,15 +1300,6 @@ def test_a_template_that_writes_the_date_writes_the_same_on_every_day():
     """A run that is resumed tomorrow must find its rows."""
     tokenizer = letters("{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}")
     assert train_math.chat_text(tokenizer, [USER]) == "26 Jul 2024 1+1?"
-
-
-def test_rows_that_are_too_long_are_left_out_not_cut(tiny):
-    """max_length must count the EOS; what is left must be the same rows."""
-    _, tokenizer = load(tiny)
-    rows = read_rows(f"{tiny}/train.jsonl", "train")
-    whole = encode(rows, tokenizer, 512)
-    length = len(whole[5][0])
-    assert encode(rows, tokenizer, length) == [row for row in whole if len(row[0]) <= length]
 
 
 def test_batches_follow_from_seed_and_epoch_and_start_with_the_largest():
@@ -1346,16 +1323,8 @@ def test_a_process_of_torchrun_touches_its_own_gpu_alone(monkeypatch, patch):
     refused("--device meta: ", train_math.pick_device, "meta")
 
 
-def test_half_precision_without_units_has_to_be_asked_for(patch):
-    """There auto must be float32; another dtype by name must warn and obey."""
-    patch(torch.cpu, get_capabilities=dict)
-    assert train_math.pick_dtype("auto", CPU)[0] == torch.float32
-    with pytest.warns(match="--dtype bfloat16 is slow"):
-        assert train_math.pick_dtype("bfloat16", CPU)[0] == torch.bfloat16
-
-
 def test_models_are_loaded_as_asked_or_refused(tiny):
-    """transformers takes the checkpoint's dtype unless told."""
+    """transformers takes the checkpoint's dtype unless told, and puts an adapter on unasked."""
     model, tokenizer = load(tiny)
     for name, part in (("half", None), ("partial", {"lm_head.weight": model.lm_head.weight})):
         model.bfloat16().save_pretrained(name, state_dict=part)
@@ -1364,9 +1333,8 @@ def test_models_are_loaded_as_asked_or_refused(tiny):
         assert load_model("half", dtype, CPU, nf4=True)[0].dtype == dtype
     tokenizer.eos_token = None
     tokenizer.save_pretrained("half")
-    saved("both", lambda: load(tiny)[0])  # transformers would load it, and put the adapter on
-    for name, words in (("./none", "no such"), ("partial", "model.embed"), ("half", "EOS"),
-                        ("both", "holds an adapter: .* --adapter")):
+    saved("both", lambda: model)
+    for name, words in (("partial", "model.embed"), ("half", "EOS"), ("both", "holds an adapter")):
         refused(f"--model {name}: .*{words}", load_model, name, torch.float32, CPU)
 
 
@@ -1487,18 +1455,6 @@ def test_attention_is_the_same_off_the_cpu(mask):
     close(here, there.as_subclass(torch.Tensor))
 
 
-def test_a_state_space_model_trains_in_half_precision():
-    """Its hidden states, in fp32, must break neither check nor loss."""
-    model = causal("mamba", dtype=torch.float16, state_size=4)
-    train_math.check_head(model, ROW)
-    train_math.try_attention(model, ROW)
-    inject_lora(model, LoRAConfig(targets=["in_proj"]))
-    loss = batch_loss(model.train(), collate([(ROW, 4)], "cpu"))
-    loss.backward()
-    assert 40 < loss < 60
-    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
-
-
 # --- train_math.py: memory ---
 
 def test_recomputing_gives_the_same_gradients_and_keeps_block_inputs(tiny):
@@ -1597,31 +1553,18 @@ def test_vram_caps_what_the_allocator_may_take(patch):
 def test_loss_scaler_agrees_with_grad_scaler():
     ours, scales = LossScaler(True, scale=2.0**16, interval=3), set()
     theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
-    mine, weight, unreached = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    mine, weight = [nn.Parameter(torch.ones(2)) for _ in range(2)]
     for gradient in [1, 2, math.inf, 3, 1, 2, 3, math.nan, math.inf, 1, 1, 1, 1, 1, 1, 1]:
         mine.grad, weight.grad = torch.full((2, 2), gradient * ours.scale)
         theirs.scale(torch.ones(1))  # it wants to be asked first
         theirs.unscale_(torch.optim.SGD([weight]))
         theirs.update()
-        ours.unscale([mine, unreached])
+        ours.unscale([mine])
         ours.update(math.isfinite(gradient))
         assert ours.scale == theirs.get_scale()
         torch.testing.assert_close(mine.grad, weight.grad, equal_nan=True)
         scales.add(ours.scale)
     assert scales == {2.0**14, 2.0**15, 2.0**16}
-
-
-def test_layers_that_the_text_does_not_reach_are_named_once(tiny, patch, capsys):
-    """As in a vision tower: the rest must train, these not decay. So on two processes."""
-    patch(train_math, WORLD=2, gather=lambda value: [value])
-    patch(torch.distributed, all_reduce=lambda tensor: None)
-    model, examples = adapted(tiny)
-    model.tower = LoRALinear(nn.Linear(4, 4), LoRAConfig(r=2))
-    before = bits(model)
-    train_math.train(model, examples, parse_args(command(tiny, "--max-steps 3 --weight-decay 0.1")))
-    assert capsys.readouterr().out.count("2 weights had no gradient, such as tower.lora_A") == 1
-    trained = changed(bits(model), before)
-    assert trained and not any("tower" in name for name in trained)
 
 
 def test_schedule_warms_up_then_falls_to_zero():
@@ -1668,9 +1611,8 @@ def test_training_learns_and_writes_what_it_says(tiny, capsys):
                "--run-name ..")
     lines, out = metrics("_."), capsys.readouterr().out
     losses = [line["loss"] for line in lines]
-    left_out = sum(len(ids) > 38 for ids, _ in adapted(tiny)[1])
-    assert f"{64 - left_out} rows train, 0 are held" in out and 0 < left_out < 64
-    assert f"{left_out} longer than 38 tokens" in out
+    left_out = sum(len(ids) > 38 for ids, _ in adapted(tiny)[1])  # EOS counts, nothing is cut
+    assert f"{64 - left_out} rows train, 0 are held out\nleft out: {left_out} longer than" in out
     assert sum(losses[-8:]) < sum(losses[:8]) - 0.4 and Path("runs/_./loss.png").exists()
     group, = state(last)["optimizer"]["param_groups"]
     assert group["weight_decay"] == 0.125 and lines[0]["peak_memory_gib"] > 0.05
@@ -1684,30 +1626,28 @@ def test_training_learns_and_writes_what_it_says(tiny, capsys):
 def test_held_out_loss_is_measured_at_each_tenth_and_names_the_best(tiny, capsys):
     """At step 0 too; a checkpoint must stand at each, and a resumed run measure the same."""
     flags = "--val-samples 8 --epochs 6 --lr 1e-1 --dropout 0.1"
-    last = run(tiny, flags)
-    out, lines = capsys.readouterr().out, metrics()
-    measured = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
-    assert [*measured] == [round((len(lines) - 1) * tenth / 10) for tenth in range(11)]
+    shutil.rmtree(run(tiny, flags))
+    out, first = capsys.readouterr().out, metrics()
+    run(tiny, flags, "--resume")
+    assert [line.get("val_loss") for line in metrics()] == [line.get("val_loss") for line in first]
+    measured = {line["step"]: line["val_loss"] for line in first if "val_loss" in line}
+    assert [*measured] == [round((len(first) - 1) * tenth / 10) for tenth in range(11)]
     assert [int(path.name[5:]) for path in checkpoints("checkpoints/run")] == [*measured][1:]
     best = min(measured, key=measured.get)
     assert f"lowest, {measured[best]:.3f}, at step {best}: checkpoints/run/step_{best:06d}" in out
-    shutil.rmtree(last)
-    run(tiny, flags, "--resume")
-    assert [line.get("val_loss") for line in metrics()] == [line.get("val_loss") for line in lines]
 
 
 def test_an_adapter_can_be_gone_on_from(tiny):
     """Its r, alpha, targets hold; what is given and differs is refused; moments are new."""
     first = run(tiny, "--max-steps 2 --alpha 7 --targets k_proj")
-    base = command(tiny, "--max-steps 1 --run-name more", f"--adapter {first}")
-    more = train_math.main(parse_args([*base, "--targets", "k_proj"]))  # --r 4 is given too
+    flags = f"--max-steps 1 --run-name more --adapter {first}"  # and --r 4, which is the same
+    more = run(tiny, flags)
     assert adapter_config(more) == adapter_config(first)
     assert adapter_config(more)["lora_alpha"] == 7
     assert changed(weights(more), weights(first)) == weights(first).keys()
     assert {int(moment["step"]) for moment in moments(more)} == {1}
-    for flags, words in ((["--r", "8"], "--r is 8, but 4 in"),
-                         (["--adapter", "checkpoints/run"], "a run of 2 checkpoints: give one")):
-        refused(words, parse_args, [*base, *flags])
+    refused("--r is 8, but 4 in", run, tiny, flags, "--r 8")
+    refused("a run of 2 checkpoints: give one", run, tiny, "--adapter checkpoints/run")
     assert parse_args(["--adapter", str(first), "--data", "x.jsonl"]).run_name == "lora-r4-x"
 
 
@@ -1726,7 +1666,6 @@ def damage(folder, what):
 
 @cases("what, more", [("state", ""), (WEIGHTS, "--nf4 --targets all-linear"), (CONFIG, "")])
 def test_resume_continues_bitwise(what, more, tiny):
-    """From the checkpoint before a damaged one it must lead to the same bits."""
     flags = f"--nb-samples 7 --batch-size 1 --grad-accum 4 --dropout 0.1 --save-every 3 {more}"
     last = run(tiny, flags)
     whole, lines = weights(last), metrics()
@@ -1765,9 +1704,9 @@ def test_resume_refuses_what_it_cannot_continue(tiny, patch):
     model = load(copy)[0]
     model.model.norm.weight.data += 1
     model.save_pretrained(copy / "base")
-    refused("--model .*not the base that this run began with", run, copy, flags)
+    refused("not the base that this run began with", run, copy, flags)
     shutil.copy(copy / "test.jsonl", copy / "train.jsonl")
-    refused("--data .*not the data that this run began with", run, copy, flags)
+    refused("not the data that this run began with", run, copy, flags)
     for name, message in (("data", "not the data"), ("step", "rank 0 has a checkpoint of step 7")):
         patch(train_math, gather=lambda value: [value | {name: 7}])  # rank 0 has other files
         refused(message, run, tiny, "--run-name other")
@@ -2006,7 +1945,6 @@ def test_intervals_and_exact_test_give_published_values():
 
 
 def test_shots_stand_in_the_prompt_and_answers_are_counted_by_kind(patch):
-    """Shots must not be scored; each count must be its own, worked out by hand."""
     said, asked = [("#### 1", False), ("2", False), ("", True), ("9", False)], []
     patch(eval_gsm8k, complete=lambda _, __, prompts, *rest: asked.extend(prompts) or said)
     rows = [("a?", "#### 7"), *(("q", str(n)) for n in (1, 2, 3, 4))]
@@ -2019,18 +1957,17 @@ def test_shots_stand_in_the_prompt_and_answers_are_counted_by_kind(patch):
     assert eval_gsm8k.answer(None, None, [([USER], "#### 5")], chat=True)[0]["correct"]
 
 
-def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, capsys):
+def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny):
     for step in ("step_999000", "step_1000000"):
         saved(f"checkpoints/run/{step}", lambda: load(tiny)[0])
-    assert [*eval_gsm8k.list_adapters(["checkpoints/run"], last_only=True)] == [
-        "run-step_1000000"]  # what --ask asks
+    names = [*eval_gsm8k.list_adapters(["checkpoints/run"])]
+    assert names == ["run-step_999000", "run-step_1000000"]
+    assert [*eval_gsm8k.list_adapters(["checkpoints/run"], last_only=True)] == names[1:]
     flags = "--adapter checkpoints/run --batch-size 3 --out"
     evaluate(tiny, flags, "one")
-    names = ["base", "run-step_999000", "run-step_1000000"]
-    assert re.findall("(?m)^(.*): .* of 16", capsys.readouterr().out) == names
     done = torchrun(HERE / "eval_gsm8k.py", evaluation(tiny, flags, "two"))
     assert done.stdout.count("16 problems, scores in two/") == 1, done.stderr
-    for name in names:
+    for name in ["base", *names]:
         one, two = (json.load(open(f"{out}/{name}-test-16.json")) for out in ("one", "two"))
         assert one == two | {"seconds": one["seconds"]}
         assert ("p_value" in one) == (one["adapter"] is not None) == (name != "base")
@@ -2040,14 +1977,14 @@ def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, ca
 
 @cases("flags", ["", "--nf4"])
 def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny):
-    """Export must score nothing; transformers and pipeline must open it and answer alike."""
+    """The heads must be those of the adapter, and afterwards those of the base."""
     saved("adapter", lambda: load(tiny)[0], also_train="lm_head")
     evaluate(tiny, "--adapter adapter", flags)
     evaluate(tiny, "--adapter adapter --save-merged merged --data none", flags)
     evaluate(tiny, "--model merged --out again")
     assert records_of("adapter") == records_of("base", "again") != records_of("base")
     evaluate(tiny, "--out alone", flags)
-    assert records_of("base") == records_of("base", "alone")  # the head of the adapter is gone
+    assert records_of("base") == records_of("base", "alone")
     say = transformers.pipeline("text-generation", "merged", device="cpu")
     assert say("Question: Ann", max_new_tokens=3)[0]["generated_text"].startswith("Question: Ann")
 
@@ -2084,14 +2021,13 @@ def test_an_adapter_says_how_it_was_trained(tiny, patch):
 
 
 def test_a_score_is_read_and_only_of_the_same_settings_and_contents(tiny, patch):
-    """Other settings, adapter, data or base under a name must be refused, other spellings not."""
-    base = Path(shutil.copytree(tiny / "base", "base"))
+    """Other settings, adapter, data or base under a name must be refused."""
+    shutil.copytree(tiny, ".", dirs_exist_ok=True)
     saved("a", lambda: load(tiny)[0])
-    shutil.copy(tiny / "test.jsonl", "test.jsonl")
     flags = "--model base --data test.jsonl --adapter a --nb-samples 3"
     evaluate(tiny, flags)
     patch(eval_gsm8k, complete=lambda *_: pytest.fail("generated"))
-    evaluate(tiny, flags, f"--model {base.absolute()}")
+    evaluate(tiny, flags, f"--model {tiny}/base")  # another spelling
     assert len(records_of("base", n=3)) == len(records_of("a", n=3)) == 3
     refused("was made with shots = 0, now it is 1", evaluate, tiny, flags, "--shots 1")
     saved("a", lambda: load(tiny)[0], r=2)
@@ -2105,7 +2041,6 @@ def test_a_score_is_read_and_only_of_the_same_settings_and_contents(tiny, patch)
 
 
 def test_a_damaged_score_is_refused(tiny):
-    """Else the next one would stand without its p, or end in a traceback."""
     evaluate(tiny, "--nb-samples 2")
     for name, text in (("base-test-2.jsonl", '{"correct": false}\n'),
                        ("base-test-2.jsonl", "{}\n" * 2), ("base-test-2.json", "{}")):
@@ -2118,7 +2053,6 @@ def test_a_damaged_score_is_refused(tiny):
     ("--data x.jsonl", "--data x.jsonl: row 2: expected an answer that ends in ####"),
     ("--adapter a --save-merged a", "--save-merged a exists"),
     ("--adapter b --ask q", "--adapter b: an adapter for SEQ_CLS, expected one for CAUSAL_LM"),
-    ("--adapter a --ask q --save-merged m", "two things"),
     ("--save-merged c", "takes one --adapter, found 0"),
     ("--shots 16", "--shots 16 leaves none of 16")])
 def test_bad_runs_end_before_a_model_is_loaded(flags, message, tiny, patch):
@@ -2186,32 +2120,27 @@ def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, caps
     train_sst2.report([run | {"accuracy": n / 10} for n, run in enumerate(runs)], "curves.png")
     assert re.search(r"r=2 +1024 +1154 .* 0.25 +0.07071 +2\n", capsys.readouterr().out)
     path = Path("runs/sst2/sst2.jsonl")
-    assert path.with_suffix(".png").exists()
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]).rstrip())
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]))
     again = train_sst2.main(args)
     assert again[:-1] == runs[:-1] and again[-1]["val_loss"] == runs[-1]["val_loss"]
-    assert len(path.read_text().splitlines()) == 6
+    assert len(path.read_text().splitlines()) == 6 and Path("curves.png").exists()
 
 
 def test_an_experiment_refuses_other_settings_data_or_base(encoder):
     """The same contents under another name are the same experiment."""
     train_sst2.main(sst2(encoder, "--ranks 1"))
-    copy = shutil.copytree(encoder, "copy")
+    shutil.copytree(encoder, "copy")
     same = sst2(encoder, "--ranks 1 --data copy --model copy/base")
     assert len(train_sst2.main(same)) == 1
     with filelock.FileLock("runs/sst2/.lock"):
         refused("in use by another process.*another --out", train_sst2.main, same)
-    refused(" lr was 0.005, is 0.1; .*grad_accum was 1, is 2; give another --out",
-            train_sst2.main, sst2(encoder, "--lr 0.1 --grad-accum 2"))
+    refused("lr was 0.005, is 0.1; give another --out", train_sst2.main, sst2(encoder, "--lr 0.1"))
     model = train_sst2.load_encoder(prepared(encoder)[0], None, 0)
     model.bert.pooler.dense.bias.data += 1
     model.bert.save_pretrained("copy/base")
     refused("different base", train_sst2.main, same)
-    Path(copy, "validation.tsv").write_text("sentence\tlabel\nlovely story\t1\n")
+    Path("copy/validation.tsv").write_text("sentence\tlabel\nlovely story\t1\n")
     refused("different data", train_sst2.main, same)
-    path = Path("runs/sst2/sst2.jsonl")
-    path.write_text(path.read_text()[:-30])
-    refused("--out runs/sst2/sst2.jsonl: ", train_sst2.main, same)
 
 
 def test_an_adapter_with_its_head_scores_and_predicts_the_same_elsewhere(encoder, capsys):
@@ -2279,11 +2208,12 @@ def test_skipped_steps_leave_weights_and_schedule_and_twenty_end_a_run(encoder, 
     steps, step, scaler = [], torch.optim.AdamW.step, train_sst2.LossScaler
 
     def recorded(optimizer):
-        matrices, others = optimizer.param_groups
-        steps.append((matrices["lr"], nn.utils.get_total_norm([p.grad for p in matrices["params"]])))
-        assert {p.dim() > 1 for p in matrices["params"]} == {True}
-        assert {p.dim() > 1 for p in others["params"]} == {False}  # biases and LayerNorm
+        matrices, others = optimizer.param_groups  # the others are biases and LayerNorm
         assert (matrices["weight_decay"], others["weight_decay"]) == (0.01, 0)
+        assert {p.dim() > 1 for p in matrices["params"]} == {True}
+        assert {p.dim() > 1 for p in others["params"]} == {False}
+        gradients = [p.grad for p in matrices["params"]]
+        steps.append((matrices["lr"], nn.utils.get_total_norm(gradients)))
         step(optimizer)
 
     def run(scale):
@@ -2322,7 +2252,6 @@ def test_training_rows_are_drawn_with_seed_0_and_cut(encoder):
 
 
 def test_what_a_checkpoint_lacks_is_trained_or_named(encoder):
-    """DistilBERT's head has two layers; one left out must be refused."""
     distilbert().base_model.save_pretrained("distil")
     args, _ = prepared(encoder)
     args.model = "distil"
@@ -2352,19 +2281,11 @@ def test_bad_sentences_are_a_clear_error(name, text, message):
     refused(f"--data .: .*{message}", train_sst2.read_sentences, ".", "train")
 
 
-@cases("flags, message", [
-    ("--adapter nowhere", "has no effect beside --adapter"), ("--device x", "--device x: "),
-    ("--model three", "--model three: a classifier of 3 classes"),
-    ("--model words", "--model words: its tokenizer gives ids up to 16, and there are 16")])
+@cases("flags, message", [("--adapter nowhere", "has no effect beside --adapter"),
+                          ("--model three", "--model three: a classifier of 3 classes")])
 def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder):
-    config = transformers.BertConfig.from_pretrained(encoder / "base")
-    config.num_labels = 3
-    transformers.BertForSequenceClassification(config).save_pretrained("three")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder / "base")
-    tokenizer.save_pretrained("three")
-    shutil.copytree(encoder / "base", "words")
-    tokenizer.add_tokens("music but")
-    tokenizer.save_pretrained("words")
+    shutil.copytree(encoder / "base", "three")
+    transformers.BertConfig.from_pretrained("three", num_labels=3).save_pretrained("three")
     refused(message, lambda: train_sst2.main(sst2(encoder, flags)))
 
 
