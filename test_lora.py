@@ -295,12 +295,16 @@ ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-6, torch.bfloat16: 1e-2, torc
             "nf4": 1e-6}
 
 
-@cases("build, target", [(llama, "v_proj"), (gpt2, "c_attn")])
+@cases("build, target", [(llama, "v_proj"), (gpt2, "c_attn"), (roberta, "query")])
 @cases("dtype", ROUNDING)
-def test_merge_rounds_once_and_unmerge_restores_every_bit(build, target, dtype):
-    """Merged W must be round(W0 + s B A), summed in fp32 or more, also when merged twice."""
-    model = injected(lambda: in_dtype(build(), dtype), targets=target)
-    before, unmerged, rounded = bits(model), logits(model), []
+def test_merging_rounds_once_and_the_base_comes_back_to_the_bit(build, target, dtype):
+    """Merged W must be round(W0 + s B A), summed in fp32 or more, also when merged twice.
+
+    Unmerged all must be as before; switched off, also by an exception, and taken off, the base.
+    """
+    heads = ("classifier",) if build is roberta and dtype != "nf4" else ()
+    model = injected(lambda: in_dtype(build(), dtype), targets=target, also_train=heads)
+    before, adapted, rounded = bits(model), logits(model), []
     for layer in wrappers(model):
         update = 2 * layer.lora_B @ layer.lora_A
         W0 = layer.weight if dtype == torch.float64 else layer.weight.float()
@@ -309,9 +313,15 @@ def test_merge_rounds_once_and_unmerge_restores_every_bit(build, target, dtype):
         merge_lora(merge_lora(model))
     merged = [module.weight for name, module in model.named_modules() if name.endswith(target)]
     assert all(map(torch.equal, merged, rounded)) and len(merged) == 2
-    assert relative_error(logits(model), unmerged) < ROUNDING[dtype]
+    assert relative_error(logits(model), adapted) < ROUNDING[dtype]
     unmerge_lora(model)
-    assert same_bits(bits(model), before) and torch.equal(logits(model), unmerged)
+    assert same_bits(bits(model), before) and torch.equal(logits(model), adapted)
+    base = in_dtype(build(), dtype)
+    with pytest.raises(KeyError), disable_lora(model):
+        assert torch.equal(logits(model), logits(base))
+        raise KeyError
+    assert torch.equal(logits(model), adapted) and not torch.equal(adapted, logits(base))
+    assert same_bits(bits(strip_lora(model)), bits(base))
 
 
 @cases("r", [1, 3, 6])
@@ -349,17 +359,6 @@ def test_parameter_counts_of_the_published_models(kind, sizes, options, trainabl
     found, total = count_parameters(model)
     assert found == trainable
     assert sizes != TINY or total == 1_100_048_384 + trainable
-
-
-@cases("build, options", [
-    (llama, {}), (llama, dict(rslora=True, targets="1.self_attn.q_proj")),
-    (gpt2, dict(targets="c_attn")), (roberta, HEAD)])
-def test_training_curve_equals_that_of_peft(build, options, peft):
-    """PEFT must load our file and have the losses of 20 AdamW steps within 1e-4."""
-    model = saved(".", build, **options)
-    theirs = peft.PeftModel.from_pretrained(build(), ".", is_trainable=True).eval()
-    close(logits(theirs), logits(model))
-    assert train(model, 20) == pytest.approx(train(theirs, 20), abs=1e-4)
 
 
 def test_the_snippet_of_the_readme_adapts_a_gpt(monkeypatch):
@@ -407,22 +406,16 @@ class DoRALinear(LoRALinear):
 
 
 @cases("build, target", [(llama, "q_proj"), (gpt2, "c_attn")])
-def test_dora_as_a_subclass_has_losses_and_files_of_peft(build, target, peft):
-    """Losses of 20 steps must be PEFT's; files must be read both ways; merging must agree."""
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=[target], use_dora=True)
-    theirs = peft.get_peft_model(build(), config).eval()
-    perturb(theirs)
-    theirs.save_pretrained(".")
-    load_adapter(model := build(), ".", DoRALinear)
-    close(logits(model), logits(theirs))
-    assert train(model, 20) == pytest.approx(train(theirs, 20), abs=1e-4)
-    save_adapter(model, "ours")
-    again = peft.PeftModel.from_pretrained(build(), "ours").eval()
+def test_dora_as_a_subclass_merges_and_is_told_from_lora(build, target):
+    """That it trains and is saved as PEFT's does, the adapter files' first test shows."""
+    model = build()
+    inject_lora(model, LoRAConfig(r=4, alpha=8, targets=target), DoRALinear)
+    perturb(model)
     unmerged = logits(model)
-    close(logits(again), unmerged)
     close(logits(merge_lora(model)), unmerged)
     assert torch.equal(logits(unmerge_lora(model)), unmerged)
-    refused("use_dora = True is not supported", load_adapter, build(), "ours")
+    save_adapter(model, "dora")
+    refused("use_dora = True is not supported", load_adapter, build(), "dora")
     saved("plain", build, targets=target)
     refused("use_dora = None is not supported", load_adapter, build(), "plain", DoRALinear)
     assert "dora" not in Path(lora.__file__).read_text(encoding="utf8").lower()
@@ -559,22 +552,6 @@ def test_parallel_models_are_saved_from_inside_and_sharded_ones_refused():
 
 
 # --- lora.py: merged, switched off, taken off ---
-
-@cases("build, options", [(llama, {}), (gpt2, dict(targets="c_attn")), (roberta, HEAD)])
-@cases("dtype", [*DTYPES, "nf4"])
-def test_disable_is_the_base_also_after_an_exception(build, options, dtype):
-    """Inside, logits must be the base's to the bit, heads too; afterwards the adapter's."""
-    if dtype == "nf4" and build is roberta:
-        options = options | dict(also_train=())
-    model = injected(lambda: in_dtype(build(), dtype), **options)
-    adapted, base = logits(model), logits(in_dtype(build(), dtype))
-    assert not torch.equal(adapted, base)
-    with pytest.raises(KeyError), disable_lora(model):
-        assert torch.equal(logits(model), base)
-        raise KeyError
-    assert torch.equal(logits(model), adapted)
-    assert same_bits(bits(strip_lora(model)), bits(in_dtype(build(), dtype)))
-
 
 @cases("state", ["merged", "off"])
 def test_no_wrapper_can_be_used_while_it_waits(state):
@@ -771,8 +748,8 @@ def test_copies_of_the_adapter_go_back():
     model = injected(roberta, **HEAD)
     before = adapter_state_dict(model)
     perturb(model)
-    assert changed(adapter_state_dict(model), before) == before.keys()
     wrappers(model)[0].lora_A.requires_grad_(False)  # a frozen A belongs to the adapter too
+    assert changed(adapter_state_dict(model), before) == before.keys()
     model.load_state_dict(before, strict=False)
     assert same_bits(adapter_state_dict(model), before)
 
@@ -795,6 +772,30 @@ def edit_tensors(change):
     tensors = weights(".")
     change(tensors)
     safetensors.torch.save_file(tensors, WEIGHTS)
+
+
+@cases("build, options, layer", [
+    (llama, dict(target_modules=r".*layers\.1\..*\.(q|v)_proj", use_rslora=True), LoRALinear),
+    (llama, dict(target_modules=["q_proj", "nosuch"], layers_to_transform=0), LoRALinear),
+    (llama, dict(target_modules="all-linear", modules_to_save=["embed_tokens", "lm_head"]),
+     LoRALinear),
+    (llama, dict(target_modules=["q_proj", "lm_head"]), LoRALinear),
+    (gpt2, dict(target_modules=["c_attn"]), LoRALinear),
+    (roberta, dict(target_modules=["query", "value"], task_type="SEQ_CLS"), LoRALinear),
+    (llama, dict(target_modules=["q_proj"], use_dora=True), DoRALinear),
+    (gpt2, dict(target_modules=["c_attn"], use_dora=True), DoRALinear)])
+def test_adapters_are_read_both_ways_and_train_as_those_of_peft(build, options, layer, peft):
+    """Logits must agree before and after 20 AdamW steps, whose losses are within 1e-4."""
+    config = peft.LoraConfig(r=4, lora_alpha=8, **options)
+    theirs = peft.get_peft_model(build(), config).eval()
+    perturb(theirs)
+    theirs.save_pretrained(".")
+    load_adapter(model := build(), ".", layer)
+    close(logits(model), logits(theirs))
+    assert train(model, 20) == pytest.approx(train(theirs, 20), abs=1e-4)
+    save_adapter(model, "ours")
+    again = peft.PeftModel.from_pretrained(build(), "ours").eval()
+    close(logits(again), logits(model))
 
 
 @cases("build, first, second", [
@@ -927,15 +928,13 @@ def test_saving_refuses_what_would_not_load_again():
     inject_lora(model := llama(), LoRAConfig())
     with pytest.warns(match="B is still zero in model.layers.0"):
         save_adapter(model, ".")
-    model = saved(".")
-    before = Path(WEIGHTS).read_bytes()
     wrappers(model)[1].lora_A.data[0, 0] = math.nan
     refused("layers.0.self_attn.v_proj.lora_A.* NaN", save_adapter, model, ".")
     model.model.norm.requires_grad_(True)
     refused("model.norm.weight trains.*also_train", save_adapter, model, ".")
-    model.model.layers[1].mlp.up_proj = LoRALinear(model.model.layers[1].mlp.up_proj, LoRAConfig())
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj = LoRALinear(mlp.up_proj, LoRAConfig(r=2))
     refused("one config, but this model has 2", save_adapter, model, ".")
-    assert Path(WEIGHTS).read_bytes() == before
 
 
 def test_an_interrupted_save_leaves_no_mixed_adapter(patch):
@@ -948,22 +947,6 @@ def test_an_interrupted_save_leaves_no_mixed_adapter(patch):
     with pytest.raises(KeyboardInterrupt):
         save_adapter(model, ".")
     refused(CONFIG, load_adapter, model, ".")
-
-
-@cases("build, targets, options", [
-    (llama, r".*layers\.1\..*\.(q|v)_proj", dict(use_rslora=True)),
-    (llama, ["q_proj", "nosuch"], dict(layers_to_transform=0)),
-    (llama, ["q_proj"], dict(modules_to_save=["embed_tokens", "lm_head"])),
-    (llama, ["q_proj", "lm_head"], {}),
-    (roberta, ["query"], dict(task_type="SEQ_CLS")),
-    (roberta, "all-linear", dict(task_type="SEQ_CLS"))])
-def test_adapters_that_peft_made_load_and_agree(build, targets, options, peft):
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, **options)
-    theirs = peft.get_peft_model(build(), config).eval()
-    perturb(theirs)
-    theirs.save_pretrained(".")
-    load_adapter(model := build(), ".")
-    close(logits(model), logits(theirs))
 
 
 @cases("dtype", DTYPES)
@@ -1191,12 +1174,8 @@ def test_a_bad_file_is_one_clear_error(name, text, message):
 def test_subset_and_split_of_a_data_set_on_the_hub(patch):
     """GSM8K and GLUE need a subset; scores must come from the split asked for."""
     import datasets
-
-    def load_dataset(*what, split):
-        row = dict(question=f"{what} {split}", answer="1", sentence=f"{what} {split}", label=1)
-        return datasets.Dataset.from_list([row])
-
-    patch(datasets, load_dataset=load_dataset)
+    patch(datasets, load_dataset=lambda *what, split: [
+        dict(question=f"{what} {split}", answer="1", sentence=f"{what} {split}", label=1)])
     assert read_rows("openai/gsm8k", "test") == [("('openai/gsm8k', 'main') test", "1")]
     assert read_rows("a/b", "train") == [("('a/b', None) train", "1")]
     assert train_sst2.read_sentences("a/glue", "test") == [("('a/glue', 'sst2') test", 1)]
@@ -1214,8 +1193,8 @@ def test_held_out_rows_stand_behind_the_training_rows_and_ask_something_else():
     refused("--val-samples 8 leaves nothing to train on", hold_out, rows, 99, 8)
 
 
-def test_the_original_question_is_what_metamathqa_calls_so():
-    """The turns of one conversation ask the same, whatever is answered; so do equal questions."""
+def test_rows_that_ask_the_same_are_known():
+    """By MetaMathQA's original question; the turns of one conversation, whatever is answered."""
     chats = [[USER, BOT | dict(content=said), USER, BOT] for said in "xy"]
     write_rows("x.jsonl", dict(query="a", response="b", original_question="c"),
                dict(query="a", response="b"), *({"messages": chat} for chat in chats))
@@ -1224,8 +1203,6 @@ def test_the_original_question_is_what_metamathqa_calls_so():
     assert (first.original, second.original) == ("c", str(second.question))
     assert len(turns) == 4 and len({turn.original for turn in turns}) == 1
     assert [row.place for row in (first, second, *turns)] == [1, 2, 3, 3, 4, 4]
-    write_rows("x.jsonl", {"messages": chats[0]})
-    refused("leave --no-chat out", read_table, "x.jsonl", "train", None, False)
 
 
 # --- train_math.py: token ids ---
@@ -1539,32 +1516,23 @@ def test_recomputing_is_refused_on_mps(patch):
 
 def test_vram_caps_what_the_allocator_may_take(patch):
     """With --vram 4 it must get 3.5 GiB, without it what is free; never more than that."""
-    GB, cuda, share = 2**30, torch.device("cuda"), []
-    patch(torch.cuda, mem_get_info=lambda _: (10 * GB, 16 * GB),
+    share = []
+    patch(torch.cuda, mem_get_info=lambda _: (10 * 2**30, 16 * 2**30),
           set_per_process_memory_fraction=lambda value, _: share.append(value))
     for vram in (4, None, 32):
-        train_math.cap_memory(cuda, vram)
+        train_math.cap_memory(torch.device("cuda"), vram)
     assert share == [3.5 / 16, 10 / 16, 10 / 16]
     refused("--vram 4 needs a CUDA device", train_math.cap_memory, CPU, 4)
 
 
 # --- train_math.py: loss scaling, schedule, numbers that go wrong ---
 
-def test_loss_scaler_agrees_with_grad_scaler():
-    ours, scales = LossScaler(True, scale=2.0**16, interval=3), set()
-    theirs = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
-    mine, weight = [nn.Parameter(torch.ones(2)) for _ in range(2)]
-    for gradient in [1, 2, math.inf, 3, 1, 2, 3, math.nan, math.inf, 1, 1, 1, 1, 1, 1, 1]:
-        mine.grad, weight.grad = torch.full((2, 2), gradient * ours.scale)
-        theirs.scale(torch.ones(1))  # it wants to be asked first
-        theirs.unscale_(torch.optim.SGD([weight]))
-        theirs.update()
-        ours.unscale([mine])
-        ours.update(math.isfinite(gradient))
-        assert ours.scale == theirs.get_scale()
-        torch.testing.assert_close(mine.grad, weight.grad, equal_nan=True)
-        scales.add(ours.scale)
-    assert scales == {2.0**14, 2.0**15, 2.0**16}
+def test_loss_scale_halves_at_an_overflow_and_doubles_after_an_interval():
+    scaler, scales = LossScaler(True, scale=8.0, interval=2), []
+    for finite in (1, 1, 1, 0, 1, 0, 0, 1, 1):
+        scaler.update(finite)
+        scales.append(scaler.scale)
+    assert scales == [8, 16, 16, 8, 8, 4, 2, 2, 4]
 
 
 def test_schedule_warms_up_then_falls_to_zero():
@@ -1651,25 +1619,16 @@ def test_an_adapter_can_be_gone_on_from(tiny):
     assert parse_args(["--adapter", str(first), "--data", "x.jsonl"]).run_name == "lora-r4-x"
 
 
-def damage(folder, what):
-    """Change one bit, or cut the file: neither safetensors nor torch.load compares checksums."""
-    path = train_math.state_of(folder) if what == "state" else folder / what
-    content = bytearray(path.read_bytes())
-    if what == WEIGHTS:
-        del content[100:]
-    elif what == CONFIG:
-        content[content.index(b"16.0")] ^= 1
-    else:
-        content[content.index(next(iter(moments(folder)))["exp_avg"].numpy().tobytes())] ^= 1
-    path.write_bytes(content)
-
-
 @cases("what, more", [("state", ""), (WEIGHTS, "--nf4 --targets all-linear"), (CONFIG, "")])
 def test_resume_continues_bitwise(what, more, tiny):
     flags = f"--nb-samples 7 --batch-size 1 --grad-accum 4 --dropout 0.1 --save-every 3 {more}"
     last = run(tiny, flags)
     whole, lines = weights(last), metrics()
-    damage(last, what)
+    path = train_math.state_of(last) if what == "state" else last / what
+    content, moment = bytearray(path.read_bytes()), next(iter(moments(last)))["exp_avg"]
+    place = content.index(moment.numpy().tobytes()) if what == "state" else len(content) // 2
+    content[place] ^= 1  # neither safetensors nor torch.load compares checksums
+    path.write_bytes(content)
     by_name = parse_args(["--run-name", "run", "--resume", "--checkpoint-activations"])
     with pytest.warns(match="skipping damaged checkpoint .*step_000006"):
         assert train_math.main(by_name) == last  # all other flags come from run.json
@@ -1775,18 +1734,29 @@ def test_the_demo_deletes_no_other_run(tiny):
     assert last.exists()
 
 
-def test_an_adapter_tells_that_it_was_trained_on_chats(tiny):
-    """messages are a chat without --chat; another prompt than the adapter's must be told."""
+def test_an_adapter_tells_how_it_was_trained(tiny, patch):
+    """Base, chat (which messages are) and NF4 come from it, unless given, and are then told."""
     model, tokenizer = load(tiny)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     model.save_pretrained("base")
     tokenizer.save_pretrained("base")
     write_rows("chat.jsonl", *({"messages": [USER, BOT]} for _ in range(8)))
-    last = run(tiny, "--model base --max-steps 1 --data chat.jsonl")
+    last = run(tiny, "--model base --nf4 --max-steps 1 --data chat.jsonl")
     found = parse_args(["--adapter", str(last)])
-    assert (found.chat, found.model) == (True, "base")
+    assert (found.model, found.chat, found.nf4) == ("base", True, True)
     with pytest.warns(match="was trained with --chat, and runs without it"):
         run(tiny, f"--adapter {last} --model base --no-chat --run-name two --max-steps 1")
+    read = []
+    patch(eval_gsm8k, load_model=lambda *found: read.append(found) or load(tiny), ask=lambda *_: 0)
+    for flags, model, trained, warned in (
+            ("", "base", True, 0), ("--no-nf4 --no-chat", "base", False, 2),
+            ("--model other", "other", True, 1)):
+        args = eval_gsm8k.parse_args(f"--adapter {last} --ask x --device cpu {flags}".split())
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            eval_gsm8k.main(args)
+        assert (read[-1][0], read[-1][3], args.chat) == (model, trained, trained)
+        assert len([w for w in told if "was trained " in str(w.message)]) == warned
 
 
 def test_two_states_stay_whatever_lies_damaged_later():
@@ -2003,23 +1973,6 @@ def test_asking_prints_base_and_adapters_one_under_the_other(tiny, capsys):
     assert lines[-len(wanted):] == wanted
 
 
-def test_an_adapter_says_how_it_was_trained(tiny, patch):
-    """Base, chat and NF4 must come from it, unless given; a contradiction must be told."""
-    save_adapter(injected(lambda: load(tiny)[0]), "a", {
-        "model": f"{tiny}/base", "chat": "True", "nf4": "True"})
-    read = []
-    patch(eval_gsm8k, load_model=lambda *found: read.append(found) or load(tiny), ask=lambda *_: 0)
-    for flags, model, trained, warned in (
-            ("", f"{tiny}/base", True, 0), ("--no-nf4 --no-chat", f"{tiny}/base", False, 2),
-            ("--model other", "other", True, 1)):
-        args = eval_gsm8k.parse_args(f"--adapter a --ask x --device cpu {flags}".split())
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            eval_gsm8k.main(args)
-        assert (read[-1][0], read[-1][3], args.chat) == (model, trained, trained)
-        assert len([w for w in told if "a was trained " in str(w.message)]) == warned
-
-
 def test_a_score_is_read_and_only_of_the_same_settings_and_contents(tiny, patch):
     """Other settings, adapter, data or base under a name must be refused."""
     shutil.copytree(tiny, ".", dirs_exist_ok=True)
@@ -2143,22 +2096,18 @@ def test_an_experiment_refuses_other_settings_data_or_base(encoder):
     refused("different data", train_sst2.main, same)
 
 
-def test_an_adapter_with_its_head_scores_and_predicts_the_same_elsewhere(encoder, capsys):
+def test_an_adapter_with_its_head_scores_and_predicts_the_same_elsewhere(encoder):
     os.chdir(encoder.parent)
     run = json.loads(Path("demo-sst2/sst2.jsonl").read_text().splitlines()[3])
     assert len(run["history"]) == 6  # of six steps; else four an epoch
     flags = "--adapter demo-sst2/r4-s1 --data demo-sst2 --device cpu --dtype float32".split()
     args = train_sst2.parse_args(flags)
-    scores = train_sst2.main(args)
-    assert scores == (run["accuracy"], run["val_loss"])
-    assert run["ci95"] == pytest.approx(wilson_interval(round(40 * scores[0]), 40), abs=1e-4)
+    assert train_sst2.main(args) == (run["accuracy"], run["val_loss"])
     texts = ["superb music but dull story", "dull music but superb story"]
     found = train_sst2.main(train_sst2.parse_args([*flags, "--predict", *texts]))
-    lines = capsys.readouterr().out.splitlines()[-2:]
-    model, ids = train_sst2.load_adapted(args), torch.tensor(train_sst2.encode(args, texts))
-    for p, line, wanted in zip(found, lines, model(ids).logits.softmax(-1)[:, 1]):
-        assert p == pytest.approx(float(wanted))
-        assert line.startswith(f"label {int(p > 0.5)} {max(p, 1 - p):.1%}  ")
+    ids = torch.tensor(train_sst2.encode(args, texts))
+    wanted = train_sst2.load_adapted(args)(ids).logits.softmax(-1)[:, 1]
+    assert found == pytest.approx(wanted.tolist())
 
 
 @cases("kind", [transformers.LlamaForSequenceClassification,
