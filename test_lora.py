@@ -500,23 +500,20 @@ def test_layers_are_known_by_their_class():
     assert model[2] is model[3] is not shared  # one layer in two places stays one
 
 
-@cases("kind, options", [
-    ("jetmoe", dict(kv_channels=8, num_local_experts=6, num_experts_per_tok=2)),
-    ("afmoe", dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24,
-                   num_dense_layers=1)),
-    ("hunyuan_v1_moe", dict(num_experts=6, moe_topk=2))])
-def test_all_linear_leaves_out_routers(kind, options):
-    """What chooses the experts must not be adapted, whatever its name; a SwiGLU's gate must be."""
-    with torch.device("meta"):
-        names = inject_lora(causal(kind, **options), LoRAConfig(targets="all-linear"))
-    assert len(names) >= 2
-    assert not [name for name in names if "router" in name or name.endswith(("gate", "gate.wg"))]
-    block = nn.ModuleDict({"gate": nn.Linear(8, 8), "up": nn.Linear(8, 8)})
-    assert inject_lora(block, LoRAConfig(targets="all-linear")) == ["gate", "up"]
+def test_all_linear_leaves_out_routers():
+    """What chooses the experts must not be adapted; the gate of a SwiGLU must be."""
+    def linear():
+        return nn.Linear(8, 8)
+
+    model = nn.ModuleDict({
+        "router": linear(), "choice": type("TopKRouter", (nn.Linear,), {})(8, 8),
+        "moe": nn.ModuleDict({"gate": linear(), "experts": nn.ModuleList([linear()])}),
+        "mlp": nn.ModuleDict({"gate": linear(), "up": linear()})})
+    names = inject_lora(model, LoRAConfig(targets="all-linear"))
+    assert names == ["moe.experts.0", "mlp.gate", "mlp.up"]
 
 
 def test_layers_that_mamba_does_not_call_are_left_out():
-    """dt_proj's weight is read, others' by CUDA kernels: what is adapted must get a gradient."""
     model = make("mamba", vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
     names = inject_lora(model, LoRAConfig(r=2, targets="all-linear"))
     train(model, 2)
@@ -555,7 +552,6 @@ def test_parallel_models_are_saved_from_inside_and_sharded_ones_refused():
 
 @cases("state", ["merged", "off"])
 def test_no_wrapper_can_be_used_while_it_waits(state):
-    """Each would lose the adapter or apply it twice."""
     model = saved(".")
     with put_aside(model, state):
         calls = [(inject_lora, model, LoRAConfig()), (save_adapter, model, "."),
@@ -627,7 +623,7 @@ def test_hooks_fire_once_a_call_in_every_state(dtype):
 
 
 def test_a_hook_on_a_wrapper_keeps_it_from_being_merged():
-    """It would not run while merged, and what it does to the output would be lost in silence."""
+    """Else what it does to the output would be lost in silence."""
     model = injected(SmallGPT, targets="mlp")
     handle = wrappers(model)[1].register_forward_hook(lambda module, args, output: 2 * output)
     refused("has a forward hook", merge_lora, model)
@@ -833,24 +829,17 @@ def test_loading_over_an_adapter_of_the_same_kind_keeps_its_parameters():
 
 
 def t5():
-    config = AutoConfig.for_model("t5", vocab_size=64, d_model=32, d_ff=48, num_layers=1, d_kv=8,
-                                  num_heads=4, decoder_start_token_id=0)
+    config = AutoConfig.for_model("t5", vocab_size=64, d_model=32, d_ff=48, num_layers=1, d_kv=8)
     return transformers.T5ForConditionalGeneration(config)
 
 
-@cases("build, options, task, opener", [
-    (llama, {}, "CAUSAL_LM", "CausalLM"), (t5, dict(targets="q"), "SEQ_2_SEQ_LM", "Seq2SeqLM"),
-    (distilbert, DISTILBERT, "SEQ_CLS", "SequenceClassification"),
-    (roberta, dict(targets="query"), None, None)])  # for SEQ_CLS PEFT wants the head in the file
-def test_auto_classes_of_peft_open_what_is_saved(build, options, task, opener, peft):
-    """task_type must be the one by which PEFT chooses the model's class; logits must agree."""
-    build().save_pretrained("base")
-    model = saved("a", lambda: type(build()).from_pretrained("base").eval(), **options)
-    assert adapter_config("a")["task_type"] == task
-    if opener:
-        theirs = getattr(peft, f"AutoPeftModelFor{opener}").from_pretrained("a").eval()
-        inputs = dict(input_ids=IDS) | (dict(decoder_input_ids=IDS) if build is t5 else {})
-        close(theirs(**inputs).logits, model(**inputs).logits)
+@cases("build, options, task", [
+    (llama, {}, "CAUSAL_LM"), (distilbert, DISTILBERT, "SEQ_CLS"), (SmallGPT, {}, None),
+    (roberta, dict(targets="query"), None),  # for SEQ_CLS PEFT wants the head in the file
+    (t5, dict(targets="q"), "SEQ_2_SEQ_LM")])
+def test_the_task_is_written_for_the_auto_classes_of_peft(build, options, task):
+    saved(".", build, **options)
+    assert adapter_config()["task_type"] == task
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -917,7 +906,6 @@ def test_mutated_adapters_load_exactly_or_leave_the_model_alone():
 @pytest.mark.filterwarnings("error")
 @cases("there", [*DTYPES, "nf4"])
 def test_another_base_warns_and_another_dtype_does_not(there):
-    """The sample must tell another seed, and fit the same base in any dtype."""
     saved(".", SmallGPT)
     load_adapter(in_dtype(SmallGPT(), there), ".")
     with pytest.warns(match="another base"):
@@ -967,11 +955,9 @@ def test_every_option_of_peft_is_honoured_harmless_or_refused(peft):
     load_adapter(model, ".")  # the defaults change nothing
     refusals = """
         bias lora_bias use_dora use_qalora use_bdlora alora_invocation_tokens arrow_config
-        kasa_config monteclora_config velora_config rank_pattern alpha_pattern layer_replication
-        megatron_config trainable_token_indices target_parameters ensure_weight_tying loftq_config
-        corda_config lora_ga_config init_lora_weights""".split()
-    assert fields.keys() <= lora.ACCEPTED | set(refusals)
-    for option in [*refusals, "nosuch"]:
+        rank_pattern alpha_pattern layer_replication megatron_config trainable_token_indices
+        target_parameters loftq_config corda_config init_lora_weights nosuch""".split()
+    for option in {*refusals} | {*fields} - lora.ACCEPTED:
         saved(".")
         edit_config(**{option: "pissa"})
         refused(f"{option} = 'pissa' is not supported", load_adapter, model, ".")
@@ -1744,8 +1730,6 @@ def test_an_adapter_tells_how_it_was_trained(tiny, patch):
     last = run(tiny, "--model base --nf4 --max-steps 1 --data chat.jsonl")
     found = parse_args(["--adapter", str(last)])
     assert (found.model, found.chat, found.nf4) == ("base", True, True)
-    with pytest.warns(match="was trained with --chat, and runs without it"):
-        run(tiny, f"--adapter {last} --model base --no-chat --run-name two --max-steps 1")
     read = []
     patch(eval_gsm8k, load_model=lambda *found: read.append(found) or load(tiny), ask=lambda *_: 0)
     for flags, model, trained, warned in (
@@ -1770,9 +1754,7 @@ def test_two_states_stay_whatever_lies_damaged_later():
 
 
 def test_a_log_is_read_without_its_damaged_lines():
-    """Whole lines must stay, those of later steps go; without any there is no picture."""
     path = Path("metrics.jsonl")
-    train_math.plot_loss(path)
     path.write_text('{"step": 0, "val_loss": 1}\nnull\n{"st\n{"step": 1}\n{"step": 2}\n{"st')
     train_math.open_log(path, 1)({"step": 2, "loss": 1.5})
     assert train_math.read_log(path) == [
@@ -1847,7 +1829,7 @@ def test_a_reference_has_a_marker_or_is_a_bare_number(text, value):
 # --- eval_gsm8k.py: generation ---
 
 @cases("kind, options, batch", [
-    ("llama", {}, 8), ("mamba", {}, 8), ("rwkv", dict(attention_hidden_size=32), 1),
+    ("llama", {}, 8), ("mamba", {}, 8),
     ("bart", dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
                   forced_eos_token_id=None), 1),
     ("minimax", dict(num_local_experts=4, num_experts_per_tok=2,
@@ -2139,18 +2121,6 @@ def test_four_batches_of_eight_are_one_of_thirty_two(encoder):
     torch.testing.assert_close(*weights, atol=1e-4, rtol=1e-4)
 
 
-def test_recomputed_blocks_give_equal_gradients_and_save_less(encoder):
-    grown, sizes = [], []
-    for flags in ("", "--checkpoint-activations"):
-        args, data = prepared(encoder, flags)
-        model = train_sst2.load_encoder(args, 4, 0)
-        perturb(model.train())  # B = 0 would hide A's gradient
-        sizes.append(saved_for_backward(lambda: train_sst2.classify(
-            model, data["train"][:16], "float32")[0].backward(), model.parameters()))
-        grown.append(gradients(model))
-    assert len(grown[0]) == 10 and same_bits(*grown) and sizes[1] < sizes[0] / 4
-
-
 def test_skipped_steps_leave_weights_and_schedule_and_twenty_end_a_run(encoder, patch):
     """The first step taken must have the peak rate; gradients are unscaled, then clipped."""
     args, data = prepared(encoder, "--dtype float16 --batch-size 8 --full-lr 0.05")
@@ -2273,23 +2243,22 @@ def test_amplification_is_what_it_is_by_hand(kind):
         close(factor, torch.tensor(0.5))
 
 
-def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, capsys):
+def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder):
     os.chdir(encoder.parent)
 
     def compare(*flags):
         return section7.main(section7.parse_args([*flags, "--out", "pictures"]))
 
-    one, other = "demo-sst2/r4-s0", "demo-sst2/r4-s1"
-    maps = compare(one, other)
+    maps = compare("demo-sst2/r4-s0", "demo-sst2/r4-s1")
     first, last = (f"bert.encoder.layer.{n}.attention.self.query" for n in (0, 1))
-    a, b = (weights(x)[f"base_model.model.{last}.lora_A.weight"] for x in (one, other))
-    overlap = (torch.linalg.qr(a.T).Q.T @ torch.linalg.qr(b.T).Q).square().sum() / 4
-    assert re.search(rf"{last}.* {overlap:.2f}\n", capsys.readouterr().out)
+    A1, A2 = (weights(f"demo-sst2/r4-s{seed}")[f"base_model.model.{last}.lora_A.weight"]
+              for seed in (0, 1))
+    close(maps[last], section7.subspace_similarity(A1, A2))
     close(maps["mean of 2 attention.self.query"], (maps[first] + maps[last]) / 2)
     assert Path("pictures/compare-r4-s0-r4-s1.png").exists()
     args = prepared(encoder)[0]
     saved("c", lambda: train_sst2.load_encoder(args, None, 0), **HEAD | {"targets": "dense"})
-    refused("share no layer", compare, one, "c", "--model", f"{encoder}/base")
+    refused("share no layer", compare, "demo-sst2/r4-s0", "c", "--model", f"{encoder}/base")
 
 
 # --- the CUDA path, on fake tensors ---
