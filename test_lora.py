@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shlex
@@ -36,7 +35,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import HfApi
 from torch.nn.utils import prune
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
@@ -344,14 +342,14 @@ def test_rank_r_reaches_the_best_change_of_rank_r(r):
 
 TINY = dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
             num_attention_heads=32, num_key_value_heads=4)
-GPT3 = dict(hidden_size=12288, num_hidden_layers=96, num_attention_heads=96)
 DISTILBERT = dict(targets=("q_lin", "v_lin"), also_train=("pre_classifier", "classifier"))
 
 
 @cases("kind, sizes, options, trainable", [
     ("llama", TINY, {}, 1_126_400), ("llama", TINY, dict(r=64, targets="all-linear"), 50_462_720),
     ("roberta", {}, HEAD | dict(also_train="classifier.out_proj"), 294_912 + 768 * 2 + 2),
-    ("distilbert", {}, DISTILBERT, 739_586), ("llama", GPT3, {}, 37_748_736)])
+    ("distilbert", {}, DISTILBERT, 739_586),
+    ("llama", dict(hidden_size=12288, num_hidden_layers=96), {}, 37_748_736)])  # GPT-3
 def test_parameter_counts_of_the_published_models(kind, sizes, options, trainable):
     with torch.device("meta"):
         model = make(kind, **sizes)
@@ -454,12 +452,6 @@ def offloaded():
     return model
 
 
-def packed_head():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = nn.Parameter(torch.zeros(8, dtype=torch.uint8), False)  # by another library
-    return model
-
-
 def sharded(model):
     """Return the model under the name that fully_shard gives to its class."""
     model.__class__ = type(f"FSDP{type(model).__name__}", (type(model),), {})
@@ -478,7 +470,6 @@ def distilbert():
     (offloaded, dict(also_train="lm_head"), "offloaded"),
     (distilbert, DISTILBERT | dict(also_train="classifier"), "pre_classifier.*name both"),
     (lambda: in_dtype(roberta(), "nf4"), HEAD, "buffers"),
-    (packed_head, dict(targets="0", also_train="1"), "weights that are no floats"),
     (lambda: nn.DataParallel(llama()), {}, "inject first, then wrap"),
     (lambda: sharded(SmallGPT()), {}, "inject first, then wrap"),
     (lambda: injected(llama), {}, "strip_lora")])
@@ -522,11 +513,10 @@ def test_layers_that_mamba_does_not_call_are_left_out():
 
 
 def test_a_compiled_layer_is_adapted_swapped_and_saved_under_its_own_name():
-    """Compiling keeps a reference to the layer, which must not stay in use."""
     model, base = SmallGPT(), logits(SmallGPT())
     first, second = model.blocks
     first["mlp"] = torch.compile(first["mlp"], backend="eager")  # before injecting, and after
-    inject_lora(model, LoRAConfig(r=2, targets=("q_proj", "mlp")))
+    assert len(inject_lora(model, LoRAConfig(r=2, targets=("q_proj", "mlp")))) == 4
     perturb(model)
     second["mlp"] = torch.compile(second["mlp"], backend="eager")
     adapted = logits(model)
@@ -535,17 +525,9 @@ def test_a_compiled_layer_is_adapted_swapped_and_saved_under_its_own_name():
         assert torch.equal(logits(model), base)
     close(logits(merge_lora(model)), adapted)
     assert torch.equal(logits(unmerge_lora(model)), adapted)
-    save_adapter(torch.compile(model, backend="eager"), ".")
+    save_adapter(nn.DataParallel(torch.compile(model, backend="eager")), ".")
     load_adapter(plain := SmallGPT(), ".")
     close(logits(plain), adapted)
-
-
-def test_parallel_models_are_saved_from_inside_and_sharded_ones_refused():
-    model = injected(llama)
-    save_adapter(nn.DataParallel(model), ".")
-    load_adapter(plain := llama(), ".")
-    assert same_bits(bits(plain), bits(model))
-    refused("each process holds a part", save_adapter, sharded(model), ".")
 
 
 # --- lora.py: merged, switched off, taken off ---
@@ -573,13 +555,16 @@ def test_no_adapter_is_a_clear_error(call):
 @cases("dtype", [torch.float32, "nf4"])
 @cases("state", ["merged", "off"])
 def test_casts_moves_and_modes_reach_what_waits(state, dtype):
+    """All but the adapter and 4-bit codes must follow, as if the wrappers had stood there."""
     def build():
         return injected(lambda: in_dtype(roberta(), dtype), targets="query", dropout=0.5)
 
-    model = build()
+    model, wanted = build(), build().bfloat16()
     with put_aside(model, state):
         model.bfloat16().train()
-    assert same_bits(bits(unmerge_lora(model)), bits(build().bfloat16()))
+    assert same_bits(bits(unmerge_lora(model)), bits(wanted))
+    cast = {name.rpartition(".")[2] for name in changed(bits(model), bits(build()))}
+    assert cast.isdisjoint(["lora_A", "lora_B", "codes", "absmax", "pairs"])
     assert all(module.training for module in model.modules())
     with put_aside(model, state):
         model.to("meta")
@@ -618,17 +603,9 @@ def test_hooks_fire_once_a_call_in_every_state(dtype):
     with disable_lora(model):
         assert fired() == 1
     handle.remove()
-    merge_lora(model)
     assert fired() == 0
-
-
-def test_a_hook_on_a_wrapper_keeps_it_from_being_merged():
-    """Else what it does to the output would be lost in silence."""
-    model = injected(SmallGPT, targets="mlp")
-    handle = wrappers(model)[1].register_forward_hook(lambda module, args, output: 2 * output)
-    refused("has a forward hook", merge_lora, model)
-    handle.remove()
-    merge_lora(model)
+    wrappers(model)[0].register_forward_hook(lambda module, args, output: 2 * output)
+    refused("has a forward hook", merge_lora, model)  # it would not run while merged
 
 
 def custom(forward):
@@ -671,14 +648,12 @@ def test_after_an_interrupt_at_any_line_all_can_be_had_back(change, dtype):
     """As by Ctrl-C or out of memory, in each function of lora.py that changes a state."""
     model = injected(lambda: in_dtype(SmallGPT(), dtype), targets="mlp")
     before, adapted = bits(model), logits(model)
-    codes = [function.__code__ for function in (
-        merge_lora.__wrapped__, disable_lora.__wrapped__, lora.merge_layer, lora.replace_modules,
-        lora.restore_wrappers)]
+    names = ["merge_lora", "disable_lora", "merge_layer", "replace_modules", "restore_wrappers"]
     interrupted = left = 0
 
     def interrupt(frame, event, arg):
         nonlocal left
-        if frame.f_code not in codes:
+        if frame.f_code.co_name not in names:
             return None
         left -= event == "line"
         if left == 0:
@@ -703,16 +678,6 @@ def test_after_an_interrupt_at_any_line_all_can_be_had_back(change, dtype):
         finally:
             sys.settrace(None)
     assert interrupted > 20
-
-
-@cases("dtype", [torch.float32, "nf4"])
-def test_a_cast_keeps_the_adapter_in_float32_and_the_codes(dtype):
-    model = injected(lambda: in_dtype(llama(), dtype))
-    before, after = bits(model), bits(model.half())
-    for name in before:
-        if name.endswith((".lora_A", ".lora_B", ".codes", ".absmax", ".pairs")):
-            assert torch.equal(before[name], after[name])
-    assert logits(model).dtype == logits(merge_lora(model)).dtype == torch.float16
 
 
 def saved_for_backward(function, but=()):
@@ -792,6 +757,8 @@ def test_adapters_are_read_both_ways_and_train_as_those_of_peft(build, options, 
     save_adapter(model, "ours")
     again = peft.PeftModel.from_pretrained(build(), "ours").eval()
     close(logits(again), logits(model))
+    adapted = [name for name, _ in again.named_parameters() if "lora_A" in name]
+    assert len(adapted) == len(wrappers(model))  # no other layer has an ending of target_modules
 
 
 @cases("build, first, second", [
@@ -860,9 +827,6 @@ def test_a_broken_adapter_is_refused(message):
     refused(f"no adapter for this model.*{message}", load_adapter, llama(), ".")
 
 
-VALUES = [None, True, -1, 10**400, math.nan, "", "q_proj", [], [["q_proj"]], {}]
-
-
 def mutant(files, rng):
     """Return both files with one change: an option, a cut or a bit."""
     weights, config = map(bytearray, files)
@@ -870,7 +834,8 @@ def mutant(files, rng):
     place = rng.randrange(min(len(part), 4000))  # of the weights mostly the header
     if kind == 0:
         options = json.loads(config)
-        options[rng.choice([*options, "use_dora", "exclude_modules"])] = rng.choice(VALUES)
+        options[rng.choice([*options, "use_dora", "exclude_modules"])] = rng.choice(
+            [None, True, -1, 10**400, math.nan, "", "q_proj", [], [["q_proj"]], {}])
         config = json.dumps(options).encode()
     elif kind == 1:
         del part[place:]
@@ -923,6 +888,7 @@ def test_saving_refuses_what_would_not_load_again():
     mlp = model.model.layers[1].mlp
     mlp.up_proj = LoRALinear(mlp.up_proj, LoRAConfig(r=2))
     refused("one config, but this model has 2", save_adapter, model, ".")
+    refused("each process holds a part", save_adapter, sharded(model), ".")
 
 
 def test_an_interrupted_save_leaves_no_mixed_adapter(patch):
@@ -1099,7 +1065,6 @@ def write_rows(name, *rows):
 # --- train_math.py: rows ---
 
 def test_rows_of_all_columns_and_kinds_of_file():
-    """Every pair of columns must come out as question and answer, text as it stands."""
     rows = [{"query": "2024-01-01", "response": "r"}, {"question": "q", "answer": "r\u2028s"},
             {"prompt": "p", "completion": "c"},
             {"instruction": "do", "input": "it", "output": "so"},
@@ -1151,7 +1116,7 @@ def test_a_row_that_is_not_understood_is_refused_with_its_place(row, message):
     ("x.csv", 'question,answer\na,b\n1+1?,"two\n2+2?,4\n', "row 2: unexpected end"),
     ("x.jsonl", '{"question": "a", "answer": "b"}\n\n{broken\n', "row 2: Expecting"),
     ("x.jsonl", json.dumps(PAIR) + "\n" + json.dumps(dict(messages=[USER, BOT])), "other columns"),
-    ("x.jsonl", "\xff", "expected text in UTF-8"), ("x.tsv", "a\tb", "ends in .jsonl")])
+    ("x.jsonl", "\xff", "expected text in UTF-8")])
 def test_a_bad_file_is_one_clear_error(name, text, message):
     Path(name).write_text(text, encoding="latin1")
     refused(f"--data {name}: .*{message}", read_rows, name, "train")
@@ -1168,7 +1133,6 @@ def test_subset_and_split_of_a_data_set_on_the_hub(patch):
 
 
 def test_held_out_rows_stand_behind_the_training_rows_and_ask_something_else():
-    """Rephrasings of what a training row asks must be passed over, and counted."""
     rows = [Row(f"q{i}", "a", i, original) for i, original in enumerate("abcadbef")]
     assert hold_out(rows, 3, 2) == (rows[:3], [rows[4], rows[6]], 2)
     assert hold_out(rows, 99, 2) == (rows[:6], rows[6:], 0)  # a smaller file: its last ones
@@ -1248,8 +1212,7 @@ def test_ids_of_a_chat_are_those_of_the_template(template, target):
 
 
 @cases("template, content, message", [
-    (CHATML, "a<|im_end|>", "special token <.im_end"), (CHATML, "a</s>", "special token </s>"),
-    (None, "a", "no chat template"),
+    (CHATML, "a<|im_end|>", "special token <.im_end"), (None, "a", "no chat template"),
     ("{{ messages | length }}" + CHATML, "a", "rewrites what stands before the answer"),
     ("{{ raise_exception('no system') }}", "a", "no system")])
 def test_a_chat_that_cannot_be_written_is_refused_with_its_row(template, content, message):
@@ -1260,7 +1223,6 @@ def test_a_chat_that_cannot_be_written_is_refused_with_its_row(template, content
 
 
 def test_a_template_that_writes_the_date_writes_the_same_on_every_day():
-    """A run that is resumed tomorrow must find its rows."""
     tokenizer = letters("{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}")
     assert train_math.chat_text(tokenizer, [USER]) == "26 Jul 2024 1+1?"
 
@@ -1302,7 +1264,6 @@ def test_models_are_loaded_as_asked_or_refused(tiny):
 
 
 def test_rows_beyond_the_positions_are_refused(tiny):
-    """Learned positions would end in an index error, rotary ones in nonsense."""
     model, tokenizer = load(tiny)
     n = len(model.lm_head.weight)
     model.config.max_position_embeddings = 40
@@ -1379,7 +1340,6 @@ def test_unusual_heads_and_models_that_see_ahead_are_refused(kind, options, mess
     ("gemma2", {"final_logit_softcapping": None}),  # attention's cap of 50: hardly seen here
     ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}), ("doge", {})])
 def test_attention_of_another_kind_is_kept(kind, options):
-    """With caps, sinks or a mask of its own it must stay, and compute the same."""
     model = causal(kind, attn_implementation="eager", **options)
     before = logits(model)
     train_math.try_attention(model, ROW)
@@ -1522,7 +1482,6 @@ def test_loss_scale_halves_at_an_overflow_and_doubles_after_an_interval():
 
 
 def test_schedule_warms_up_then_falls_to_zero():
-    """At most a tenth of the steps must rise, then half a cosine fall."""
     rates = [learning_rate_at(step, 100, 1000, 1.0) for step in (0, 4, 9, 10, 55, 99)]
     assert rates == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0], abs=1e-3)
 
@@ -1645,6 +1604,8 @@ def test_resume_refuses_what_it_cannot_continue(tiny, patch):
     refused("--resume checkpoints/run/run.json: no such file", run, copy, flags)
     run(copy, "--max-steps 1")
     refused("has checkpoints: add --resume", run, copy)
+    with filelock.FileLock("checkpoints/run/.lock"):
+        refused("in use by another process.*another --run-name", run, copy, flags)
     refused("--lr is 0.02, but 0.01 in the run run: leave it out", run, copy, flags, "--lr 0.02")
     model = load(copy)[0]
     model.model.norm.weight.data += 1
@@ -1689,13 +1650,6 @@ def test_interrupting_saves_and_says_how_to_go_on(signum, tiny, patch, capsys):
     assert wanted in capsys.readouterr().out
     assert newest_state(Path("checkpoints/run"))[1]["step"] == len(metrics()) == 2
     assert handlers() == before
-
-
-def test_a_second_process_is_refused(tiny):
-    Path("checkpoints/run").mkdir(parents=True)
-    with filelock.FileLock("checkpoints/run/.lock"):
-        refused("in use by another process.*another --run-name", run, tiny, "--max-steps 1")
-    run(tiny, "--max-steps 1")
 
 
 @cases("two_steps", [False, True])
@@ -1973,14 +1927,9 @@ def test_a_score_is_read_and_only_of_the_same_settings_and_contents(tiny, patch)
     model.model.norm.weight.data += 1
     model.save_pretrained("base")
     refused("was made with different base", evaluate, tiny, flags)
-
-
-def test_a_damaged_score_is_refused(tiny):
-    evaluate(tiny, "--nb-samples 2")
-    for name, text in (("base-test-2.jsonl", '{"correct": false}\n'),
-                       ("base-test-2.jsonl", "{}\n" * 2), ("base-test-2.json", "{}")):
-        Path("eval_results", name).write_text(text)
-        refused("--out .*base-test-2.json: ", evaluate, tiny, "--nb-samples 2")
+    for name, text in (("base-test-3.jsonl", "{}\n" * 3), ("base-test-3.json", "{}")):
+        Path("eval_results", name).write_text(text)  # the next one would stand without its p
+        refused("--out .*base-test-3.json: ", evaluate, tiny, flags)
 
 
 @cases("flags, message", [
@@ -2046,27 +1995,22 @@ def prepared(encoder, flags=""):
 
 
 def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, capsys):
-    args = sst2(encoder, "--ranks 1 2 --seeds 0 1 --full-finetune")
-    runs = train_sst2.main(args)
+    """The same contents under another name are the same experiment; others are refused."""
+    flags = "--ranks 1 2 --seeds 0 1 --full-finetune"
+    runs = train_sst2.main(sst2(encoder, flags))
     assert [(run["r"], run["seed"], run["adapter_parameters"]) for run in runs] == [
         (1, 0, 512), (1, 1, 512), (2, 0, 1024), (2, 1, 1024), (None, 0, 0), (None, 1, 0)]
     assert [run["trainable"] for run in runs[::5]] == [512 + 64 * 2 + 2, runs[5]["total"]]
     assert len({run["val_loss"] for run in runs}) == 6
     train_sst2.report([run | {"accuracy": n / 10} for n, run in enumerate(runs)], "curves.png")
     assert re.search(r"r=2 +1024 +1154 .* 0.25 +0.07071 +2\n", capsys.readouterr().out)
+    shutil.copytree(encoder, "copy")
+    same = sst2(encoder, f"{flags} --data copy --model copy/base")
     path = Path("runs/sst2/sst2.jsonl")
     path.write_text("\n".join(path.read_text().splitlines()[:-1]))
-    again = train_sst2.main(args)
+    again = train_sst2.main(same)
     assert again[:-1] == runs[:-1] and again[-1]["val_loss"] == runs[-1]["val_loss"]
     assert len(path.read_text().splitlines()) == 6 and Path("curves.png").exists()
-
-
-def test_an_experiment_refuses_other_settings_data_or_base(encoder):
-    """The same contents under another name are the same experiment."""
-    train_sst2.main(sst2(encoder, "--ranks 1"))
-    shutil.copytree(encoder, "copy")
-    same = sst2(encoder, "--ranks 1 --data copy --model copy/base")
-    assert len(train_sst2.main(same)) == 1
     with filelock.FileLock("runs/sst2/.lock"):
         refused("in use by another process.*another --out", train_sst2.main, same)
     refused("lr was 0.005, is 0.1; give another --out", train_sst2.main, sst2(encoder, "--lr 0.1"))
@@ -2174,10 +2118,12 @@ def test_what_a_checkpoint_lacks_is_trained_or_named(encoder):
     distilbert().base_model.save_pretrained("distil")
     args, _ = prepared(encoder)
     args.model = "distil"
-    model = train_sst2.load_encoder(args, 2, 0)
+    model = train_sst2.load_encoder(args, 2, 0)  # its head has two layers
     assert count_parameters(model)[0] == 2 * 2 * 2 * (32 + 32) + 32 * 33 + 2 * 33
     args.head = ["classifier"]
     refused("distil has no pre_classifier.*--head", train_sst2.load_encoder, args, 2, 0)
+    transformers.DistilBertConfig.from_pretrained("distil", num_labels=3).save_pretrained("distil")
+    refused("a classifier of 3 classes, expected 2", train_sst2.load_encoder, args, 2, 0)
 
 
 def test_sentences_are_read_as_they_stand():
@@ -2198,14 +2144,6 @@ def test_sentences_are_read_as_they_stand():
 def test_bad_sentences_are_a_clear_error(name, text, message):
     Path(name).write_text(text)
     refused(f"--data .: .*{message}", train_sst2.read_sentences, ".", "train")
-
-
-@cases("flags, message", [("--adapter nowhere", "has no effect beside --adapter"),
-                          ("--model three", "--model three: a classifier of 3 classes")])
-def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder):
-    shutil.copytree(encoder / "base", "three")
-    transformers.BertConfig.from_pretrained("three", num_labels=3).save_pretrained("three")
-    refused(message, lambda: train_sst2.main(sst2(encoder, flags)))
 
 
 # --- bench/section7.py ---
