@@ -621,15 +621,8 @@ def doubled():
     return layer
 
 
-def empty():
-    """What ZeRO leaves in the place of a weight."""
-    layer = nn.Linear(16, 16)
-    layer.weight.data = torch.empty(0)
-    return layer
-
-
 @cases("base", [
-    doubled, empty, lambda: custom(lambda self, x: F.linear(x, 1.015 * self.weight, self.bias)),
+    doubled, lambda: custom(lambda self, x: F.linear(x, 1.015 * self.weight, self.bias)),
     lambda: custom(lambda self, x: F.linear(x, self.weight.tril(), self.bias)),
     lambda: custom(lambda self, x: (F.linear(x, self.weight, self.bias), None)),
     lambda: custom(lambda self, x: x @ self.weight[:3]),
@@ -1520,11 +1513,11 @@ def test_a_run_that_diverges_says_what_may_help(dtype, loss, step, tiny, patch):
 # --- train_math.py: the run and its files ---
 
 def test_training_learns_and_writes_what_it_says(tiny, capsys):
-    last = run(tiny, "--epochs 6 --max-length 38 --weight-decay 0.125 --save-every 9 --rslora",
+    last = run(tiny, "--epochs 6 --max-length 28 --weight-decay 0.125 --save-every 9 --rslora",
                "--run-name ..")
     lines, out = metrics("_."), capsys.readouterr().out
     losses = [line["loss"] for line in lines]
-    left_out = sum(len(ids) > 38 for ids, _ in adapted(tiny)[1])  # EOS counts, nothing is cut
+    left_out = sum(len(ids) > 28 for ids, _ in adapted(tiny)[1])  # EOS counts, nothing is cut
     assert f"{64 - left_out} rows train, 0 are held out\nleft out: {left_out} longer than" in out
     assert sum(losses[-8:]) < sum(losses[:8]) - 0.4 and Path("runs/_./loss.png").exists()
     group, = state(last)["optimizer"]["param_groups"]
@@ -1895,18 +1888,21 @@ def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny):
     assert say("Question: Ann", max_new_tokens=3)[0]["generated_text"].startswith("Question: Ann")
 
 
-def test_asking_prints_base_and_adapters_one_under_the_other(tiny, capsys):
-    saved("adapter", lambda: load(tiny)[0], also_train="lm_head")
-    model, tokenizer = load(tiny)
-    prompts = [format_prompt("Ann"), format_prompt("Ben")]
-    base = complete(model, tokenizer, prompts, 2, 8)
-    load_adapter(model, "adapter")
-    wanted = ["prompt: 'Question: ...\\nAnswer:'"]
-    for text, *said in zip(["Ann", "Ben"], base, complete(model, tokenizer, prompts, 2, 8)):
-        wanted += [text, "--- base", said[0][0].strip(), "--- adapter", said[1][0].strip()]
+def test_asking_prints_base_and_adapters_one_under_the_other(tiny, patch, capsys):
+    def say(model, tokenizer, prompts, *rest):
+        return [(f"{len(wrappers(model))} wrappers, {text!r}", False) for text in prompts]
+
+    saved("adapter", lambda: load(tiny)[0])
+    patch(eval_gsm8k, complete=say)
     evaluate(tiny, "--adapter adapter --ask Ann Ben")
-    lines = [line.removesuffix(" ...") for line in capsys.readouterr().out.splitlines() if line]
-    assert lines[-len(wanted):] == wanted
+    said = "".join(f"""
+{name}
+--- base
+0 wrappers, 'Question: {name}\\nAnswer:'
+--- adapter
+4 wrappers, 'Question: {name}\\nAnswer:'
+""" for name in ("Ann", "Ben"))
+    assert capsys.readouterr().out.endswith(said)
 
 
 def test_a_score_is_read_and_only_of_the_same_settings_and_contents(tiny, patch):
@@ -1957,7 +1953,7 @@ def test_bad_flags_are_one_line_and_exit_code_2(script, flag, value, capsys):
     assert re.fullmatch(f".* {flag}: .*\n", capsys.readouterr().err)
 
 
-@cases("error, word", [(ValueError("two\nlines"), "two lines"), (ValueError(), "ValueError"),
+@cases("error, word", [(ValueError("two\nlines"), "two lines"),
                        (MemoryError("Unable to allocate 9 GiB"), "--batch-size")])
 def test_errors_end_in_one_line(error, word, patch, capsys):
     def fails(*_):
@@ -2194,8 +2190,8 @@ def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder):
     close(maps[last], section7.subspace_similarity(A1, A2))
     close(maps["mean of 2 attention.self.query"], (maps[first] + maps[last]) / 2)
     assert Path("pictures/compare-r4-s0-r4-s1.png").exists()
-    args = prepared(encoder)[0]
-    saved("c", lambda: train_sst2.load_encoder(args, None, 0), **HEAD | {"targets": "dense"})
+    model = train_sst2.load_encoder(prepared(encoder)[0], None, 0)
+    saved("c", lambda: model, **HEAD | {"targets": "dense"})
     refused("share no layer", compare, "demo-sst2/r4-s0", "c", "--model", f"{encoder}/base")
 
 
