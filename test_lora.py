@@ -413,6 +413,8 @@ def test_dora_as_a_subclass_merges_and_is_told_from_lora(build, target):
     close(logits(merge_lora(model)), unmerged)
     assert torch.equal(logits(unmerge_lora(model)), unmerged)
     save_adapter(model, "dora")
+    load_adapter(again := build(), "dora", DoRALinear)
+    assert torch.equal(logits(again), unmerged)
     refused("use_dora = True is not supported", load_adapter, build(), "dora")
     saved("plain", build, targets=target)
     refused("use_dora = None is not supported", load_adapter, build(), "plain", DoRALinear)
