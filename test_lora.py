@@ -1098,7 +1098,8 @@ PAIR = dict(question="a", answer="b")
     (dict(messages=[]), "need a turn of the assistant after another turn"),
     (dict(messages=[BOT, USER, BOT]), "found .'assistant', 'user', 'assistant'."),
     (dict(messages=[USER, BOT | dict(content=None)]), "content is None, expected text"),
-    (dict(messages=[USER, BOT], system="c"), "has system, which is not read beside messages"),
+    (dict(messages=[USER, BOT], system="c", history=["d"], tools=["e"]),
+     "has system, history, tools, which is not read beside messages"),
     (dict(messages=[USER, BOT | dict(tool_calls=[1])]), "have tool_calls, which is not read"),
     (dict(messages=[USER, BOT | dict(weight=0)]), "have weight, which is not read")])
 def test_a_row_that_is_not_understood_is_refused_with_its_place(row, message):
