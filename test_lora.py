@@ -2034,8 +2034,11 @@ def test_an_adapter_with_its_head_scores_and_predicts_the_same_elsewhere(encoder
     texts = ["superb music but dull story", "dull music but superb story"]
     found = train_sst2.main(train_sst2.parse_args([*flags, "--predict", *texts]))
     ids = torch.tensor(train_sst2.encode(args, texts))
-    wanted = train_sst2.load_adapted(args)(ids).logits.softmax(-1)[:, 1]
-    assert found == pytest.approx(wanted.tolist())
+    model = train_sst2.load_adapted(args)
+    assert found == pytest.approx(model(ids).logits.softmax(-1)[:, 1].tolist())
+    saved("headless", lambda: strip_lora(model), targets="query")
+    args.adapter, args.head = "headless", None
+    refused("has no classifier", train_sst2.load_adapted, args)  # it would be a random one
 
 
 @cases("kind", [transformers.LlamaForSequenceClassification,
