@@ -1784,8 +1784,6 @@ def test_a_reference_has_a_marker_or_is_a_bare_number(text, value):
     ("llama", {}, 8), ("mamba", {}, 8),
     ("bart", dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
                   forced_eos_token_id=None), 1),
-    ("minimax", dict(num_local_experts=4, num_experts_per_tok=2,
-                     layer_types=["linear_attention", "full_attention"]), 1),
     ("openai-gpt", dict(n_embd=32, n_layer=2, n_head=4, n_positions=128), 8)])
 def test_a_batch_says_what_each_row_says_alone(kind, options, batch, tiny):
     """Padding and the checkpoint's settings must change no token; rows that have ended leave."""
