@@ -36,7 +36,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import HfApi
 from torch.nn.utils import prune
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
@@ -97,7 +96,6 @@ def test_zero_start_leaves_the_output_bit_identical(kind, dtype):
     A, B = layer.lora_A, layer.lora_B
     assert A.shape == (4, 24) and B.shape == (16, 4)
     assert A.dtype == B.dtype == torch.float32
-    assert "r=4, scaling=2" in repr(layer)
 
 
 def test_A_starts_as_the_weight_of_nn_linear_does():
@@ -265,6 +263,11 @@ def workdir(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def peft():
+    return pytest.importorskip("peft")
+
+
 @pytest.fixture
 def patch(monkeypatch):
     """Return patch(owner, name=fake), which holds for one test."""
@@ -291,43 +294,38 @@ ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-6, torch.bfloat16: 1e-2, torc
             "nf4": 1e-6}
 
 
-@cases("build, target", [(llama, "v_proj"), (gpt2, "c_attn")])
+@cases("build, target", [(llama, "v_proj"), (gpt2, "c_attn"), (roberta, "query")])
 @cases("dtype", ROUNDING)
-def test_merge_rounds_once_and_unmerge_restores_every_bit(build, target, dtype):
-    """Merged W must be round(W0 + s B A), summed in fp32 or more, also when merged twice."""
-    model = injected(lambda: in_dtype(build(), dtype), targets=target)
-    before, unmerged, rounded = bits(model), logits(model), []
+def test_merging_rounds_once_and_the_base_comes_back_to_the_bit(build, target, dtype):
+    """Merged W must be round(W0 + s B A), summed in fp32 or more, also when merged twice.
+
+    Unmerged all must be as before; switched off, also by an exception, and taken off, the base.
+    """
+    heads = ("classifier",) if build is roberta and dtype != "nf4" else ()
+    model = injected(lambda: in_dtype(build(), dtype), targets=target, also_train=heads)
+    before, adapted, rounded = bits(model), logits(model), []
     for layer in wrappers(model):
         update = 2 * layer.lora_B @ layer.lora_A
-        update = update.T if build is gpt2 else update
         W0 = layer.weight if dtype == torch.float64 else layer.weight.float()
-        rounded.append((W0 + update).to(layer.weight.dtype))
+        rounded.append((W0 + (update.T if build is gpt2 else update)).to(layer.weight.dtype))
     with torch.autocast("cpu", torch.bfloat16):  # the sum stays fp32
-        assert merge_lora(model) is model and merge_lora(model) is model
+        merge_lora(merge_lora(model))
     merged = [module.weight for name, module in model.named_modules() if name.endswith(target)]
     assert all(map(torch.equal, merged, rounded)) and len(merged) == 2
-    assert relative_error(logits(model), unmerged) < ROUNDING[dtype]
-    assert unmerge_lora(model) is model
-    assert same_bits(bits(model), before) and torch.equal(logits(model), unmerged)
-
-
-def test_a_merged_model_is_a_plain_one():
-    """Its state_dict must load into the plain class, and hold round(W0 + s B A)."""
-    model = injected(SmallGPT, targets="all-linear")
-    adapted, plain = logits(model), SmallGPT(seed=1)
-    plain.load_state_dict(merge_lora(model).state_dict())
-    assert torch.equal(logits(plain), logits(model))
-    close(logits(plain), adapted)
-    assert "lora" not in repr(strip_lora(model)).lower()
-    assert torch.equal(logits(unmerge_lora(model)), logits(plain))  # nothing waits any more
+    assert relative_error(logits(model), adapted) < ROUNDING[dtype]
+    unmerge_lora(model)
+    assert same_bits(bits(model), before) and torch.equal(logits(model), adapted)
+    base = in_dtype(build(), dtype)
+    with pytest.raises(KeyError), disable_lora(model):
+        assert torch.equal(logits(model), logits(base))
+        raise KeyError
+    assert torch.equal(logits(model), adapted) and not torch.equal(adapted, logits(base))
+    assert same_bits(bits(strip_lora(model)), bits(base))
 
 
 @cases("r", [1, 3, 6])
 def test_rank_r_reaches_the_best_change_of_rank_r(r):
-    """Trained to a change of W, the rest must be its smaller singular values: at full rank, none.
-
-    That is the least possible (Eckart and Young 1936); at full rank B A is any change (Sec. 4.1).
-    """
+    """What is left of a change of W must be its smaller singular values (Eckart and Young 1936)."""
     torch.manual_seed(0)
     layer, change = LoRALinear(nn.Linear(6, 8), LoRAConfig(r=r)), torch.randn(8, 6)
     optimizer = torch.optim.LBFGS([layer.lora_A, layer.lora_B], max_iter=500, tolerance_change=0,
@@ -345,17 +343,14 @@ def test_rank_r_reaches_the_best_change_of_rank_r(r):
 
 TINY = dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
             num_attention_heads=32, num_key_value_heads=4)
-GPT3 = dict(hidden_size=12288, num_hidden_layers=96, num_attention_heads=96)
 DISTILBERT = dict(targets=("q_lin", "v_lin"), also_train=("pre_classifier", "classifier"))
 
 
 @cases("kind, sizes, options, trainable", [
     ("llama", TINY, {}, 1_126_400), ("llama", TINY, dict(r=64, targets="all-linear"), 50_462_720),
-    ("llama", {}, {}, 4_194_304),  # Llama-2-7B
-    *(("roberta", {}, HEAD | dict(also_train="classifier.out_proj", r=r), adapter + 768 * 2 + 2)
-      for r, adapter in ((1, 36_864), (8, 294_912))),
+    ("roberta", {}, HEAD | dict(also_train="classifier.out_proj"), 294_912 + 768 * 2 + 2),
     ("distilbert", {}, DISTILBERT, 739_586),
-    ("llama", GPT3, dict(r=1), 4_718_592), ("llama", GPT3, {}, 37_748_736)])
+    ("llama", dict(hidden_size=12288, num_hidden_layers=96), {}, 37_748_736)])  # GPT-3
 def test_parameter_counts_of_the_published_models(kind, sizes, options, trainable):
     with torch.device("meta"):
         model = make(kind, **sizes)
@@ -363,18 +358,6 @@ def test_parameter_counts_of_the_published_models(kind, sizes, options, trainabl
     found, total = count_parameters(model)
     assert found == trainable
     assert sizes != TINY or total == 1_100_048_384 + trainable
-    assert kind != "distilbert" or total == 67_102_466
-
-
-@cases("build, options", [
-    (llama, {}), (llama, dict(rslora=True)), (gpt2, dict(targets=("c_attn",))), (roberta, HEAD)])
-def test_training_curve_equals_that_of_peft(build, options):
-    """PEFT must load our file and have the losses of 20 AdamW steps within 1e-4."""
-    peft = pytest.importorskip("peft")
-    model = saved(".", build, **options)
-    theirs = peft.PeftModel.from_pretrained(build(), ".", is_trainable=True).eval()
-    close(logits(theirs), logits(model))
-    assert train(model, 20) == pytest.approx(train(theirs, 20), abs=1e-4)
 
 
 def test_the_snippet_of_the_readme_adapts_a_gpt(monkeypatch):
@@ -422,24 +405,18 @@ class DoRALinear(LoRALinear):
 
 
 @cases("build, target", [(llama, "q_proj"), (gpt2, "c_attn")])
-def test_dora_as_a_subclass_has_losses_and_files_of_peft(build, target):
-    """Losses of 20 steps must be PEFT's; files must be read both ways; merging must agree."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=[target], use_dora=True)
-    theirs = peft.get_peft_model(build(), config).eval()
-    perturb(theirs)
-    theirs.save_pretrained(".")
-    load_adapter(model := build(), ".", DoRALinear)
-    close(logits(model), logits(theirs))
-    assert train(model, 20) == pytest.approx(train(theirs, 20), abs=1e-4)
-
-    save_adapter(model, "ours")
-    again = peft.PeftModel.from_pretrained(build(), "ours").eval()
-    close(logits(again), logits(model))
-    unmerged, W0 = logits(model), wrappers(model)[0].weight.detach().clone()
+def test_dora_as_a_subclass_merges_and_is_told_from_lora(build, target):
+    """That it trains and is saved as PEFT's does, the adapter files' first test shows."""
+    model = build()
+    inject_lora(model, LoRAConfig(r=4, alpha=8, targets=target), DoRALinear)
+    perturb(model)
+    unmerged = logits(model)
     close(logits(merge_lora(model)), unmerged)
-    assert torch.equal(wrappers(unmerge_lora(model))[0].weight, W0)
-    refused("use_dora = True is not supported", load_adapter, build(), "ours")
+    assert torch.equal(logits(unmerge_lora(model)), unmerged)
+    save_adapter(model, "dora")
+    load_adapter(again := build(), "dora", DoRALinear)
+    assert torch.equal(logits(again), unmerged)
+    refused("use_dora = True is not supported", load_adapter, build(), "dora")
     saved("plain", build, targets=target)
     refused("use_dora = None is not supported", load_adapter, build(), "plain", DoRALinear)
     assert "dora" not in Path(lora.__file__).read_text(encoding="utf8").lower()
@@ -450,8 +427,7 @@ def test_dora_as_a_subclass_has_losses_and_files_of_peft(build, target):
 @cases("bad", [dict(r=0), dict(r=1.5), dict(r=True), dict(alpha=0), dict(alpha=math.nan),
                dict(dropout=1.0), dict(targets=()), dict(rslora="false")])
 def test_config_refuses_values_out_of_range(bad):
-    field, value = next(iter(bad.items()))
-    refused(rf"^{field} = {re.escape(repr(value))} is out of range$", lambda: LoRAConfig(**bad))
+    refused(f"^{next(iter(bad))} = .* is out of range$", lambda: LoRAConfig(**bad))
 
 
 def tied_by_hand():
@@ -473,19 +449,9 @@ def test_targets_match_whole_names(build, options, names):
     assert inject_lora(build(), LoRAConfig(**options)) == names
 
 
-def tied():
-    return llama(tie_word_embeddings=True)
-
-
-def offloaded(part):
+def offloaded():
     model = llama()
-    model.get_submodule(part).to("meta")
-    return model
-
-
-def packed_head():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = nn.Parameter(torch.zeros(8, dtype=torch.uint8), False)  # by another library
+    model.lm_head.to("meta")
     return model
 
 
@@ -502,160 +468,90 @@ def distilbert():
 @cases("build, options, message", [
     (SmallGPT, dict(targets=("q_proj", "q_porj")),
      "'q_porj' matches no layer.*: eq_proj, lm_head, mlp, q_proj, v_proj"),
-    (SmallGPT, dict(also_train="head"), "'head' matches no"),
-    (SmallGPT, dict(targets=("0.v_proj", "mlp"), also_train="mlp"), "'mlp' matches no"),
     (lambda: nn.Linear(8, 8), dict(targets="all-linear"), "no linear layer"),
-    (tied, dict(targets=("q_proj", "lm_head")), "lm_head shares a weight.*leave it out"),
-    (tied, dict(also_train="lm_head"), "lm_head shares a weight.*leave it out"),
-    (lambda: offloaded("model.layers.1"), {}, "offloaded"),
-    (lambda: offloaded("lm_head"), dict(also_train="lm_head"), "offloaded"),
+    (lambda: llama(tie_word_embeddings=True), dict(targets=("q_proj", "lm_head")), "leave it out"),
+    (offloaded, dict(also_train="lm_head"), "offloaded"),
     (distilbert, DISTILBERT | dict(also_train="classifier"), "pre_classifier.*add it"),
     (lambda: in_dtype(roberta(), "nf4"), HEAD, "buffers"),
-    (packed_head, dict(targets="0", also_train="1"), "weights that are no floats"),
     (lambda: nn.DataParallel(llama()), {}, "inject first, then wrap"),
     (lambda: sharded(SmallGPT()), {}, "inject first, then wrap"),
     (lambda: injected(llama), {}, "strip_lora")])
 def test_what_cannot_be_adapted_is_refused_with_the_model_untouched(build, options, message):
     """Each would change another layer too, be lost on saving, or train nothing."""
     model = build()
-    trains = [parameter.requires_grad for parameter in model.parameters()]
+    before = [(name, p.requires_grad) for name, p in model.named_parameters()]
     refused(message, inject_lora, model, LoRAConfig(**options))
-    assert [parameter.requires_grad for parameter in model.parameters()] == trains
-    assert bool([*lora_layers(model)]) == (message == "strip_lora")
+    assert [(name, p.requires_grad) for name, p in model.named_parameters()] == before
 
 
 def test_layers_are_known_by_their_class():
     """Another Conv1D, and layers that are read but never called, must be left alone."""
     conv = type("Conv1D", (nn.Conv1d,), {})(8, 8, 3)  # not that of transformers
-    linear, packed = nn.Linear(4, 4), nn.Linear(4, 4)
-    packed.weight = nn.Parameter(torch.zeros(8, dtype=torch.uint8), False)  # by another library
-    model = nn.Sequential(conv, nn.Embedding(8, 4), nn.TransformerEncoderLayer(8, 2, 16), linear,
-                          linear, packed)
-    head = model.append(nn.Linear(4, 4))[-1]
+    shared, head = nn.Linear(4, 4), nn.Linear(4, 4)
+    model = nn.Sequential(conv, nn.TransformerEncoderLayer(8, 2, 16), shared, shared, head)
     model.get_output_embeddings = lambda: head
-    assert inject_lora(model, LoRAConfig(targets="all-linear")) == ["3", "5"]
-    assert model[3] is model[4] is not linear  # one layer in two places stays one
-    refused("cannot merge into this Linear", merge_lora, model)
+    assert inject_lora(model, LoRAConfig(targets="all-linear")) == ["2"]
+    assert model[2] is model[3] is not shared  # one layer in two places stays one
 
 
-MIXTURES = {
-    "phimoe": dict(num_local_experts=2),
-    "jetmoe": dict(kv_channels=8, num_local_experts=6, num_experts_per_tok=2),
-    "afmoe": dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24,
-                  num_dense_layers=1),
-    "hunyuan_v1_moe": dict(num_experts=6, moe_topk=2)}
+def test_all_linear_leaves_out_routers():
+    """What chooses the experts must not be adapted; the gate of a SwiGLU must be."""
+    def linear():
+        return nn.Linear(8, 8)
 
-
-@cases("kind", MIXTURES)
-def test_all_linear_leaves_out_routers(kind):
-    """What chooses the experts must not be adapted, whatever its name."""
-    with torch.device("meta"):
-        names = inject_lora(causal(kind, **MIXTURES[kind]), LoRAConfig(targets="all-linear"))
-    assert len(names) >= 2
-    assert not [name for name in names if "router" in name or name.endswith(("gate", "gate.wg"))]
-
-
-def test_a_gate_without_experts_is_adapted():
-    """A SwiGLU's gate must be: it multiplies, and chooses no expert."""
-    block = nn.ModuleDict({"gate": nn.Linear(8, 8), "up": nn.Linear(8, 8)})
-    assert inject_lora(block, LoRAConfig(targets="all-linear")) == ["gate", "up"]
-    block = nn.ModuleDict({"gate": nn.Linear(8, 8), "experts": nn.ModuleList([nn.Linear(8, 8)])})
-    assert inject_lora(block, LoRAConfig(targets="all-linear")) == ["experts.0"]
+    model = nn.ModuleDict({
+        "router": linear(), "choice": type("TopKRouter", (nn.Linear,), {})(8, 8),
+        "moe": nn.ModuleDict({"gate": linear(), "experts": nn.ModuleList([linear()])}),
+        "mlp": nn.ModuleDict({"gate": linear(), "up": linear()})})
+    names = inject_lora(model, LoRAConfig(targets="all-linear"))
+    assert names == ["moe.experts.0", "mlp.gate", "mlp.up"]
 
 
 def test_layers_that_mamba_does_not_call_are_left_out():
-    """dt_proj's weight is read, others' by CUDA kernels: what is adapted must get a gradient."""
     model = make("mamba", vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
     names = inject_lora(model, LoRAConfig(r=2, targets="all-linear"))
     train(model, 2)
-    assert names and all(layer.lora_B.any() for layer in wrappers(model))
-    strip_lora(model)
-    for name in ("dt_proj", "x_proj", "out_proj"):
-        refused(f"'{name}' matches no", inject_lora, model, LoRAConfig(targets=name))
+    assert all(layer.lora_B.any() for layer in wrappers(model))
+    assert {name.split(".")[-1] for name in names} == {"in_proj"}
 
 
-def test_a_compiled_layer_is_adapted_and_its_wrapper_swapped():
-    """Compiling keeps a reference to the layer, which must not stay in use."""
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    x, base = torch.randn(3, 8), copy.deepcopy(model)
-    model[0] = torch.compile(model[0], backend="eager")  # before injecting, and after
-    inject_lora(model, LoRAConfig(r=2, targets=("0", "1")))
+@pytest.mark.filterwarnings("error")
+def test_what_would_train_badly_or_be_lost_is_warned_of():
+    with pytest.warns(match="classifier.* trains in 16 bits"):
+        inject_lora(roberta().half(), LoRAConfig(**HEAD))
+    for training in (True, False):  # statistics stand still in eval mode
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train(training)
+        with pytest.warns(match="BatchNorm") if training else nullcontext():
+            inject_lora(model, LoRAConfig(targets="0"))
+
+
+def test_a_compiled_layer_is_adapted_swapped_and_saved_under_its_own_name():
+    model, base = SmallGPT(), logits(SmallGPT())
+    first, second = model.blocks
+    first["mlp"] = torch.compile(first["mlp"], backend="eager")  # before injecting, and after
+    assert len(inject_lora(model, LoRAConfig(r=2, targets=("q_proj", "mlp")))) == 4
     perturb(model)
-    model[1] = torch.compile(model[1], backend="eager")
-    adapted = model(x)
-    assert relative_error(adapted, base(x)) > 0.1
+    second["mlp"] = torch.compile(second["mlp"], backend="eager")
+    adapted = logits(model)
+    assert relative_error(adapted, base) > 0.1
     with disable_lora(model):
-        assert torch.equal(model(x), base(x))
-    close(merge_lora(model)(x), adapted)
-    assert torch.equal(unmerge_lora(model)(x), adapted)
-
-
-def test_a_head_in_16_bits_is_a_warning():
-    """Small updates to it round away."""
-    with pytest.warns(match="^classifier trains in 16 bits"):
-        inject_lora(roberta().bfloat16(), LoRAConfig(**HEAD))
-
-
-def test_parallel_models_are_wrapped_after_injection():
-    """DDP would not synchronise a later adapter; saving from inside must work."""
-    model = saved(".")
-    before, parallel = weights("."), nn.DataParallel(model)
-    refused("no layer here has a name as in base_model", load_adapter, parallel, ".")
-    save_adapter(parallel, ".")
-    assert same_bits(weights("."), before)
-    refused("each process holds a part", save_adapter, sharded(model), ".")
-
-
-def test_compiled_blocks_stay_out_of_the_names():
-    """What is saved from a model compiled in whole or in part must load into a plain one."""
-    model = injected(llama)
-    before = adapter_state_dict(model)
-    for i in range(2):
-        model.model.layers[i] = torch.compile(model.model.layers[i], backend="eager")
-    save_adapter(torch.compile(model, backend="eager"), ".")
-    load_adapter(plain := llama(), ".")
-    assert same_bits(adapter_state_dict(plain), before)
-    load_adapter(model, ".")
-    close(logits(model), logits(plain))
+        assert torch.equal(logits(model), base)
+    close(logits(merge_lora(model)), adapted)
+    assert torch.equal(logits(unmerge_lora(model)), adapted)
+    save_adapter(nn.DataParallel(torch.compile(model, backend="eager")), ".")
+    load_adapter(plain := SmallGPT(), ".")
+    close(logits(plain), adapted)
 
 
 # --- lora.py: merged, switched off, taken off ---
 
-@cases("build, options", [(llama, {}), (gpt2, dict(targets="c_attn")), (roberta, HEAD)])
-@cases("dtype", [*DTYPES, "nf4"])
-def test_disable_is_the_base_also_after_an_exception(build, options, dtype):
-    """Inside, logits must be the base's to the bit, heads too; afterwards the adapter's."""
-    if dtype == "nf4" and build is roberta:
-        options = options | dict(also_train=())
-    model = injected(lambda: in_dtype(build(), dtype), **options)
-    adapted, base = logits(model), logits(in_dtype(build(), dtype))
-    assert not torch.equal(adapted, base)
-    with pytest.raises(KeyError), disable_lora(model):
-        assert torch.equal(logits(model), base)
-        raise KeyError
-    assert torch.equal(logits(model), adapted)
-    assert torch.equal(logits(strip_lora(model)), base)
-    assert same_bits(bits(model), bits(in_dtype(build(), dtype)))
-
-
-def test_a_trained_head_stays_after_merging():
-    model = injected(roberta, **HEAD)
-    adapted = logits(model)
-    close(logits(strip_lora(merge_lora(model))), adapted)
-    assert model.state_dict().keys() == roberta().state_dict().keys()
-    inject_lora(model, LoRAConfig(**HEAD))  # nothing of the last adapter is in the way
-    close(logits(strip_lora(model)), adapted)
-
-
 @cases("state", ["merged", "off"])
 def test_no_wrapper_can_be_used_while_it_waits(state):
-    """Each would lose the adapter or apply it twice."""
     model = saved(".")
     with put_aside(model, state):
         calls = [(inject_lora, model, LoRAConfig()), (save_adapter, model, "."),
                  (load_adapter, model, "."), (adapter_state_dict, model),
-                 (disable_lora(model).__enter__,), (quantize_nf4, model),
-                 (dequantize_nf4, model)]
+                 (disable_lora(model).__enter__,), (quantize_nf4, model), (dequantize_nf4, model)]
         if state == "off":
             calls += [(merge_lora, model), (strip_lora, model)]
         before = logits(model)
@@ -664,128 +560,81 @@ def test_no_wrapper_can_be_used_while_it_waits(state):
         assert torch.equal(logits(model), before)
 
 
-def test_no_adapter_is_a_clear_error():
-    refused("no adapter.*inject_lora", merge_lora, llama())
-    refused("carries no adapter", save_adapter, llama(), ".")
-    with disable_lora(model := llama()):
-        assert torch.equal(logits(model), logits(llama()))
+@cases("call", [merge_lora, lambda model: save_adapter(model, ".")])
+def test_no_adapter_is_a_clear_error(call):
+    refused("no adapter.*inject_lora", call, llama())
 
 
 @cases("dtype", [torch.float32, "nf4"])
 @cases("state", ["merged", "off"])
 def test_casts_moves_and_modes_reach_what_waits(state, dtype):
-    """Afterwards all must be where and what it is in a model that stood there all along."""
-    model = injected(lambda: in_dtype(roberta(), dtype), targets="query", dropout=0.5)
-    W0 = wrappers(model)[0].weight.detach().clone()
+    """All but the adapter and 4-bit codes must follow, as if the wrappers had stood there."""
+    def build():
+        return injected(lambda: in_dtype(roberta(), dtype), targets="query", dropout=0.5)
+
+    model, wanted = build(), build().bfloat16()
     with put_aside(model, state):
         model.bfloat16().train()
-    unmerge_lora(model)
-    wanted = injected(lambda: in_dtype(roberta(), dtype), targets="query", dropout=0.5)
-    assert same_bits(bits(model), bits(wanted.bfloat16()))
-    if dtype == torch.float32:
-        assert torch.equal(wrappers(model)[0].weight, W0.bfloat16())  # cast once
+    assert same_bits(bits(unmerge_lora(model)), bits(wanted))
+    cast = {name.rpartition(".")[2] for name in changed(bits(model), bits(build()))}
+    assert cast.isdisjoint(["lora_A", "lora_B", "codes", "absmax", "pairs"])
     assert all(module.training for module in model.modules())
     with put_aside(model, state):
         model.to("meta")
     assert all(tensor.is_meta for tensor in bits(unmerge_lora(model)).values())
 
 
+@cases("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_merged_model_can_be_unmerged(duplicate):
+    model = injected(llama)
+    before, adapted = bits(model), logits(model)
+    twin = unmerge_lora(duplicate(merge_lora(model)))
+    assert same_bits(bits(twin), before) and torch.equal(logits(twin), adapted)
+    assert not wrappers(model)
+
+
 def test_a_head_is_cast_while_its_other_weights_wait():
-    """Trained and base's weights must both be in the model's dtype when it is their turn."""
+    """Both sets of weights must be in the model's dtype, and stay the optimizer's parameters."""
     model = injected(roberta, **HEAD).bfloat16()
-    adapted = logits(model)
+    adapted, before = logits(model), [p for p in model.parameters() if p.requires_grad]
     with disable_lora(model):
         assert torch.equal(logits(model), logits(roberta().bfloat16()))
         model.float()
-    assert torch.equal(logits(model.bfloat16()), adapted)
-
-
-def test_parameters_stay_the_same_for_the_optimizer():
-    model = injected(roberta, **HEAD)
-    before = {name: p for name, p in model.named_parameters() if p.requires_grad}
     unmerge_lora(merge_lora(model))
-    with disable_lora(model.bfloat16()):
-        model.float()
-    after = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert before.keys() == after.keys() and all(after[name] is before[name] for name in before)
+    after = [p for p in model.parameters() if p.requires_grad]
+    assert all(a is b for a, b in zip(after, before, strict=True))
+    assert torch.equal(logits(model.bfloat16()), adapted)
 
 
 @cases("dtype", [torch.float32, "nf4"])
 def test_hooks_fire_once_a_call_in_every_state(dtype):
-    """Registered before injecting, they must fire once, and go when they are removed."""
-    model, calls = in_dtype(gpt2(), dtype), []
-    attention = model.transformer.h[0].attn.c_attn
-    handles = [attention.register_forward_hook(lambda *_: calls.append("forward")),
-               attention.register_forward_pre_hook(lambda *_: calls.append("before"))]
-    if dtype == "nf4":
-        dequantize_nf4(model)
-        quantize_nf4(model)
+    """Registered before quantising and injecting, they must fire once, and go when removed."""
+    model, calls = gpt2(), []
+    layer = model.transformer.h[0].attn.c_attn
+    handle = layer.register_forward_hook(lambda *_: calls.append("fired"))
 
     def fired():
         calls.clear()
         logits(model)
-        return sorted(calls)
+        return len(calls)
 
-    inject_lora(model, LoRAConfig(targets="c_attn"))
-    states = [fired()]
-    merge_lora(model)
-    states.append(fired())
-    unmerge_lora(model)
-    states.append(fired())
+    inject_lora(in_dtype(model, dtype), LoRAConfig(targets="c_attn"))
+    for change in (unmerge_lora, merge_lora, unmerge_lora):
+        change(model)
+        assert fired() == 1
     with disable_lora(model):
-        states.append(fired())
-    assert states == [["before", "forward"]] * 4
-    for handle in handles:
-        handle.remove()
-    assert not fired()
-    merge_lora(model)
-    assert not fired()
-
-
-def test_a_hook_on_a_wrapper_keeps_it_from_being_merged():
-    """It would not run while merged, and what it does to the output would be lost in silence."""
-    model = injected(SmallGPT, targets="mlp")
-    handle = wrappers(model)[1].register_forward_hook(lambda module, args, output: 2 * output)
-    hooked = logits(model)
-    refused("has a forward hook", merge_lora, model)
-    assert torch.equal(logits(model), hooked)
+        assert fired() == 1
     handle.remove()
-    merge_lora(model)
+    assert fired() == 0
+    wrappers(model)[0].register_forward_hook(lambda module, args, output: 2 * output)
+    refused("has a forward hook", merge_lora, model)  # it would not run while merged
 
 
-class Louder(nn.Linear):
-    def forward(self, x):
-        return 1.015 * super().forward(x)
-
-
-class Pair(nn.Linear):
-    def forward(self, x):
-        return super().forward(x), None
-
-
-class Masked(nn.Linear):
-    """Its weight is zero already where the mask will cut the update."""
-
-    def __init__(self, mask):
-        super().__init__(*mask.T.shape)
-        self.mask = mask
-        self.weight.data *= mask
-
-    def forward(self, x):
-        return F.linear(x, self.weight * self.mask, self.bias)
-
-
-class Cached(nn.Linear):
-    """It computes with a copy of its first weight."""
-
-    def forward(self, x):
-        self.copy = vars(self).get("copy", self.weight.data.clone())
-        return F.linear(x, self.copy, self.bias)
-
-
-class Turned(nn.Linear):
-    def forward(self, x):
-        return x @ self.weight[:3]
+def custom(forward):
+    """Return a layer whose forward is another one, and whose weight a triangular mask fits."""
+    layer = type("Custom", (nn.Linear,), {"forward": forward})(16, 16)
+    layer.weight.data.tril_()
+    return layer
 
 
 def doubled():
@@ -794,53 +643,46 @@ def doubled():
     return layer
 
 
-def empty():
-    """What ZeRO leaves in the place of a weight."""
-    layer = nn.Linear(16, 16)
-    layer.weight.data = torch.empty(0)
-    return layer
-
-
-TRIANGLE, TWO_BLOCKS = torch.ones(16, 16).tril(), torch.block_diag(*torch.ones(2, 8, 8))
-
-
-@cases("base", [lambda: Louder(16, 16), lambda: Pair(16, 16), doubled, lambda: Masked(TRIANGLE),
-                lambda: Masked(TWO_BLOCKS), lambda: Cached(16, 16), lambda: Turned(16, 16),
-                lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
-                lambda: nn.Linear(16, 16, device="meta"), empty])
+@cases("base", [
+    doubled, lambda: custom(lambda self, x: F.linear(x, 1.015 * self.weight, self.bias)),
+    lambda: custom(lambda self, x: F.linear(x, self.weight.tril(), self.bias)),
+    lambda: custom(lambda self, x: (F.linear(x, self.weight, self.bias), None)),
+    lambda: custom(lambda self, x: x @ self.weight[:3]),
+    lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
+    lambda: nn.Linear(16, 16, device="meta")])
 def test_merging_refuses_what_is_no_plain_product(base):
-    """W0 + s B A would compute something else there: nothing must be merged."""
     model = injected(SmallGPT, targets="mlp")
     wrappers(model)[1].base = base()
     refused("cannot merge into this", merge_lora, model)
     assert len(wrappers(model)) == 2 and not lora.modules_with(model, "lora_waiting")
 
 
-def test_a_base_of_zeros_is_a_plain_product():
-    """Its output is x W^T, all zero: merging must give the update alone."""
-    base = nn.Linear(16, 16, bias=False)
-    nn.init.zeros_(base.weight)
-    model = nn.Sequential(base)
-    inject_lora(model, LoRAConfig(r=2, targets="0"))
-    perturb(model)
-    update = model[0].delta()
-    assert torch.equal(merge_lora(model)[0].weight, update)
+@cases("value, dtype", [(math.nan, torch.float32), (1e6, torch.float16)])
+def test_a_merged_weight_that_is_not_finite_is_refused(value, dtype):
+    model = injected(lambda: llama().to(dtype))
+    before = bits(model)
+    wrappers(model)[2].lora_A.data[:] = value
+    refused("a merged weight is NaN or infinite", merge_lora, model)
+    assert changed(bits(model), before) == {"model.layers.1.self_attn.q_proj.lora_A"}
+
+
+def off_and_on(model):
+    with disable_lora(model):
+        pass
 
 
 @cases("dtype", [torch.float32, "nf4"])
-@cases("change", [merge_lora, unmerge_lora, lambda model: disable_lora(model).__enter__()])
+@cases("change", [merge_lora, unmerge_lora, off_and_on])
 def test_after_an_interrupt_at_any_line_all_can_be_had_back(change, dtype):
     """As by Ctrl-C or out of memory, in each function of lora.py that changes a state."""
     model = injected(lambda: in_dtype(SmallGPT(), dtype), targets="mlp")
     before, adapted = bits(model), logits(model)
-    codes = [function.__code__ for function in (
-        merge_lora.__wrapped__, disable_lora.__wrapped__, lora.merge_layer, lora.replace_modules,
-        unmerge_lora)]
+    names = ["merge_lora", "disable_lora", "merge_layer", "replace_modules", "unmerge_lora"]
     interrupted = left = 0
 
     def interrupt(frame, event, arg):
         nonlocal left
-        if frame.f_code not in codes:
+        if frame.f_code.co_name not in names:
             return None
         left -= event == "line"
         if left == 0:
@@ -865,30 +707,6 @@ def test_after_an_interrupt_at_any_line_all_can_be_had_back(change, dtype):
         finally:
             sys.settrace(None)
     assert interrupted > 20
-
-
-@cases("dtype", [torch.float32, torch.bfloat16, "nf4"])
-def test_compiled_copied_and_pickled_models_agree(dtype):
-    """Outputs must be equal; what is done to a copy must not touch the model."""
-    model = injected(lambda: in_dtype(SmallGPT().eval(), dtype), dropout=0.5)
-    unmerged = logits(model)
-    close(logits(torch.compile(model, backend="eager")), unmerged)
-    merged = logits(merge_lora(model))
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(logits(twin), merged)
-        assert torch.equal(logits(unmerge_lora(twin)), unmerged)
-        perturb(twin)
-        assert torch.equal(logits(model), merged)
-
-
-@cases("dtype", [torch.float32, "nf4"])
-def test_a_cast_keeps_the_adapter_in_float32_and_the_codes(dtype):
-    model = injected(lambda: in_dtype(llama(), dtype))
-    before, after = bits(model), bits(model.half())
-    for name in before:
-        if name.endswith((".lora_A", ".lora_B", ".codes", ".absmax", ".pairs")):
-            assert torch.equal(before[name], after[name])
-    assert logits(model).dtype == logits(merge_lora(model)).dtype == torch.float16
 
 
 def saved_for_backward(function, but=()):
@@ -920,9 +738,8 @@ def test_copies_of_the_adapter_go_back():
     model = injected(roberta, **HEAD)
     before = adapter_state_dict(model)
     perturb(model)
-    assert changed(adapter_state_dict(model), before) == before.keys()
     wrappers(model)[0].lora_A.requires_grad_(False)  # a frozen A belongs to the adapter too
-    assert adapter_state_dict(model).keys() == before.keys()
+    assert changed(adapter_state_dict(model), before) == before.keys()
     model.load_state_dict(before, strict=False)
     assert same_bits(adapter_state_dict(model), before)
 
@@ -947,99 +764,97 @@ def edit_tensors(change):
     safetensors.torch.save_file(tensors, WEIGHTS)
 
 
+@cases("build, options, layer", [
+    (llama, dict(target_modules=r".*layers\.1\..*\.(q|v)_proj", use_rslora=True), LoRALinear),
+    (llama, dict(target_modules=["q_proj", "nosuch"], layers_to_transform=0), LoRALinear),
+    (llama, dict(target_modules="all-linear", modules_to_save=["embed_tokens", "lm_head"]),
+     LoRALinear),
+    (llama, dict(target_modules=["q_proj", "lm_head"]), LoRALinear),
+    (gpt2, dict(target_modules=["c_attn"]), LoRALinear),
+    (roberta, dict(target_modules=["query", "value"], task_type="SEQ_CLS"), LoRALinear),
+    (llama, dict(target_modules=["q_proj"], use_dora=True), DoRALinear),
+    (gpt2, dict(target_modules=["c_attn"], use_dora=True), DoRALinear)])
+def test_adapters_are_read_both_ways_and_train_as_those_of_peft(build, options, layer, peft):
+    """Logits must agree before and after 20 AdamW steps, whose losses are within 1e-4."""
+    config = peft.LoraConfig(r=4, lora_alpha=8, **options)
+    theirs = peft.get_peft_model(build(), config).eval()
+    perturb(theirs)
+    theirs.save_pretrained(".")
+    load_adapter(model := build(), ".", layer)
+    close(logits(model), logits(theirs))
+    assert train(model, 20) == pytest.approx(train(theirs, 20), abs=1e-4)
+    save_adapter(model, "ours")
+    again = peft.PeftModel.from_pretrained(build(), "ours").eval()
+    close(logits(again), logits(model))
+    adapted = [name for name, _ in again.named_parameters() if "lora_A" in name]
+    assert len(adapted) == len(wrappers(model))  # no other layer has an ending of target_modules
+
+
 @cases("build, first, second", [
     (llama, {}, dict(targets="all-linear", rslora=True)), (roberta, HEAD, dict(targets="dense")),
     (roberta, HEAD | dict(also_train=("classifier", "classifier.dense")), HEAD),
-    (gpt2, dict(targets=("c_attn", "c_fc")), dict(targets="c_proj")),
-    (SmallGPT, dict(r=numpy.int64(2), alpha=numpy.float32(4)), dict(targets="0.q_proj"))])
+    (gpt2, dict(r=numpy.int64(2), alpha=numpy.float32(4), targets="c_fc"), dict(targets="c_proj"))])
 def test_a_loaded_adapter_is_exact_and_replaces_any_other(build, first, second):
     """Bits and config must come back; a replaced head goes back to its start."""
-    folders = ["first", "second"]
-    both = [saved(folder, build, **o) for folder, o in zip(folders, (first, second))]
     model = build()
-    for folder, wanted in zip(folders * 2, both * 2):
-        config, loaded = wrappers(wanted)[0].config, load_adapter(model, folder)
+    for options in (first, second, first):
+        wanted = saved("adapter", build, **options)
+        config, loaded = wrappers(wanted)[0].config, load_adapter(model, "adapter")
         assert dataclasses.replace(loaded, targets=config.targets) == config
         assert same_bits(bits(model), bits(wanted))
         assert torch.equal(logits(model), logits(wanted))
         assert torch.equal(logits(strip_lora(copy.deepcopy(model))), logits(build()))
         save_adapter(model, "again")
-        assert adapter_config("again") == adapter_config(folder)
+        assert adapter_config("again") == adapter_config("adapter")
         # PEFT 0.6 and 0.7 refuse the key.
         assert ("use_rslora" in adapter_config("again")) == config.rslora
-    assert sorted(os.listdir(folder)) == [CONFIG, WEIGHTS]
+    assert sorted(os.listdir("again")) == [CONFIG, WEIGHTS]
 
 
 def test_loading_over_an_adapter_of_the_same_kind_keeps_its_parameters():
     """An optimizer that was made before must go on training them; another kind gets new ones."""
-    saved("same", roberta, **HEAD)
     model = roberta()
     inject_lora(model, LoRAConfig(r=4, alpha=8, **HEAD))
     before = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    load_adapter(model, "same")
-    assert same_bits(adapter_state_dict(model), adapter_state_dict(injected(roberta, **HEAD)))
-    assert all(p is before[name] for name, p in model.named_parameters() if p.requires_grad)
-    for name, options in (("alpha", dict(alpha=9)), ("dropout", dict(dropout=0.1)),
-                          ("head", dict(also_train="classifier.dense")), ("r", dict(r=2))):
-        wanted = saved(name, roberta, **HEAD | options)
-        load_adapter(model, name)
-        assert same_bits(adapter_state_dict(model), adapter_state_dict(wanted))
-        assert torch.equal(logits(model), logits(wanted))
-        assert not {id(p) for p in model.parameters()} & {id(p) for p in before.values()}, name
-        load_adapter(model, "same")
+    for alpha in (8, 9):
+        wanted = saved("adapter", roberta, alpha=alpha, **HEAD)
+        load_adapter(model, "adapter")
+        assert same_bits(bits(model), bits(wanted)) and torch.equal(logits(model), logits(wanted))
+        kept = [name for name, p in model.named_parameters() if p is before.get(name)]
+        assert kept == [*before] * (alpha == 8)
 
 
-@cases("build, options, targets", [
-    (llama, dict(targets="1.self_attn.q_proj"), ["model.layers.1.self_attn.q_proj"]),
-    (SmallGPT, dict(targets="all-linear"), ["eq_proj", "mlp", "q_proj", "v_proj"])])
-def test_targets_are_written_as_endings_where_these_say_the_same(build, options, targets):
-    """PEFT finds every layer whose name ends so: then full names must be written."""
+def t5():
+    config = AutoConfig.for_model("t5", vocab_size=64, d_model=32, d_ff=48, num_layers=1, d_kv=8)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+@cases("build, options, task", [
+    (llama, {}, "CAUSAL_LM"), (distilbert, DISTILBERT, "SEQ_CLS"), (SmallGPT, {}, None),
+    (roberta, dict(targets="query"), None),  # for SEQ_CLS PEFT wants the head in the file
+    (t5, dict(targets="q"), "SEQ_2_SEQ_LM")])
+def test_the_task_is_written_for_the_auto_classes_of_peft(build, options, task):
     saved(".", build, **options)
-    assert adapter_config()["target_modules"] == targets
+    assert adapter_config()["task_type"] == task
 
 
-@cases("kind, options, task", [
-    ("llama", {}, "CAUSAL_LM"), ("roberta", HEAD, "SEQ_CLS"),
-    ("roberta", dict(targets="query"), None),  # for SEQ_CLS PEFT wants the head in the file
-    ("distilbert", DISTILBERT, "SEQ_CLS"), ("t5", dict(targets="q"), "SEQ_2_SEQ_LM")])
-def test_auto_classes_of_peft_open_what_is_saved(kind, options, task):
-    """task_type must be the one by which PEFT chooses the model's class; logits must agree."""
-    peft = pytest.importorskip("peft")
-    if kind == "t5":
-        config = AutoConfig.for_model("t5", vocab_size=64, d_model=32, d_ff=48, num_layers=1,
-                                      num_heads=4, d_kv=8, decoder_start_token_id=0)
-        torch.manual_seed(0)
-        base = transformers.T5ForConditionalGeneration(config)
-    elif kind == "distilbert":
-        base = distilbert()
-    else:
-        base = make(kind, **SMALL)
-    base.save_pretrained("base")
-    model = type(base).from_pretrained("base").eval()
-    saved("a", lambda: model, **options)
-    assert adapter_config("a")["task_type"] == task
-    if task is None:
-        theirs = peft.PeftModel.from_pretrained(roberta(), "a").eval()
-        return close(logits(theirs), logits(model))
-    auto = {"CAUSAL_LM": peft.AutoPeftModelForCausalLM,
-            "SEQ_CLS": peft.AutoPeftModelForSequenceClassification,
-            "SEQ_2_SEQ_LM": peft.AutoPeftModelForSeq2SeqLM}[task]
-    theirs = auto.from_pretrained("a").eval()
-    more = dict(decoder_input_ids=IDS) if kind == "t5" else {}
-    close(theirs(input_ids=IDS, **more).logits, model(input_ids=IDS, **more).logits)
+def test_a_saved_classifier_opens_by_an_auto_class_of_peft(peft):
+    roberta().save_pretrained("base")
+    model = injected(lambda: AutoModelForSequenceClassification.from_pretrained("base"), **HEAD)
+    save_adapter(model.eval(), "adapter")
+    theirs = peft.AutoPeftModelForSequenceClassification.from_pretrained("adapter")
+    close(logits(theirs.eval()), logits(model))
 
 
 KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 BROKEN = {
     "peft_type = 'IA3'": lambda: edit_config(peft_type="IA3"),
-    r"\(4, 32\) in adapter_model.*\(8, 32\)": lambda: edit_config(r=8),
     f"\\({10**12}, 32\\) in the model": lambda: edit_config(r=10**12),  # and nothing is allocated
     "x.base_model.*missing in the model": lambda: edit_tensors(
         lambda t: t.update({f"x.{KEY}": t[KEY] + 1})),
     "q_proj.lora_B.*missing in adapter_model": lambda: edit_tensors(
         lambda t: t.pop(KEY.replace("_A", "_B"))),
-    "not finite": lambda: edit_tensors(lambda t: t[KEY].fill_(math.inf)),
-    "int64": lambda: edit_tensors(lambda t: t.update({KEY: t[KEY].long()}))}
+    "not finite": lambda: edit_tensors(lambda t: t[KEY].fill_(math.inf))}
 
 
 @cases("message", BROKEN)
@@ -1049,17 +864,15 @@ def test_a_broken_adapter_is_refused(message):
     refused(f"no adapter for this model.*{message}", load_adapter, llama(), ".")
 
 
-VALUES = [None, True, -1, 10**400, math.nan, "", "q_proj", [], [["q_proj"]], {}]
-
-
 def mutant(files, rng):
     """Return both files with one change: an option, a cut or a bit."""
     weights, config = map(bytearray, files)
     kind, part = rng.randrange(3), rng.choice([weights, config])
-    place = rng.randrange(min(len(part), 4000))  # the header of the weights, or their beginning
+    place = rng.randrange(min(len(part), 4000))  # of the weights mostly the header
     if kind == 0:
         options = json.loads(config)
-        options[rng.choice([*options, "use_dora", "exclude_modules"])] = rng.choice(VALUES)
+        options[rng.choice([*options, "use_dora", "exclude_modules"])] = rng.choice(
+            [None, True, -1, 10**400, math.nan, "", "q_proj", [], [["q_proj"]], {}])
         config = json.dumps(options).encode()
     elif kind == 1:
         del part[place:]
@@ -1069,7 +882,6 @@ def mutant(files, rng):
 
 
 def test_mutated_adapters_load_exactly_or_leave_the_model_alone():
-    """Of 1,000 each must load to the bit what it says, or be refused."""
     saved(".", SmallGPT)
     paths = Path(WEIGHTS), Path(CONFIG)
     whole, rng, loaded = [path.read_bytes() for path in paths], random.Random(0), 0
@@ -1096,7 +908,6 @@ def test_mutated_adapters_load_exactly_or_leave_the_model_alone():
 @pytest.mark.filterwarnings("error")
 @cases("there", [*DTYPES, "nf4"])
 def test_another_base_warns_and_another_dtype_does_not(there):
-    """The sample must tell another seed, and fit the same base in any dtype."""
     saved(".", SmallGPT)
     load_adapter(in_dtype(SmallGPT(), there), ".")
     with pytest.warns(match="another base"):
@@ -1107,15 +918,16 @@ def test_saving_refuses_what_would_not_load_again():
     inject_lora(model := llama(), LoRAConfig())
     with pytest.warns(match="B is still zero in model.layers.0"):
         save_adapter(model, ".")
-    model = saved(".")
-    before = Path(WEIGHTS).read_bytes()
     wrappers(model)[1].lora_A.data[0, 0] = math.nan
     refused("layers.0.self_attn.v_proj.lora_A.* NaN", save_adapter, model, ".")
     model.model.norm.requires_grad_(True)
     refused("model.norm.weight trains.*also_train", save_adapter, model, ".")
-    model.model.layers[1].mlp.up_proj = LoRALinear(model.model.layers[1].mlp.up_proj, LoRAConfig())
-    refused("one config and one class of layer", save_adapter, model, ".")
-    assert Path(WEIGHTS).read_bytes() == before
+    mlp = model.model.layers[1].mlp
+    plain = mlp.up_proj
+    for kind, config in ((LoRALinear, LoRAConfig(r=2)), (DoRALinear, LoRAConfig())):
+        mlp.up_proj = kind(plain, config)
+        refused("one config and one class of layer", save_adapter, model, ".")
+    refused("each process holds a part", save_adapter, sharded(model), ".")
 
 
 def test_an_interrupted_save_leaves_no_mixed_adapter(patch):
@@ -1130,53 +942,30 @@ def test_an_interrupted_save_leaves_no_mixed_adapter(patch):
     refused(CONFIG, load_adapter, model, ".")
 
 
-@cases("build, targets, options", [
-    (llama, r".*layers\.1\..*\.(q|v)_proj", dict(use_rslora=True)),
-    (llama, ["q_proj", "nosuch"], dict(layers_to_transform=0)),
-    (llama, ["q_proj"], dict(exclude_modules=["model.layers.0.self_attn.q_proj"])),
-    (llama, ["q_proj"], dict(modules_to_save=["embed_tokens", "lm_head"])),
-    (llama, ["q_proj", "lm_head"], {}),
-    (roberta, ["query"], dict(task_type="SEQ_CLS")),
-    (roberta, "all-linear", dict(task_type="SEQ_CLS"))])
-def test_adapters_that_peft_made_load_and_agree(build, targets, options):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, **options)
-    theirs = peft.get_peft_model(build(), config).eval()
-    perturb(theirs)
-    theirs.save_pretrained(".")
-    load_adapter(model := build(), ".")
-    close(logits(model), logits(theirs))
-
-
 @cases("dtype", DTYPES)
 def test_the_base_of_a_head_in_a_file_must_be_the_same(dtype):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
-    peft.get_peft_model(llama(), config).save_pretrained(".")
+    saved(".", targets="lm_head")
+    name, weight = "base_model.model.lm_head.base_layer.weight", llama().lm_head.weight.detach()
+    edit_tensors(lambda tensors: tensors.update({name: weight}))
     load_adapter(llama().to(dtype), ".")
-    base = "base_model.model.lm_head.base_layer.weight"
-    edit_tensors(lambda tensors: tensors[base].mul_(1.1))
+    edit_tensors(lambda tensors: tensors.update({name: 1.1 * weight}))
     refused("another base weight for lm_head", load_adapter, llama().to(dtype), ".")
 
 
-def test_every_option_of_peft_is_honoured_harmless_or_refused():
+def test_every_option_of_peft_is_honoured_harmless_or_refused(peft):
     """What changes the adapter must be refused by name, as must an option that is unknown."""
-    peft = pytest.importorskip("peft")
     model = saved(".")
-    fields = dataclasses.asdict(peft.LoraConfig(**adapter_config())) | {"nosuch": None}
+    fields = dataclasses.asdict(peft.LoraConfig(**adapter_config()))
     edit_config(**{key: value for key, value in fields.items() if isinstance(value, (int, str))})
     load_adapter(model, ".")  # the defaults change nothing
     refusals = """
         bias lora_bias use_dora use_qalora use_bdlora alora_invocation_tokens arrow_config
-        kasa_config monteclora_config velora_config rank_pattern alpha_pattern layer_replication
-        megatron_config trainable_token_indices target_parameters ensure_weight_tying loftq_config
-        corda_config lora_ga_config init_lora_weights nosuch""".split()
-    assert fields.keys() <= lora.ACCEPTED | set(refusals)
-    before = adapter_config()
-    for option in refusals:
+        rank_pattern alpha_pattern layer_replication megatron_config trainable_token_indices
+        target_parameters loftq_config corda_config init_lora_weights nosuch""".split()
+    for option in {*refusals} | {*fields} - lora.ACCEPTED:
+        saved(".")
         edit_config(**{option: "pissa"})
         refused(f"{option} = 'pissa' is not supported", load_adapter, model, ".")
-        edit_config(**{option: before.get(option)})
 
 
 # --- lora.py: a 4-bit base ---
@@ -1197,15 +986,6 @@ def test_nf4_takes_the_nearest_value_in_4_25_bits():
     assert torch.equal(NF4Linear(ragged).weight, ragged.weight)
 
 
-def test_nf4_codes_agree_with_bitsandbytes():
-    functional = pytest.importorskip("bitsandbytes.functional")
-    layer = linear(nn.Linear, 320, 256)
-    weight, packed = layer.weight.detach(), NF4Linear(layer)
-    codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    assert torch.equal(codes.flatten(), packed.codes)
-    close(packed.weight, functional.dequantize_4bit(codes, state), atol=3e-4)
-
-
 @cases("dtype", DTYPES)
 @cases("kind", [nn.Linear, Conv1D])
 def test_nf4_computes_and_differentiates_like_the_dense_layer(kind, dtype):
@@ -1220,13 +1000,10 @@ def test_nf4_computes_and_differentiates_like_the_dense_layer(kind, dtype):
 
 @cases("build", [llama, gpt2])
 def test_lora_over_nf4_trains_and_goes_back(build):
-    model, plain, config = build(), build(), LoRAConfig(r=4, targets="all-linear")
+    model, plain = build(), build()
     names, base = quantize_nf4(model), logits(model)
-    packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
-    assert len(packed) == len(names) and not any(p.requires_grad for layer in packed
-                                                 for p in layer.parameters())
     assert count_parameters(model)[1] == count_parameters(plain)[1]
-    assert inject_lora(model, config) == names
+    assert inject_lora(model, LoRAConfig(r=4, targets="all-linear")) == names
     before = bits(model)
     train(model, 3)
     assert changed(bits(model), before) == adapter_state_dict(model).keys()
@@ -1242,9 +1019,9 @@ def test_quantising_leaves_what_it_must():
     assert quantize_nf4(model, ()) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
     inject_lora(model, LoRAConfig())
     refused("quantise first", quantize_nf4, model)
-    own, damaged = type("Own", (nn.Linear,), {})(8, 8), nn.Linear(8, 8)
-    nn.init.constant_(damaged.weight, math.nan)
-    layers = nn.Sequential(own, damaged, *(nn.Linear(8, 8) for _ in range(4)))
+    layers = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+    layers[0].__class__ = type("Own", (nn.Linear,), {})
+    nn.init.constant_(layers[1].weight, math.nan)
     layers[2].weight = layers[3].weight
     prune.l1_unstructured(layers[4], "weight", 0.5)  # a hook computes it
     with pytest.warns(match="stays dense") as caught:
@@ -1255,7 +1032,6 @@ def test_quantising_leaves_what_it_must():
 # --- train_math.py: helpers ---
 
 ROW = list(range(10, 26))  # 16 token ids
-KEEP, RECOMPUTE = "--no-checkpoint-activations", "--checkpoint-activations"
 
 
 @pytest.fixture(scope="session")
@@ -1328,12 +1104,11 @@ def write_rows(name, *rows):
 # --- train_math.py: rows ---
 
 def test_rows_of_all_columns_and_kinds_of_file():
-    """Every pair of columns must come out as question and answer, text as it stands."""
     rows = [{"query": "2024-01-01", "response": "r"}, {"question": "q", "answer": "r\u2028s"},
-            {"prompt": "p", "completion": "c"}, {"instruction": "do", "output": "so"},
+            {"prompt": "p", "completion": "c"},
             {"instruction": "do", "input": "it", "output": "so"},
             {"instruction": "do", "context": "it", "output": None, "response": "so"}]
-    wanted = [("2024-01-01", "r"), ("q", "r\u2028s"), ("p", "c"), ("do", "so"), ("do\nit", "so"),
+    wanted = [("2024-01-01", "r"), ("q", "r\u2028s"), ("p", "c"), ("do\nit", "so"),
               ("do\nit", "so")]
     Path("x.json").write_text(json.dumps(rows))
     Path("x.jsonl").write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
@@ -1355,56 +1130,44 @@ def test_empty_answers_are_left_out_and_only_calculator_marks_removed(capsys):
     assert "x.jsonl: 4 rows, 2 without an answer left out" in capsys.readouterr().out
 
 
+USER, BOT = dict(role="user", content="1+1?"), dict(role="assistant", content="2")
+PAIR = dict(question="a", answer="b")
+
+
+@cases("row, message", [
+    (dict(text="a"), "has .'text'., expected messages or one of"),
+    (PAIR | dict(answer="\ud83d"), "surrogates"),
+    (PAIR | dict(context="c"), "has context, which is not read beside question"),
+    (dict(instruction="a", output="b", input=math.nan), "input is nan, expected text"),
+    (dict(messages=[]), "need an assistant turn that is not the first"),
+    (dict(messages=[BOT, USER, BOT]), "found .'assistant', 'user', 'assistant'."),
+    (dict(messages=[USER, BOT | dict(content=None)]), "content is None, expected text"),
+    (dict(messages=[USER, BOT], system="c", history=["d"], tools=["e"]),
+     "messages and system, history, tools cannot be used together"),
+    (dict(messages=[USER, BOT | dict(tool_calls=[1])]), "have tool_calls, which is not read"),
+    (dict(messages=[USER, BOT | dict(weight=0)]), "have weight, which is not read")])
+def test_a_row_that_is_not_understood_is_refused_with_its_place(row, message):
+    write_rows("x.jsonl", PAIR, row)
+    refused(f"--data x.jsonl: row 2: .*{message}", read_rows, "x.jsonl", "train")
+
+
 @cases("name, text, message", [
-    ("x.csv", "query,response\n", "no row"), ("x.csv", "query,response\n1,2,3\n", "row 1: it has"),
+    ("x.csv", "query,response\n1,2,3\n", "row 1: it has"),
     ("x.csv", 'question,answer\na,b\n1+1?,"two\n2+2?,4\n', "row 2: unexpected end"),
     ("x.jsonl", '{"question": "a", "answer": "b"}\n\n{broken\n', "row 2: Expecting"),
-    ("x.parquet", "PAR1", "Arrow"), ("x.tsv", "question\tanswer", "ends in .jsonl"),
-    ("x.json", '[{"query": 1, "response": "b"}]', "row 1: query is 1, expected text"),
-    ("x.json", '[{"instruction": "a", "input": NaN, "output": "b"}]', "row 1: input is nan"),
-    ("x.json", '[{"instruction": "a", "input": [1], "output": "b"}]', "row 1: input is .1."),
-    ("x.json", '[{"question": "a", "answer": 5}]', "row 1: answer is 5"),
-    ("x.json", '[{"question": "a", "answer": "\\ud83d"}]', "row 1: .*surrogates"),
-    ("x.json", '[{"text": "a"}]', "row 1: it has .'text'., expected messages or .*prompt/compl"),
-    ("x.json", '[{"question": "a", "answer": "b", "system": "c"}]', "row 1: .*as messages"),
-    ("x.json", '[{"instruction": "a", "output": "b", "history": [["c", "d"]]}]', "1: .*messages"),
-    ("x.json", '[{"question": "a", "answer": "b", "context": "c"}]', "context, which is not read"),
-    ("x.json", '[{"question": "a", "answer": "b", "messages": null}, {"messages": [{"role": "user",'
-     ' "content": "a"}, {"role": "assistant", "content": "b"}]}]', "beside rows of other columns"),
-    ("x.json", '[{"messages": "hello"}]', "row 1: messages is 'hello', expected a list"),
-    ("x.json", '[{"messages": [{"role": "assistant", "content": "a"}]}]', "row 1: .*not the first"),
-    ("x.json", '[{"messages": []}]', "row 1: messages need an assistant turn"),
-    ("x.json", '[{"messages": [{"role": "user", "content": "a"}, {"role": "bot"}]}]', "content is"),
-    ("x.json", '[{"messages": [{"role": "bot", "content": "a"}]}]', "row 1: .*found .'bot'."),
-    ("x.json", '[{"messages": [{"role": "assistant", "content": null}]}]', "row 1: content is Non"),
-    ("x.json", '[{"messages": [{"role": "user", "content": "a"}], "system": "b"}]', "and system"),
-    ("x.json", '[{"messages": [{"role": "user", "content": null, "tool_calls": [1]}]}]',
-     "have tool"),
-    ("x.json", '[{"messages": [{"role": "user", "content": "", "weight": 0}]}]', "have weight"),
-    ("x.json", '[{"messages": [{"role": "user", "content": "", "thinking": "b"}]}]', "have think"),
-    ("x.json", "[1]", "row 1: found 1, expected columns"), ("nothere.jsonl", None, "no such file")])
-def test_bad_data_is_one_clear_error(name, text, message):
-    if text is not None:
-        Path(name).write_text(text)
+    ("x.jsonl", json.dumps(PAIR) + "\n" + json.dumps(dict(messages=[USER, BOT])), "other columns"),
+    ("x.json", '[{"question": "a",\n"answer": "b"}\n{}]', "JSONDecodeError: .* line 3 column 1"),
+    ("x.jsonl", "\xff", "expected text in UTF-8")])
+def test_a_bad_file_is_one_clear_error(name, text, message):
+    Path(name).write_text(text, encoding="latin1")
     refused(f"--data {name}: .*{message}", read_rows, name, "train")
-
-
-def test_other_encodings_and_a_chat_without_its_template_are_refused():
-    Path("x.jsonl").write_text('{"question": "a", "answer": "b"}', encoding="utf-16")
-    refused("--data x.jsonl: expected text in UTF-8", read_rows, "x.jsonl", "train")
-    write_rows("x.jsonl", {"messages": TURNS})
-    refused("leave --no-chat out", read_table, "x.jsonl", "train", None, False)
 
 
 def test_subset_and_split_of_a_data_set_on_the_hub(patch):
     """GSM8K and GLUE need a subset; scores must come from the split asked for."""
     import datasets
-
-    def load_dataset(*what, split):
-        row = dict(question=f"{what} {split}", answer="1", sentence=f"{what} {split}", label=1)
-        return datasets.Dataset.from_list([row])
-    patch(HfApi, repo_info=lambda *_, **__: None)
-    patch(datasets, load_dataset=load_dataset)
+    patch(datasets, load_dataset=lambda *what, split: [
+        dict(question=f"{what} {split}", answer="1", sentence=f"{what} {split}", label=1)])
     assert read_rows("openai/gsm8k", "test") == [("('openai/gsm8k', 'main') test", "1")]
     assert read_rows("a/b", "train") == [("('a/b', None) train", "1")]
     assert train_sst2.read_sentences("a/glue", "test") == [("('a/glue', 'sst2') test", 1)]
@@ -1415,29 +1178,25 @@ def test_a_hub_that_cannot_be_reached_is_one_line(patch):
     import huggingface_hub.constants
     patch(huggingface_hub.constants, HF_HUB_OFFLINE=True)
     patch(datasets.config, HF_HUB_OFFLINE=True)
-    refused("--model a/b: no such file or folder, and the Hub cannot be reached", load_model,
-            "a/b", None, CPU)
-    refused("--data a/b: no such file or folder, and the Hub cannot be reached", read_rows, "a/b",
-            "train")
+    for flag, call in (("model", lambda: load_model("a/b", None, CPU)),
+                       ("data", lambda: read_rows("a/b", "train"))):
+        refused(f"--{flag} a/b: no such file or folder, and the Hub cannot be reached", call)
 
 
 def test_held_out_rows_stand_behind_the_training_rows_and_ask_something_else():
-    """Rephrasings of what a training row asks must be passed over, and counted."""
     rows = [Row(f"q{i}", "a", i, original) for i, original in enumerate("abcadbef")]
     assert hold_out(rows, 3, 2) == (rows[:3], [rows[4], rows[6]], 2)
     assert hold_out(rows, 99, 2) == (rows[:6], rows[6:], 0)  # a smaller file: its last ones
     assert hold_out(rows, 99, 0) == (rows, [], 0)
     with pytest.warns(match="no row is held out"):  # all are repeated
         assert [len(part) for part in hold_out(10 * rows, 60)[:2]] == [60, 0]
-    assert [len(part) for part in hold_out([Row("q", "a", i, i) for i in range(64)], 99)[:2]] == [
-        58, 6]
+    assert len(hold_out([Row("q", "a", i, i) for i in range(64)], 99)[1]) == 6  # a tenth
     refused("--val-samples 8 leaves nothing to train on", hold_out, rows, 99, 8)
 
 
-def test_the_original_question_is_what_metamathqa_calls_so():
-    """The turns of one conversation ask the same, whatever is answered; so do equal questions."""
-    chats = [[dict(role=role, content=text) for role, text in zip(("user", "assistant") * 2, said)]
-             for said in ("xyxy", "xzxz")]
+def test_rows_that_ask_the_same_are_known():
+    """By MetaMathQA's original question; the turns of one conversation, whatever is answered."""
+    chats = [[USER, BOT | dict(content=said), USER, BOT] for said in "xy"]
     write_rows("x.jsonl", dict(query="a", response="b", original_question="c"),
                dict(query="a", response="b"), *({"messages": chat} for chat in chats))
     first, second, *turns = read_table("x.jsonl", "train", chat=True)
@@ -1449,22 +1208,38 @@ def test_the_original_question_is_what_metamathqa_calls_so():
 
 # --- train_math.py: token ids ---
 
+def letters(template=None, merges=()):
+    """Return a tokenizer of letters and special tokens, with a chat template."""
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    words = [*special, "<unk>", *map(chr, range(32, 127)), "\n", "▁", ":▁"]
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {word: i for i, word in enumerate(words)}, [*merges], unk_token="<unk>"))
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        pad_token="</s>")  # pad == eos hides no target
+    tokenizer.add_special_tokens({"additional_special_tokens": special[2:]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 @cases("merges, space", [([], "▁"), ([(":", "▁")], "▁▁")])
 def test_training_masks_exactly_what_generation_is_given(merges, space):
     """A row must be the prompt's ids, the answer's and EOS, without a second space before it."""
-    words = ["<s>", "</s>", *sorted(set("Question:▁1+1?\nAnswer:▁2</s>")), ":▁"]
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({w: i for i, w in enumerate(words)}, merges))
+    tokenizer = letters(merges=merges)
+    inner = tokenizer.backend_tokenizer
     inner.normalizer = tokenizers.normalizers.Sequence([
         tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
     inner.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="</s>", pad_token="</s>")  # pad == eos hides no target
-    texts = [("1+1?", "2"), ("1+1+1?", "2</s>1")]
+    texts = [("1+1?", "2"), ("<s>1+1?</s>", "2</s>1")]  # what looks like a special token is text
     ids, rows, columns = collate(encode(texts, tokenizer, 512), "cpu")
     for i, (question, answer) in enumerate(texts):
         targets = columns[rows == i]
-        assert ids[i, :targets[0]].tolist() == encode_prompt(tokenizer, format_prompt(question))
+        prompt = ids[i, :targets[0]].tolist()
+        assert prompt == encode_prompt(tokenizer, format_prompt(question))
+        assert prompt.count(0) == 1 and 1 not in prompt
         assert tokenizer.convert_ids_to_tokens(ids[i, targets]) == [*space, *answer, "</s>"]
 
 
@@ -1472,48 +1247,38 @@ LLAMA_2 = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST
            "[/INST]{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}")
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-REWRITES = "{{ messages | length }}" + CHATML
 
 
-def letters(template):
-    """Return a tokenizer of letters and special tokens, with a chat template."""
-    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
-    words = [*special, "<unk>", *map(chr, range(32, 127)), "\n"]
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE(
-        {word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
-    inner.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.add_special_tokens({"additional_special_tokens": special[2:]})
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-TURNS = [dict(role="user", content="1+1?"), dict(role="assistant", content="2"),
-         dict(role="user", content="and 2+2?"), dict(role="assistant", content="4")]
-
-
-@cases("template, target", [(LLAMA_2, " 4 </s>"), (CHATML, "4<|im_end|>\n")])
+@cases("template, target", [(LLAMA_2, " 2 </s>"), (CHATML, "2<|im_end|>\n")])
 def test_ids_of_a_chat_are_those_of_the_template(template, target):
     """A row for each turn of the assistant; no second BOS or EOS; the target is the turn."""
-    tokenizer = letters(template)
-    write_rows("x.jsonl", {"messages": TURNS})
+    tokenizer, turns = letters(template), [USER, BOT, USER, BOT]
+    write_rows("x.jsonl", {"messages": turns})
     (first, _), (ids, prompt) = encode(read_table("x.jsonl", "train"), tokenizer, 512)
-    assert ids == tokenizer.apply_chat_template(TURNS, return_dict=False)
-    assert ids[:prompt] == tokenizer.apply_chat_template(TURNS[:3], add_generation_prompt=True,
+    assert ids == tokenizer.apply_chat_template(turns, return_dict=False)
+    assert ids[:prompt] == tokenizer.apply_chat_template(turns[:3], add_generation_prompt=True,
                                                          return_dict=False)
+    assert encode_prompt(tokenizer, turns[:3]) == ids[:prompt]  # what is scored
     assert "".join(tokenizer.convert_ids_to_tokens(ids[prompt:])) == target
-    assert first == tokenizer.apply_chat_template(TURNS[:2], return_dict=False)
+    assert first == tokenizer.apply_chat_template(turns[:2], return_dict=False)
+    refused("leave --no-chat out", read_table, "x.jsonl", "train", None, False)
+
+
+def test_an_answer_behind_an_answer_is_a_turn_of_its_own():
+    """The header of a turn is part of the prompt, never a target."""
+    tokenizer, turns = letters(CHATML), [USER, BOT, BOT]
+    write_rows("x.jsonl", {"messages": turns})
+    ids, prompt = encode(read_table("x.jsonl", "train"), tokenizer, 512)[1]
+    assert "".join(tokenizer.convert_ids_to_tokens(ids[prompt:])) == "2<|im_end|>\n"
 
 
 @cases("template, content, message", [
-    (CHATML, "a<|im_end|>", "special token <.im_end"), (CHATML, "a</s>", "special token </s>"),
-    (None, "a", "the tokenizer has no chat template"), (REWRITES, "a", "changes the prompt"),
+    (CHATML, "a<|im_end|>", "special token <.im_end"), (None, "a", "no chat template"),
+    ("{{ messages | length }}" + CHATML, "a", "changes the prompt"),
     ("{{ raise_exception('no system') }}", "a", "no system")])
 def test_a_chat_that_cannot_be_written_is_refused_with_its_row(template, content, message):
-    write_rows("x.jsonl", {"messages": TURNS},
-               {"messages": [TURNS[0], dict(role="assistant", content=content)]})
+    write_rows("x.jsonl", {"messages": [USER, BOT]},
+               {"messages": [USER, BOT | dict(content=content)]})
     rows = read_table("x.jsonl", "train")[-1:]
     refused(f"--data: row 2: .*{message}", encode, rows, letters(template), 512)
 
@@ -1523,10 +1288,10 @@ def test_a_template_that_writes_the_date_writes_the_same_on_every_day(patch):
     tokenizer, texts = letters("{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}"), set()
     for day in (1, 2):
         patch(transformers.utils.chat_template_utils, datetime=SimpleNamespace(now=lambda: day))
-        texts.add(train_math.chat_text(tokenizer, TURNS[:1], ask=True))
+        texts.add(train_math.chat_text(tokenizer, [USER], ask=True))
     assert texts == {"26 Jul 2024 1+1?"}
     tokenizer = letters("{{ raise_exception('no system') }}")
-    refused("the chat template: .*no system", encode_prompt, tokenizer, TURNS[:1])
+    refused("the chat template: .*no system", encode_prompt, tokenizer, [USER])
 
 
 def test_what_looks_like_a_special_token_in_a_text_is_text():
@@ -1537,13 +1302,6 @@ def test_what_looks_like_a_special_token_in_a_text_is_text():
     assert tokenizer.convert_ids_to_tokens(ids[prompt:-1]) == list(" <s>old</s> new")
 
 
-def test_rows_that_are_too_long_are_left_out_not_cut(tiny):
-    """max_length must count the EOS; what is left must be the same rows."""
-    _, tokenizer = load(tiny)
-    rows = read_rows(f"{tiny}/train.jsonl", "train")
-    whole = encode(rows, tokenizer, 512)
-    length = len(whole[5][0])
-    assert encode(rows, tokenizer, length) == [row for row in whole if len(row[0]) <= length]
 
 
 def test_batches_follow_from_seed_and_epoch_and_start_with_the_largest():
@@ -1567,41 +1325,28 @@ def test_a_process_of_torchrun_touches_its_own_gpu_alone(monkeypatch, patch):
     refused("--device meta: ", train_math.pick_device, "meta")
 
 
-def test_half_precision_without_units_has_to_be_asked_for(patch):
-    """There auto must be float32; another dtype by name must warn and obey."""
-    patch(torch.cpu, get_capabilities=dict)
-    assert train_math.pick_dtype("auto", CPU)[0] == torch.float32
-    with pytest.warns(match="--dtype bfloat16 is slow"):
-        assert train_math.pick_dtype("bfloat16", CPU)[0] == torch.bfloat16
-    patch(train_sst2, pick_device=lambda _: torch.device("mps"))
-    refused("on MPS", train_sst2.main, train_sst2.parse_args(["--checkpoint-activations"]))
-
-
 def test_models_are_loaded_as_asked_or_refused(tiny):
-    """transformers takes the checkpoint's dtype unless told."""
+    """transformers takes the checkpoint's dtype unless told, and puts an adapter on unasked."""
     model, tokenizer = load(tiny)
     for name, part in (("half", None), ("partial", {"lm_head.weight": model.lm_head.weight})):
         model.bfloat16().save_pretrained(name, state_dict=part)
         tokenizer.save_pretrained(name)
     for dtype in DTYPES:
-        model, _ = load_model("half", dtype, CPU, nf4=True)
-        assert model.dtype == dtype
+        assert load_model("half", dtype, CPU, nf4=True)[0].dtype == dtype
     tokenizer.eos_token = None
     tokenizer.save_pretrained("half")
-    saved("both", lambda: load(tiny)[0])  # transformers would load it, and put the adapter on
-    for name, words in (("./none", "no such"), ("partial", "model.embed"), ("half", "EOS"),
-                        ("both", "holds an adapter: .* --adapter")):
+    saved("both", lambda: model)
+    for name, words in (("partial", "model.embed"), ("half", "EOS"), ("both", "holds an adapter")):
         refused(f"--model {name}: .*{words}", load_model, name, torch.float32, CPU)
 
 
 def test_rows_beyond_the_positions_are_refused(tiny):
-    """Learned positions would end in an index error, rotary ones in nonsense."""
     model, tokenizer = load(tiny)
+    n = len(model.lm_head.weight)
     model.config.max_position_embeddings = 40
     refused("40 positions.*--max-new-tokens", complete, model, tokenizer, ["a"], 1, 40)
-    n = len(model.lm_head.weight)
-    train_math.check_ids(model, [[n - 1]], 39)
     refused(f"ids up to {n}", train_math.check_ids, model, [[n]])
+    train_math.check_ids(model, [[n - 1]], 39)
 
 
 # --- train_math.py: loss, attention ---
@@ -1627,14 +1372,12 @@ def test_loss_and_gradients_equal_the_full_computation(targets, at_once, tiny, p
 
 def test_logits_exist_a_chunk_at_a_time(tiny, patch):
     model, examples = adapted(tiny)
-    batch, kept = collate(examples[:8], "cpu"), []
+    batch, kept, seen = collate(examples[:8], "cpu"), [], []
+    model.lm_head.register_forward_hook(lambda _, args, out: seen.append(len(out)))
     for at_once in (2**22, 300):
         patch(train_math, LOGITS_AT_ONCE=at_once)
-        seen = []
-        handle = model.lm_head.register_forward_hook(lambda _, args, out: seen.append(len(out)))
         kept.append(saved_for_backward(lambda: batch_loss(model, batch), model.parameters()))
-        handle.remove()
-        assert max(seen) <= at_once // len(model.lm_head.weight)
+    assert max(seen[1:]) <= 300 // len(model.lm_head.weight) < seen[0]
     assert kept[0] == pytest.approx(kept[1], rel=0.05)  # no logits are among them
 
 
@@ -1649,27 +1392,21 @@ def test_accumulation_equals_one_big_batch(tiny):
             assert metrics(size)[0][key] == pytest.approx(metrics(8)[0][key], rel=1e-5)
 
 
-def test_held_out_loss_is_transformers_own_without_dropout(tiny):
-    """Per target, over batches of unequal length, and the mode must come back."""
+def test_held_out_loss_is_per_target_and_without_dropout(tiny):
+    """Over batches of unequal length it must be that of one batch, and the mode must come back."""
     model, examples = adapted(tiny, dropout=0.5)
-    total = targets = 0
-    for ids, prompt in examples[:7]:
-        labels = torch.tensor([[-100] * prompt + ids[prompt:]])
-        with torch.no_grad():
-            loss = model.eval()(input_ids=torch.tensor([ids]), labels=labels).loss
-        total, targets = total + float(loss) * (len(ids) - prompt), targets + len(ids) - prompt
-    ours = train_math.validation_loss(model.train(), examples[:7], 4)
-    assert ours == pytest.approx(total / targets, abs=1e-4) and model.training
+    batch = collate(examples[:7], "cpu")
+    ours = train_math.validation_loss(model, examples[:7], 4)
+    assert model.training
+    assert ours == pytest.approx(float(batch_loss(model.eval(), batch)) / len(batch[1]), rel=1e-5)
 
 
 @cases("kind, options, message", [
-    ("gemma2", {}, "not supported here"), ("granite", {"logits_scaling": 2.0}, "not supported"),
-    ("llama4_text", {"num_local_experts": 2}, "not supported here"),
-    ("llama", {"rms_norm_eps": math.nan}, "not supported here"),
-    ("electra", {"embedding_size": 16}, "not supported here"),
-    ("bert-generation", {}, "not causal"), ("rembert", {"output_embedding_size": 8}, "not")])
+    ("granite", {"logits_scaling": 2.0}, "scales or caps its logits"),
+    ("llama", {"rms_norm_eps": math.nan}, "scales or caps its logits"),
+    ("electra", {"embedding_size": 16}, "is not supported here"),
+    ("bert-generation", {}, "is not causal")])
 def test_unusual_heads_and_models_that_see_ahead_are_refused(kind, options, message):
-    """The loss would not be the model's own, or leak."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **SMALL | {"head_dim": 8} | options)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -1678,24 +1415,12 @@ def test_unusual_heads_and_models_that_see_ahead_are_refused(kind, options, mess
 
 @cases("kind, options", [
     ("gemma2", {"final_logit_softcapping": None}),  # attention's cap of 50: hardly seen here
-    ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}), ("gptj", {"rotary_dim": 8}),
-    ("doge", {})])
+    ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}), ("doge", {})])
 def test_attention_of_another_kind_is_kept(kind, options):
-    """With caps, sinks or a mask of its own it must stay, and compute the same."""
     model = causal(kind, attn_implementation="eager", **options)
     before = logits(model)
-    train_math.check_head(model, ROW)
     train_math.try_attention(model, ROW)
     assert model.config._attn_implementation == "eager" and torch.equal(logits(model), before)
-
-
-def test_a_check_does_not_swallow_out_of_memory(patch):
-    """Where memory runs out, no model is to blame."""
-    def fails(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    model = llama()
-    patch(model, forward=fails)
-    refused("out of memory", train_math.check_head, model, ROW, error=torch.OutOfMemoryError)
 
 
 @cases("dtype", DTYPES)
@@ -1713,7 +1438,6 @@ def test_attention_is_transformers_own(kind, window, dtype):
         output.square().sum().backward()
         results.append([output, *(p.grad.float() for p in model.model.layers.parameters())])
         train_math.check_head(model.eval(), ROW)
-        assert model.config._attn_implementation == attention  # a check changes nothing
         train_math.try_attention(model, ROW)
     tolerance = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
     assert all((a - b).norm() < tolerance * a.norm() for a, b in zip(*results))
@@ -1724,25 +1448,11 @@ def test_attention_is_the_same_off_the_cpu(mask):
     """Its two ways must agree, on a CPU that says it is another device."""
     class Elsewhere(torch.Tensor):
         device = SimpleNamespace(type="cuda")
+
     q, (k, v) = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 2, 5, 8)
     here, there = (train_math.attention(None, x, k, v, mask, 0.9)[0]
                    for x in (q, q.as_subclass(Elsewhere)))
     close(here, there.as_subclass(torch.Tensor))
-
-
-@cases("kind", ["mamba", "mamba2", "nemotron_h"])
-def test_state_space_models_train_in_half_precision(kind):
-    """fp32 logits or hidden states must break neither check nor loss."""
-    model = causal(kind, dtype=torch.float16, state_size=4, ssm_state_size=8, n_groups=1,
-                   num_heads=4, mamba_num_heads=4, mamba_head_dim=16, head_dim=16, chunk_size=8,
-                   layers_block_type=["mamba", "attention"])
-    train_math.check_head(model, ROW)
-    train_math.try_attention(model, ROW)
-    inject_lora(model, LoRAConfig(targets=["in_proj"]))
-    loss = batch_loss(model.train(), collate([(ROW, 4)], "cpu"))
-    loss.backward()
-    assert 40 < loss < 60
-    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
 # --- train_math.py: memory ---
@@ -1808,37 +1518,42 @@ def test_where_memory_runs_out_blocks_are_recomputed(when, tiny):
     assert torch.equal(torch.get_rng_state(), rng)
 
 
-@cases("recompute", [False, True])
-def test_what_does_not_fit_is_one_line(recompute, tiny, patch):
+def test_what_does_not_fit_is_one_line(patch):
     """Forced either way, no second trial is made. A gradient and two moments need room."""
-    model, reserved = adapted(tiny)[0], []
+    model, reserved = injected(llama), []
     patch(train_math, fits=lambda model, batch, reserve: reserved.append(reserve))
-    refused("out of memory.*--nf4.*--max-length", train_math.make_it_fit, model, None, recompute)
-    assert reserved == [3 * 4 * count_parameters(model)[0]]
+    for recompute in (False, True):
+        refused("out of memory.*--nf4", train_math.make_it_fit, model, None, recompute)
+    assert reserved == [3 * 4 * count_parameters(model)[0]] * 2
+
+
+def test_recomputing_is_refused_on_mps(patch):
+    """There torch would draw other dropout masks."""
+    mps = torch.device("mps")
+    patch(transformers.PreTrainedModel, device=mps)
+    patch(train_sst2, pick_device=lambda _: mps)
+    batch = collate([(ROW, 4)], "cpu")
+    refused("cannot be used on mps", train_math.choose_recomputation, llama(), batch, True)
+    refused("on MPS", train_sst2.main, train_sst2.parse_args(["--checkpoint-activations"]))
 
 
 def test_on_a_cpu_activations_are_kept_unless_asked(tiny, capsys, patch):
     """Nothing fails there in time to choose: the first lines must name the flag."""
     run(tiny, "--max-steps 1")
     assert "kept: --checkpoint-activations takes less memory" in capsys.readouterr().out
-    run(tiny, "--max-steps 1 --run-name two", RECOMPUTE)
+    run(tiny, "--max-steps 1 --run-name two --checkpoint-activations")
     assert "activations are recomputed" in capsys.readouterr().out
-    patch(transformers.PreTrainedModel, device=torch.device("mps"))
-    model, examples = adapted(tiny)
-    refused("cannot be used on mps", train_math.choose_recomputation, model,
-            collate(examples[:2], "cpu"), True)
 
 
 def test_vram_caps_what_the_allocator_may_take(patch):
     """With --vram 4 it must get 3.5 GiB, without it what is free; never more than that."""
-    GB, cuda, share = 2**30, torch.device("cuda"), []
-    patch(torch.cuda, mem_get_info=lambda _: (10 * GB, 16 * GB),
+    share = []
+    patch(torch.cuda, mem_get_info=lambda _: (10 * 2**30, 16 * 2**30),
           set_per_process_memory_fraction=lambda value, _: share.append(value))
     for vram in (4, None, 32):
-        train_math.cap_memory(cuda, vram)
+        train_math.cap_memory(torch.device("cuda"), vram)
     assert share == [3.5 / 16, 10 / 16, 10 / 16]
     refused("--vram 4 needs a CUDA device", train_math.cap_memory, CPU, 4)
-    train_math.cap_memory(CPU, None)
 
 
 # --- train_math.py: loss scaling, schedule, numbers that go wrong ---
@@ -1861,7 +1576,6 @@ def test_loss_scaler_agrees_with_grad_scaler():
 
 
 def test_schedule_warms_up_then_falls_to_zero():
-    """At most a tenth of the steps must rise, then half a cosine fall."""
     rates = [learning_rate_at(step, 100, 1000, 1.0) for step in (0, 4, 9, 10, 55, 99)]
     assert rates == pytest.approx([0.1, 0.5, 1, 1, 0.5, 0], abs=1e-3)
 
@@ -1900,18 +1614,12 @@ def test_a_run_that_diverges_says_what_may_help(dtype, loss, step, tiny, patch):
 # --- train_math.py: the run and its files ---
 
 def test_training_learns_and_writes_what_it_says(tiny, capsys):
-    last = run(tiny, "--epochs 6 --max-length 38 --weight-decay 0.125 --save-every 9 --rslora",
+    last = run(tiny, "--epochs 6 --max-length 28 --weight-decay 0.125 --save-every 9 --rslora",
                "--run-name ..")
     lines, out = metrics("_."), capsys.readouterr().out
     losses = [line["loss"] for line in lines]
-    left_out = sum(len(ids) > 38 for ids, _ in adapted(tiny)[1])
-    facts = ("train.jsonl: 64 rows", "4 layers adapted", f"{64 - left_out} rows train, 0 are held",
-             f"{left_out} longer than 38 tokens", "prompt | target: 'Question : ", "activations",
-             "tok/s", "peak memory")
-    assert sorted(facts, key=out.index) == list(facts) and 0 < left_out < 64
-    assert len(re.findall(r"(?m)^step +\d+/\d+ ", out)) == 10  # one at each tenth
-    assert " ".join(lines[0]) == ("step loss lr grad_norm loss_scale tokens tokens_per_s "
-                                  "peak_memory_gib skipped")
+    left_out = sum(len(ids) > 28 for ids, _ in adapted(tiny)[1])  # EOS counts, nothing is cut
+    assert f"{64 - left_out} rows train, 0 are held out\nleft out: {left_out} longer than" in out
     assert sum(losses[-8:]) < sum(losses[:8]) - 0.4 and Path("runs/_./loss.png").exists()
     group, = state(last)["optimizer"]["param_groups"]
     assert group["weight_decay"] == 0.125 and lines[0]["peak_memory_gib"] > 0.05
@@ -1925,80 +1633,52 @@ def test_training_learns_and_writes_what_it_says(tiny, capsys):
 def test_held_out_loss_is_measured_at_each_tenth_and_names_the_best(tiny, capsys):
     """At step 0 too; a checkpoint must stand at each, and a resumed run measure the same."""
     flags = "--val-samples 8 --epochs 6 --lr 1e-1 --dropout 0.1"
-    last = run(tiny, flags)
-    out, lines = capsys.readouterr().out, metrics()
-    measured = {line["step"]: line["val_loss"] for line in lines if "val_loss" in line}
-    steps = len(lines) - 1
-    assert lines[0].keys() == {"step", "val_loss"} and lines[0]["step"] == 0
-    assert [*measured] == [round(steps * tenth / 10) for tenth in range(11)]
+    shutil.rmtree(run(tiny, flags))
+    out, first = capsys.readouterr().out, metrics()
+    run(tiny, flags, "--resume")
+    assert [line.get("val_loss") for line in metrics()] == [line.get("val_loss") for line in first]
+    measured = {line["step"]: line["val_loss"] for line in first if "val_loss" in line}
+    assert [*measured] == [round((len(first) - 1) * tenth / 10) for tenth in range(11)]
     assert [int(path.name[5:]) for path in checkpoints("checkpoints/run")] == [*measured][1:]
     best = min(measured, key=measured.get)
     assert f"lowest, {measured[best]:.3f}, at step {best}: checkpoints/run/step_{best:06d}" in out
-    shutil.rmtree(last)
-    run(tiny, flags, "--resume")
-    assert [line.get("val_loss") for line in metrics()] == [line.get("val_loss") for line in lines]
 
 
 def test_an_adapter_can_be_gone_on_from(tiny):
     """Its r, alpha, targets hold; what is given and differs is refused; moments are new."""
     first = run(tiny, "--max-steps 2 --alpha 7 --targets k_proj")
-    base = command(tiny, "--max-steps 1 --run-name more", f"--adapter {first}")
-    more = train_math.main(parse_args([*base, "--targets", "k_proj"]))  # --r 4 is given too
-    found, wanted = adapter_config(more), adapter_config(first)
-    assert found == wanted and found["lora_alpha"] == 7
+    flags = f"--max-steps 1 --run-name more --adapter {first}"  # and --r 4, which is the same
+    more = run(tiny, flags)
+    assert adapter_config(more) == adapter_config(first)
+    assert adapter_config(more)["lora_alpha"] == 7
     assert changed(weights(more), weights(first)) == weights(first).keys()
     assert {int(moment["step"]) for moment in moments(more)} == {1}
-    flags = json.loads(Path("checkpoints/more/run.json").read_text())["flags"]
-    assert (flags["adapter"], flags["targets"], flags["alpha"]) == (str(first), ["k_proj"], 7)
-    base += ["--run-name", "third"]
-    for flags, words in ((["--r", "8"], "--r is 8, but 4 in"),
-                         (["--adapter", "checkpoints/run"], "a run of 2 checkpoints: give one"),
-                         (["--targets", "v_proj"], "--targets is .*v_proj")):
-        refused(words, parse_args, [*base, *flags])
+    refused("--r is 8, but 4 in", run, tiny, flags, "--r 8")
+    refused("a run of 2 checkpoints: give one", run, tiny, "--adapter checkpoints/run")
     assert parse_args(["--adapter", str(first), "--data", "x.jsonl"]).run_name == "lora-r4-x"
-
-
-def damage(folder, what):
-    """Change one bit, or cut the file: neither safetensors nor torch.load compares checksums."""
-    path = train_math.state_of(folder) if what == "state" else folder / what
-    content = bytearray(path.read_bytes())
-    if what == WEIGHTS:
-        del content[100:]
-    elif what == CONFIG:
-        content[content.index(b"16.0")] ^= 1
-    else:
-        content[content.index(next(iter(moments(folder)))["exp_avg"].numpy().tobytes())] ^= 1
-    path.write_bytes(content)
 
 
 @cases("what, more", [("state", ""), (WEIGHTS, "--nf4 --targets all-linear"), (CONFIG, "")])
 def test_resume_continues_bitwise(what, more, tiny):
-    """From the checkpoint before a damaged one it must lead to the same bits."""
     flags = f"--nb-samples 7 --batch-size 1 --grad-accum 4 --dropout 0.1 --save-every 3 {more}"
     last = run(tiny, flags)
     whole, lines = weights(last), metrics()
-    damage(last, what)
+    path = train_math.state_of(last) if what == "state" else last / what
+    content, moment = bytearray(path.read_bytes()), next(iter(moments(last)))["exp_avg"]
+    place = content.index(moment.numpy().tobytes()) if what == "state" else len(content) // 2
+    content[place] ^= 1  # neither safetensors nor torch.load compares checksums
+    path.write_bytes(content)
+    by_name = parse_args(["--run-name", "run", "--resume", "--checkpoint-activations"])
     with pytest.warns(match="skipping damaged checkpoint .*step_000006"):
-        assert run(tiny, flags, "--resume", RECOMPUTE) == last
+        assert train_math.main(by_name) == last  # all other flags come from run.json
     assert same_bits(weights(last), whole)
     for one, two in zip(lines, metrics(), strict=True):
         assert [*one.items()][:6] == [*two.items()][:6]  # speed and memory vary
-    assert run(tiny, flags, "--resume") == last  # finished already
+    same = f"{flags} --resume --data {tiny}/../{tiny.name}/train.jsonl"
+    assert run(tiny, same) == last  # finished already, and the same file by another path
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     board = events.EventAccumulator("runs/run").Reload()
     assert [event.step for event in board.Scalars("loss")] == [line["step"] for line in lines]
-
-
-def test_the_name_of_a_run_is_enough_to_resume_it(tiny):
-    """All other flags must come from run.json; other spellings of the same files are the same."""
-    flags = "--max-steps 4 --save-every 2 --dropout 0.1 --run-name a/b"
-    whole = weights(run(tiny, flags))
-    for spelled in ([], ["--data", f"{tiny}/../{tiny.name}/train.jsonl", "--lr", "1e-2"]):
-        shutil.rmtree("checkpoints/a_b/step_000004")
-        last = train_math.main(parse_args(["--run-name", "a/b", "--resume", *spelled]))
-        assert same_bits(weights(last), whole) and os.listdir("checkpoints") == ["a_b"]
-    os.rename("checkpoints/a_b", "checkpoints/lora-r8-MetaMathQA")
-    assert parse_args(["--resume"]).run_name == "lora-r8-MetaMathQA"
 
 
 def test_the_seed_reaches_dropout(tiny, patch):
@@ -2018,9 +1698,11 @@ def test_resume_refuses_what_it_cannot_continue(tiny, patch):
     refused("--resume checkpoints/run/run.json: no such file", run, copy, flags)
     run(copy, "--max-steps 1")
     refused("has checkpoints: add --resume", run, copy)
+    with filelock.FileLock("checkpoints/run/.lock"):
+        refused("in use by another process.*another --run-name", run, copy, flags)
     refused("--lr is 0.02, but 0.01 in the run run: leave it out", run, copy, flags, "--lr 0.02")
     model = load(copy)[0]
-    model.model.norm.weight.data += 1
+    model.model.embed_tokens.weight.data[-1] += 1  # the last rows: hashes look everywhere
     model.save_pretrained(copy / "base")
     refused("--model .*the base changed", run, copy, flags)
     shutil.copy(copy / "test.jsonl", copy / "train.jsonl")
@@ -2044,29 +1726,23 @@ def test_a_full_disk_leaves_no_partial_checkpoint(tiny):
 
 
 @cases("signum", [signal.SIGTERM, signal.SIGINT])
-def test_interrupting_saves_and_says_how_to_go_on(signum, tiny, patch, capfd):
+def test_interrupting_saves_and_says_how_to_go_on(signum, tiny, patch, capsys):
+    def handlers():
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
     def interrupt(step, *rest):
         if step == 1:
             signal.raise_signal(signum)
-            assert "stopping after a whole step" in capfd.readouterr().err  # said at once
-            assert all(signal.getsignal(number) == handler  # a second one ends it
-                       for number, handler in before.items())
+            assert handlers() == before  # a second one ends it
         return learning_rate_at(step, *rest)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = handlers()
     patch(train_math, learning_rate_at=interrupt)
     refused(f"^{128 + signum}$", run, tiny, "--max-steps 4 --save-every 9", error=SystemExit)
     wanted = "--run-name run --resume goes on from checkpoints/run/step_000002"
-    assert wanted in capfd.readouterr().out
+    assert wanted in capsys.readouterr().out
     assert newest_state(Path("checkpoints/run"))[1]["step"] == len(metrics()) == 2
-    assert all(signal.getsignal(number) == handler for number, handler in before.items())
-
-
-def test_a_second_process_is_refused(tiny):
-    Path("checkpoints/run").mkdir(parents=True)
-    with filelock.FileLock("checkpoints/run/.lock"):
-        refused("in use by another process.*another --run-name", run, tiny, "--max-steps 1")
-    run(tiny, "--max-steps 1")
+    assert handlers() == before and Path("runs/run/loss.png").exists()
 
 
 @cases("two_steps", [False, True])
@@ -2091,26 +1767,27 @@ def test_the_demo_deletes_no_other_run(tiny):
     assert last.exists()
 
 
-def test_an_adapter_tells_that_it_was_trained_on_chats(tiny, patch):
-    """messages are a chat without --chat; another prompt than the adapter's must be told."""
-    base = Path(shutil.copytree(tiny / "base", "base"))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+def test_an_adapter_tells_how_it_was_trained(tiny, patch):
+    """Base, chat (which messages are) and NF4 come from it, unless given, and are then told."""
+    model, tokenizer = load(tiny)
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-    tokenizer.save_pretrained(base)
-    rows = [{"messages": [dict(role="user", content=q), dict(role="assistant", content=a)]}
-            for q, a in read_rows(f"{tiny}/train.jsonl", "train", 8)]
-    write_rows("chat.jsonl", *rows)
-    flags = f"--model base --max-steps 1 --data {Path('chat.jsonl').absolute()}"
-    last = run(tiny, flags)
-    more = [*command(tiny, "--run-name two --max-steps 1 --model base"), "--adapter", str(last)]
-    assert train_math.trained_with(last)["chat"] is True is parse_args(more).chat
-    with pytest.warns(match="was trained with --chat, and runs without it"):
-        train_math.main(parse_args([*more, "--no-chat"]))
-    refused("--adapter : ", parse_args, ["--adapter", ""])
-    assert parse_args(["--adapter", str(last)]).model == "base"
-    config = json.loads((last / CONFIG).read_text())
-    (last / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": "hub/base"}))
-    assert parse_args(["--adapter", str(last)]).model == "hub/base"  # as edited to be published
+    model.save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    write_rows("chat.jsonl", *({"messages": [USER, BOT]} for _ in range(8)))
+    last = run(tiny, "--model base --nf4 --max-steps 1 --data chat.jsonl")
+    found = parse_args(["--adapter", str(last)])
+    assert (found.model, found.chat, found.nf4) == ("base", True, True)
+    read = []
+    patch(eval_gsm8k, load_model=lambda *found: read.append(found) or load(tiny), ask=lambda *_: 0)
+    for flags, model, trained, warned in (
+            ("", "base", True, 0), ("--no-nf4 --no-chat", "base", False, 2),
+            ("--model other", "other", True, 1)):
+        args = eval_gsm8k.parse_args(f"--adapter {last} --ask x --device cpu {flags}".split())
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            eval_gsm8k.main(args)
+        assert (read[-1][0], read[-1][3], args.chat) == (model, trained, trained)
+        assert len([w for w in told if "was trained " in str(w.message)]) == warned
 
 
 def test_two_states_stay_whatever_lies_damaged_later():
@@ -2124,12 +1801,10 @@ def test_two_states_stay_whatever_lies_damaged_later():
 
 
 def test_a_log_is_read_without_its_damaged_lines():
-    """Whole lines must stay, those of later steps go; without any there is no picture."""
-    train_math.plot_loss(Path("metrics.jsonl"))
-    Path("metrics.jsonl").write_text('{"step": 0, "val_loss": 1}\nnull\n{"st\n{"step": 1}\n'
-                                     '{"step": 2}\n{"st')
-    train_math.open_log(Path("metrics.jsonl"), 1)({"step": 2, "loss": 1.5})
-    assert train_math.read_log(Path("metrics.jsonl")) == [
+    path = Path("metrics.jsonl")
+    path.write_text('{"step": 0, "val_loss": 1}\nnull\n{"st\n{"step": 1}\n{"step": 2}\n{"st')
+    train_math.open_log(path, 1)({"step": 2, "loss": 1.5})
+    assert train_math.read_log(path) == [
         {"step": 0, "val_loss": 1}, {"step": 1}, {"step": 2, "loss": 1.5}]
 
 
@@ -2137,25 +1812,11 @@ def test_a_log_is_read_without_its_damaged_lines():
 
 @cases("flags, message", [
     ("--max-length 4", "4 leaves none of 64 rows"), ("--demo", "has no effect beside --demo"),
-    ("--grad-accum 1", "--grad-accum 1 leaves processes idle.*expected 2 or more"),
-    ("--adapter nowhere", "--adapter nowhere: no such file or folder")])
+    ("--grad-accum 1", "--grad-accum 1 leaves processes idle.*expected 2 or more")])
 def test_wrong_input_is_one_line(flags, message, tiny, patch):
     patch(train_math, WORLD=2 if "accum" in flags else 1)
     refused(message, run, tiny, flags)
     assert not list(Path().rglob("step_*"))
-
-
-@cases("script", [train_math, train_sst2, eval_gsm8k])
-def test_help_shows_the_defaults(script, capsys):
-    refused("^0$", script.parse_args, ["--help"], error=SystemExit)
-    out = " ".join(capsys.readouterr().out.split())
-    args = vars(script.parse_args([]))
-    shown = re.findall(r"--([a-z-]+) (?:(?!--|\(default).)*\(default: ([^ )]+)\)", out)
-    assert len(shown) >= 5
-    for flag, default in shown:
-        value = args[flag.replace("-", "_")]
-        value = value[0] if isinstance(value, list) else value
-        assert value is None or type(value)(default) == value, flag
 
 
 # --- eval_gsm8k.py: answers ---
@@ -2165,14 +1826,13 @@ def test_help_shows_the_defaults(script, capsys):
     ("#### .5", "1/2"), ("#### 1/0", "-"), (r"the answer is \boxed{6/8}", "3/4"),
     ("The answer is 3. The answer is:\n4,2", "4"), ("#### none\n#### 5,0123", "50123"),
     ("The answer is 3\n#### 4", "4"), ("#### 4\nThe answer is 3", "3"),
-    ("The answer is \u22125.", "-5"), ("#### -\u20ac5", "-5"), ("#### $-5", "-5"),
+    ("The answer is \u22125.", "-5"), ("#### $-5", "-5"),
     (r"The answer is: -\frac{1}{2}", "-1/2"), (r"The answer is $2\frac{3}{4}$", "11/4"),
     (r"The answer is \$1{,}000", "1000"), (r"The answer is $1\,000$.", "1000"),
     ("The answer is 1\u202f000.", "1000"), ("The answer is 1 1/2.", "3/2"),
-    ("The answer is 12...", "12"), ("The answer is 12!", "12"), (r"It: #### \boxed{12.}", "12"),
+    ("The answer is 12...", "12"), (r"It: #### \boxed{12.}", "12"),
     ("The answer is 1e5.", "-"), ("The answer is 1.5 \u00d7 10^6.", "-"), ("#### 1.2.3", "-"),
-    (r"It is 2\sqrt{3}", "-"), (r"The answer is \frac12", "-"), ("The answer is 10^6", "-"),
-    ("#### 3/4/2024", "-"),
+    (r"It is 2\sqrt{3}", "-"), (r"The answer is \frac12", "-"), ("#### 3/4/2024", "-"),
     ("10-5=5, 20-30", "- 30"), ("20 - 30", "- 30"),
     ("it is -3.", "- -3"), ("48/2.5", "-"), ("(9)-5", "- 5"),
     pytest.param(f"#### -0.{'9' * 5000}", f"-0.{'9' * 5000}", id="no digit is rounded away")])
@@ -2201,10 +1861,9 @@ def test_scores_equal_lm_evaluation_harness():
 
 
 @cases("text, value", [
-    ("so\n#### 1,234", 1234), ("The answer is: 5", 5), ("18", 18), ("$1,250.50", "1250.5"),
+    ("so\n#### 1,234", "1234"), ("The answer is: 5", "5"), ("$1,250.50", "1250.5"),
     ("it makes 18", None), ("#### none", None), (r"The answer is: \frac{x}{4}", None),
-    ("3 of 4", None), ("1e5", None), ("7%", 7), ("#### 10 000", None), ("#### 1 1/2", None),
-    ("#### 1\u202f234", None), ("#### 5\n6", 5)])
+    ("1e5", None), ("#### 10 000", None), ("#### 1\u202f234", None), ("#### 5\n6", "5")])
 def test_a_reference_has_a_marker_or_is_a_bare_number(text, value):
     """Any other row must be refused by its number: 57 of 175 Alpaca answers hold a digit."""
     row = Row("q", text, 9, "q")
@@ -2215,24 +1874,37 @@ def test_a_reference_has_a_marker_or_is_a_bare_number(text, value):
 
 # --- eval_gsm8k.py: generation ---
 
-@cases("kind", ["llama", "mamba"])
-def test_a_batch_says_what_each_row_says_alone_and_rows_that_have_ended_leave_it(kind, tiny):
-    """Padding and the checkpoint's settings must change no token."""
+@cases("kind, options, batch", [
+    ("llama", {}, 8), ("mamba", {}, 8),
+    ("minimax", SMALL | dict(head_dim=8, num_local_experts=4, num_experts_per_tok=2,
+                             layer_types=["linear_attention", "full_attention"]), 1),
+    ("bart", dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
+                  forced_eos_token_id=None), 1),
+    ("openai-gpt", dict(n_embd=32, n_layer=2, n_head=4, n_positions=128), 8)])
+def test_a_batch_says_what_each_row_says_alone(kind, options, batch, tiny):
+    """Padding and the checkpoint's settings must change no token; rows that have ended leave."""
     _, tokenizer = load(tiny)
-    model = causal(kind, max_position_embeddings=99, eos_token_id=1)
+    model = causal(kind, **options | dict(vocab_size=len(tokenizer), eos_token_id=None,
+                                          max_position_embeddings=128))
     for parameter in model.parameters():
-        parameter.data *= 20 ** (parameter.dim() == 2)  # or it would repeat one word
+        if parameter.dim() >= 2:  # or it would repeat one word
+            parameter.data += 0.3 * torch.randn_like(parameter)
     prompts = [format_prompt(q) for q, _ in read_rows(f"{tiny}/test.jsonl", "test", 8)]
     inputs = [torch.tensor([encode_prompt(tokenizer, prompt)]) for prompt in prompts]
     alone = [model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
                             max_new_tokens=40)[0, ids.shape[1]:].tolist() for ids in inputs]
-    late = sorted({*sum(alone, [])} - {token for said in alone for token in said[:6]})
-    eos, asks = [tokenizer.eos_token_id, late[0]], late[-1]
+    # An EOS of the tokenizer, one of the model, and a question of its own, in some rows, and late.
+    late = {*sum(alone, [])} - {token for said in alone for token in said[:6]}
+    late = sorted(late, key=lambda token: sum(token in said for said in alone))
+    asks = next(token for token in late if token in alone[0])
+    eos = [token for token in late if token not in alone[0]][:2]
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos[0])
 
     def say(ids, **_):
         return " ".join("Question:" if i == asks else str(i) for i in ids if i != eos[0])
+
     tokenizer.decode = say
-    own = dict(eos_token_id=eos, do_sample=True, no_repeat_ngram_size=1,
+    own = dict(eos_token_id=eos[1:], do_sample=True, no_repeat_ngram_size=1,
                min_new_tokens=40, pad_token_id=10**6)  # a pad without an embedding
     vars(model.generation_config).update(own)
     wanted, last = [], []
@@ -2244,43 +1916,8 @@ def test_a_batch_says_what_each_row_says_alone_and_rows_that_have_ended_leave_it
     model.register_forward_hook(lambda _, args, out: widths.append(len(out.logits)))
     assert complete(model, tokenizer, prompts, 8, 40) == wanted
     assert {cut_off for _, cut_off in wanted} == {True, False} and asks in last
-    assert max(widths) == 8 and (widths[-1] < 8) == (kind == "llama")
+    assert (max(widths), widths[-1] < batch) == (max(batch, 2), kind == "llama")
     assert own.items() <= vars(model.generation_config).items()  # kept, for --save-merged
-
-
-SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, eos_token_id=1)
-
-
-@cases("kind, options", [
-    ("rwkv", dict(attention_hidden_size=32, intermediate_size=48, context_length=256)),
-    ("bart", dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
-                  max_position_embeddings=128, pad_token_id=0, forced_eos_token_id=None)),
-    ("minimax", dict(intermediate_size=48, num_key_value_heads=2, head_dim=8, num_local_experts=4,
-                     num_experts_per_tok=2, max_position_embeddings=128, pad_token_id=0,
-                     layer_types=["linear_attention", "full_attention"])),
-    ("openai-gpt", dict(n_embd=32, n_layer=2, n_head=4, n_positions=128))])
-def test_no_completion_depends_on_its_batch(kind, options, tiny, patch):
-    """Where padding moves the logits, or a cache cannot be cut, another way must be taken."""
-    _, tokenizer = load(tiny)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        kind, **SIZES | dict(vocab_size=len(tokenizer)) | options)).eval()
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    prompts = ["Ann has 3 eggs .", "Ann has 3 eggs . Ann gets 2 more . Ann gets 5 more .", "Ben"]
-    decode = tokenizer.decode
-
-    def early(ids, **options):  # one row asks on after a few tokens, the others go on
-        text = decode(ids, **options)
-        return text + " Question:" if ids[0] == first else text
-    first = None
-    alone = complete(model, tokenizer, prompts, 1, 40)
-    first = tokenizer(alone[0][0]).input_ids[0]
-    tokenizer.decode = early
-    wanted = [completion for prompt in prompts
-              for completion in complete(model, tokenizer, [prompt], 1, 40)]
-    assert complete(model, tokenizer, prompts, 3, 40) == wanted
 
 
 # --- eval_gsm8k.py: scores, questions, export ---
@@ -2288,7 +1925,7 @@ def test_no_completion_depends_on_its_batch(kind, options, tiny, patch):
 def evaluation(tiny, *flags):
     common = (f"--model {tiny}/base --data {tiny}/test.jsonl --max-new-tokens 8 --dtype float32 "
               "--device cpu")
-    return [*common.split(), *flags]
+    return [*common.split(), *" ".join(flags).split()]
 
 
 def evaluate(tiny, *flags):
@@ -2308,166 +1945,122 @@ def test_intervals_and_exact_test_give_published_values():
 
 
 def test_shots_stand_in_the_prompt_and_answers_are_counted_by_kind(patch):
-    """Shots must not be scored; each count must be its own, worked out by hand."""
     said, asked = [("#### 1", False), ("2", False), ("", True), ("9", False)], []
     patch(eval_gsm8k, complete=lambda _, __, prompts, *rest: asked.extend(prompts) or said)
-    rows = [Row("a?", "#### 7", 1, "a?"), *(Row("q", str(n), n, "q") for n in (1, 2, 3, 4))]
+    rows = [("a?", "#### 7"), *(("q", str(n)) for n in (1, 2, 3, 4))]
     result = eval_gsm8k.summarise(eval_gsm8k.answer(None, None, rows, shots=1))
     assert asked == 4 * ["Question: a?\nAnswer: #### 7\n\nQuestion: q\nAnswer:"]
     wanted = dict(n=4, correct=1, accuracy=0.25, correct_flexible=2, accuracy_flexible=0.5,
                   no_answer=3, truncated=1)
     assert wanted.items() <= result.items()
-    chat = Row([dict(role="user", content="q")], "#### 5", 1, "q")
     said[:] = [("Question: q\nThe answer is 5", False)]  # in a chat it may repeat the question
-    assert eval_gsm8k.answer(None, None, [chat])[0]["correct"]
+    assert eval_gsm8k.answer(None, None, [([USER], "#### 5")])[0]["correct"]
 
 
-def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny, capsys):
+def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny):
     for step in ("step_999000", "step_1000000"):
         saved(f"checkpoints/run/{step}", lambda: load(tiny)[0])
-    assert [*eval_gsm8k.list_adapters(["checkpoints/run"], last_only=True)] == [
-        "run-step_1000000"]  # what --ask asks
-    flags = ["--adapter", "checkpoints/run", "--batch-size", "3", "--out"]
-    evaluate(tiny, *flags, "one")
-    names = ["base", "run-step_999000", "run-step_1000000"]
-    assert re.findall("(?m)^(.*): .* of 16", capsys.readouterr().out) == names
-    done = torchrun(HERE / "eval_gsm8k.py", evaluation(tiny, *flags, "two"))
+    names = [*eval_gsm8k.list_adapters(["checkpoints/run"])]
+    assert names == ["run-step_999000", "run-step_1000000"]
+    assert [*eval_gsm8k.list_adapters(["checkpoints/run"], last_only=True)] == names[1:]
+    flags = "--adapter checkpoints/run --batch-size 3 --out"
+    evaluate(tiny, flags, "one")
+    done = torchrun(HERE / "eval_gsm8k.py", evaluation(tiny, flags, "two"))
     assert done.stdout.count("16 problems, scores in two/") == 1, done.stderr
-    for name in names:
+    for name in ["base", *names]:
         one, two = (json.load(open(f"{out}/{name}-test-16.json")) for out in ("one", "two"))
         assert one == two | {"seconds": one["seconds"]}
         assert ("p_value" in one) == (one["adapter"] is not None) == (name != "base")
         assert records_of(name, "one") == records_of(name, "two")
-    assert {"model", "data", "accuracy", "ci95", "correct_flexible", "truncated"} < set(one)
     assert len(os.listdir("one")) == 7 and Path("one/test-16.png").exists()  # two each, a chart
 
 
-@cases("flags", [[], ["--nf4"]])
-def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny, patch):
-    """Export must score nothing; transformers and pipeline must open it and answer alike."""
+@cases("flags", ["", "--nf4"])
+def test_a_merged_model_answers_the_same_and_loads_elsewhere(flags, tiny):
+    """The heads must be those of the adapter, and afterwards those of the base."""
     saved("adapter", lambda: load(tiny)[0], also_train="lm_head")
-    evaluate(tiny, "--adapter", "adapter", *flags)
-    with pytest.MonkeyPatch.context() as only:
-        only.setattr(eval_gsm8k, "complete", lambda *_: pytest.fail("generated"))
-        evaluate(tiny, "--adapter", "adapter", "--save-merged", "merged", "--data", "none", *flags)
-    evaluate(tiny, "--model", "merged", "--out", "again")
+    evaluate(tiny, "--adapter adapter", flags)
+    evaluate(tiny, "--adapter adapter --save-merged merged --data none", flags)
+    evaluate(tiny, "--model merged --out again")
     assert records_of("adapter") == records_of("base", "again") != records_of("base")
-    evaluate(tiny, "--out", "alone", *flags)
-    assert records_of("base") == records_of("base", "alone")  # the head of the adapter is gone
+    evaluate(tiny, "--out alone", flags)
+    assert records_of("base") == records_of("base", "alone")
     say = transformers.pipeline("text-generation", "merged", device="cpu")
     assert say("Question: Ann", max_new_tokens=3)[0]["generated_text"].startswith("Question: Ann")
 
 
-def test_asking_prints_base_and_adapters_and_writes_nothing(tiny, capsys, patch):
-    saved("adapter", lambda: load(tiny)[0], also_train="lm_head")
-    before = sorted(os.listdir())
-    evaluate(tiny, "--adapter", "adapter", "--ask", "Ann has 3 eggs .", "Ben has 4 pens .")
-    out = capsys.readouterr().out
-    model, tokenizer = load(tiny)
-    prompts = [format_prompt(text) for text in ("Ann has 3 eggs .", "Ben has 4 pens .")]
-    base = complete(model, tokenizer, prompts, 2, 8)
-    load_adapter(model, "adapter")
-    wanted = [text.strip() for pair in zip(base, complete(model, tokenizer, prompts, 2, 8))
-              for text, _ in pair]
-    found = re.findall("--- (?:base|adapter)\n(.*)", out)
-    assert [text.removesuffix(" ...") for text in found] == wanted and wanted[0] != wanted[1]
-    assert out.index("Ann has") < out.index("Ben has") and sorted(os.listdir()) == before
+def test_asking_prints_base_and_adapters_one_under_the_other(tiny, patch, capsys):
+    def say(model, tokenizer, prompts, *rest):
+        return [(f"{len(wrappers(model))} wrappers, {text!r}", False) for text in prompts]
+
+    saved("adapter", lambda: load(tiny)[0])
+    patch(eval_gsm8k, complete=say)
+    evaluate(tiny, "--adapter adapter --ask Ann Ben")
+    said = "".join(f"""
+{name}
+--- base
+0 wrappers, 'Question: {name}\\nAnswer:'
+--- adapter
+4 wrappers, 'Question: {name}\\nAnswer:'
+""" for name in ("Ann", "Ben"))
+    assert capsys.readouterr().out.endswith(said)
 
 
-def test_an_adapter_says_how_it_was_trained(tiny, patch):
-    """Base, chat and NF4 must come from it, unless given; a contradiction must be told."""
-    save_adapter(injected(lambda: load(tiny)[0]), "a", {
-        "model": f"{tiny}/base", "chat": "True", "nf4": "True"})
-    read = []
-    patch(eval_gsm8k, load_model=lambda *found: read.append(found) or load(tiny), ask=lambda *_: 0)
-    for flags in ("", "--no-nf4 --no-chat", "--model other"):
-        args = eval_gsm8k.parse_args(f"--adapter a --ask x --device cpu {flags}".split())
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            eval_gsm8k.main(args)
-        assert read[-1][0] == ("other" if "other" in flags else f"{tiny}/base")
-        assert (read[-1][3], args.chat) == 2 * ("--no" not in flags,)
-        words = [str(warning.message) for warning in told if "was trained" in str(warning.message)]
-        assert len(words) == 2 * ("--no" in flags) + ("other" in flags)
-
-
-def test_a_score_is_read_not_made_again(tiny, patch):
-    evaluate(tiny, "--nb-samples", "3")
-    evaluate(tiny, "--nb-samples", "2", "--shots", "1", "--out", "b")
-    patch(eval_gsm8k, complete=lambda *_: pytest.fail("generated"))
-    evaluate(tiny, "--nb-samples", "3")
-    assert len(records_of("base", n=3)) == 3 and len(records_of("base", "b", n=2)) == 2
-    refused("shots was 0, now it is 1", evaluate, tiny, "--nb-samples", "3", "--shots",
-            "1")
-
-
-def test_another_content_of_the_same_name_is_not_taken_for_what_was_there(tiny):
-    """Another adapter, data or base of the same name must be refused, another spelling not."""
+def test_a_score_is_read_and_only_of_the_same_settings_and_contents(tiny, patch):
+    """Other settings, adapter, data or base under a name must be refused."""
+    shutil.copytree(tiny, ".", dirs_exist_ok=True)
     saved("a", lambda: load(tiny)[0])
-    evaluate(tiny, "--adapter", "a", "--nb-samples", "2")
+    flags = "--model base --data test.jsonl --adapter a --nb-samples 3"
+    evaluate(tiny, flags)
+    patch(eval_gsm8k, complete=lambda *_: pytest.fail("generated"))
+    evaluate(tiny, flags, f"--model {tiny}/base")  # another spelling
+    assert len(records_of("base", n=3)) == len(records_of("a", n=3)) == 3
+    refused("shots was 0, now it is 1", evaluate, tiny, flags, "--shots 1")
     saved("a", lambda: load(tiny)[0], r=2)
-    flags = ["--adapter", "a", "--nb-samples", "2"]
-    refused("adapter_hash was", evaluate, tiny, *flags)
-    Path("test.jsonl").write_text((tiny / "train.jsonl").read_text())
-    flags = ["--data", "test.jsonl", "--nb-samples", "2"]
-    refused("data_hash was", evaluate, tiny, *flags)
-    shutil.copytree(tiny / "base", "base")
-    flags = ["--nb-samples", "2", "--out", "b", "--model"]
-    evaluate(tiny, *flags, "base")
-    evaluate(tiny, *flags, "../" + Path.cwd().name + "/base")
+    refused("adapter_hash was", evaluate, tiny, flags)
+    shutil.copy(tiny / "train.jsonl", "test.jsonl")
+    refused("data_hash was", evaluate, tiny, flags)
     model = load(tiny)[0]
     model.model.norm.weight.data += 1
     model.save_pretrained("base")
-    refused("base_hash was", evaluate, tiny, *flags, "base")
-
-
-@cases("what", ["", "{}\n" * 2, '{"correct": false}\n'])
-def test_a_damaged_score_is_refused(what, tiny):
-    """Else the next one would stand without its p, or end in a traceback."""
-    evaluate(tiny, "--nb-samples", "2")
-    Path("eval_results/base-test-2.jsonl").write_text(what)
-    refused("--out .*base-test-2.json: ", evaluate, tiny, "--nb-samples", "2")
-    Path("eval_results/base-test-2.json").write_text("{")
-    refused("--out .*base-test-2.json: ", evaluate, tiny, "--nb-samples", "2")
+    refused("base_hash was", evaluate, tiny, flags)
+    for name, text in (("base-test-3.jsonl", "{}\n" * 3), ("base-test-3.json", "{")):
+        Path("eval_results", name).write_text(text)  # the next one would stand without its p
+        refused("--out .*base-test-3.json: ", evaluate, tiny, flags)
 
 
 @cases("flags, message", [
     ("--adapter a --adapter a", "the name a is taken"),
-    ("--adapter nowhere", "--adapter nowhere: "),
     ("--data x.jsonl", "--data x.jsonl: row 2: expected an answer that ends in ####"),
     ("--adapter a --save-merged a", "--save-merged a exists"),
     ("--adapter b --ask q", "--adapter b: an adapter for SEQ_CLS, expected one for CAUSAL_LM"),
-    ("--adapter . --ask q", "this folder holds no adapter_config.json"),
     ("--save-merged c", "takes one --adapter, found 0"),
     ("--shots 16", "--shots 16 leaves none of 16")])
 def test_bad_runs_end_before_a_model_is_loaded(flags, message, tiny, patch):
-    saved("a", lambda: load(tiny)[0])
+    saved("a", SmallGPT)
     saved("b", roberta, **HEAD)
     write_rows("x.jsonl", dict(question="q", answer="5"), dict(question="q", answer="Paris 2024"))
     patch(eval_gsm8k, load_model=lambda *_: pytest.fail("loaded"))
-    refused(message, evaluate, tiny, *flags.split())
+    refused(message, evaluate, tiny, flags)
 
 
 # --- eval_gsm8k.py: the edge ---
 
-def test_bad_flags_are_one_line_and_exit_code_2(capsys):
-    for script, flag, value in ((eval_gsm8k, "--shots", "-1"), (train_math, "--lr", "nan"),
-                                (eval_gsm8k, "--ask", "caf\udce9"),
-                                (train_sst2, "--predict", "caf\udce9"),
-                                (train_math, "--clip", "inf"), (train_sst2, "--lr", "inf")):
-        refused("^2$", script.parse_args, [flag, value], error=SystemExit)
-        assert re.fullmatch(f".* {flag}: .*\n", capsys.readouterr().err)
-    both = ["--ask", "q", "--save-merged", "m"]
-    refused("^2$", eval_gsm8k.parse_args, both, error=SystemExit)
-    assert "--save-merged: not allowed with argument --ask" in capsys.readouterr().err
+@cases("script, flag, value", [
+    (eval_gsm8k, "--shots", "-1"), (eval_gsm8k, "--ask", "caf\udce9"),
+    (train_math, "--lr", "nan"), (train_math, "--clip", "inf")])
+def test_bad_flags_are_one_line_and_exit_code_2(script, flag, value, capsys):
+    refused("^2$", script.parse_args, [flag, value], error=SystemExit)
+    assert re.fullmatch(f".* {flag}: .*\n", capsys.readouterr().err)
 
 
-@cases("error, word", [(ValueError("two\nlines"), "two"), (ValueError(), "ValueError"),
-                       (RuntimeError("can't allocate memory"), "--batch-size"),
-                       (MemoryError("Unable to allocate 9 GiB"), "--batch-size")])
+@cases("error, word", [(ValueError("two\nlines"), "two lines"),
+                       (MemoryError("Unable to allocate 9 GiB"), "--batch-size"),
+                       (MemoryError(), "--batch-size")])
 def test_errors_end_in_one_line(error, word, patch, capsys):
     def fails(*_):
         raise error
+
     patch(warnings, formatwarning=None)
     refused("^2$", train_math.run_script, "x.py", fails, lambda: None, error=SystemExit)
     assert re.fullmatch(f"x.py: .*{word}.*\n", capsys.readouterr().err)
@@ -2500,51 +2093,66 @@ def prepared(encoder, flags=""):
 
 
 def test_an_ablation_writes_a_line_per_run_and_skips_finished_ones(encoder, capsys):
-    args = sst2(encoder, "--ranks 1 2 --seeds 0 1 --full-finetune")
-    runs = train_sst2.main(args)
+    """The same contents under another name are the same experiment; others are refused."""
+    flags = "--ranks 1 2 --seeds 0 1 --full-finetune"
+    runs = train_sst2.main(sst2(encoder, flags))
     assert [(run["r"], run["seed"], run["adapter_parameters"]) for run in runs] == [
         (1, 0, 512), (1, 1, 512), (2, 0, 1024), (2, 1, 1024), (None, 0, 0), (None, 1, 0)]
     assert [run["trainable"] for run in runs[::5]] == [512 + 64 * 2 + 2, runs[5]["total"]]
     assert len({run["val_loss"] for run in runs}) == 6
     train_sst2.report([run | {"accuracy": n / 10} for n, run in enumerate(runs)], "curves.png")
-    out = capsys.readouterr().out
-    assert re.search(r"r=2 +1024 +1154 .* 0.25 +0.07071 +2\n", out)
-    half = max(high - low for low, high in (run["ci95"] for run in runs)) / 2
-    assert f"95% interval is at most +/- {half:.3f}" in out
-    assert re.search("adapter_weights +trained +seconds +val_loss +accuracy +std +seeds", out)
+    assert re.search(r"r=2 +1024 +1154 .* 0.25 +0.07071 +2\n", capsys.readouterr().out)
+    shutil.copytree(encoder, "copy")
+    same = sst2(encoder, f"{flags} --data copy --model copy/base")
     path = Path("runs/sst2/sst2.jsonl")
-    assert path.with_suffix(".png").exists()
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    again = train_sst2.main(args)
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]))
+    again = train_sst2.main(same)
     assert again[:-1] == runs[:-1] and again[-1]["val_loss"] == runs[-1]["val_loss"]
-    refused(" lr was 0.005, now it is 0.1; .*grad_accum was 1, now it is 2; give another --out",
-            train_sst2.main, sst2(encoder, "--lr 0.1 --grad-accum 2"))
-    other = shutil.copytree(encoder, "other")
-    Path(other, "validation.tsv").write_text("sentence\tlabel\nlovely story\t1\n")
-    changed = "--ranks 1 2 --seeds 0 1 --full-finetune --data"
-    refused("data_hash was", train_sst2.main, sst2(encoder, f"{changed} {other}"))
-    path.write_text(path.read_text().rstrip())  # an editor's, without the last line's end
-    shutil.copytree(encoder, "same")
-    assert len(train_sst2.main(sst2(encoder, "--ranks 4 --data same --model same/base"))) == 7
-    assert len(path.read_text().splitlines()) == 7
+    assert len(path.read_text().splitlines()) == 6 and Path("curves.png").exists()
+    with filelock.FileLock("runs/sst2/.lock"):
+        refused("in use by another process.*another --out", train_sst2.main, same)
+    refused("lr was 0.005, now it is 0.1; give another --out", train_sst2.main,
+            sst2(encoder, "--lr 0.1"))
     model = train_sst2.load_encoder(prepared(encoder)[0], None, 0)
     model.bert.pooler.dense.bias.data += 1
-    model.bert.save_pretrained("same/base")
-    refused("base_hash was", train_sst2.main, sst2(encoder, "--model same/base"))
-    with filelock.FileLock("runs/sst2/.lock"):
-        refused("in use by another process.*another --out", train_sst2.main, args)
-    path.write_text(path.read_text()[:-30])
-    refused("--out runs/sst2/sst2.jsonl: ", train_sst2.main, args)
+    model.bert.save_pretrained("copy/base")
+    refused("base_hash was", train_sst2.main, same)
+    Path("copy/validation.tsv").write_text("sentence\tlabel\nlovely story\t1\n")
+    refused("data_hash was", train_sst2.main, same)
 
 
-def test_an_adapter_with_its_head_scores_the_same_elsewhere(encoder):
+def test_an_adapter_with_its_head_scores_and_predicts_the_same_elsewhere(encoder):
     os.chdir(encoder.parent)
     run = json.loads(Path("demo-sst2/sst2.jsonl").read_text().splitlines()[3])
     assert len(run["history"]) == 6  # of six steps; else four an epoch
-    flags = "--adapter demo-sst2/r4-s1 --data demo-sst2 --device cpu --dtype float32"
-    scores = train_sst2.main(train_sst2.parse_args(flags.split()))
-    assert scores == (run["accuracy"], run["val_loss"])
-    assert run["ci95"] == pytest.approx(wilson_interval(round(40 * scores[0]), 40), abs=1e-4)
+    flags = "--adapter demo-sst2/r4-s1 --data demo-sst2 --device cpu --dtype float32".split()
+    args = train_sst2.parse_args(flags)
+    assert train_sst2.main(args) == (run["accuracy"], run["val_loss"])
+    texts = ["superb music but dull story", "dull music but superb story"]
+    found = train_sst2.main(train_sst2.parse_args([*flags, "--predict", *texts]))
+    ids = torch.tensor(train_sst2.encode(args, texts))
+    model = train_sst2.load_adapted(args)
+    assert found == pytest.approx(model(ids).logits.softmax(-1)[:, 1].tolist())
+    saved("headless", lambda: strip_lora(model), targets="query")
+    args.adapter, args.head = "headless", None
+    refused("has no classifier", train_sst2.load_adapted, args)  # it would be a random one
+
+
+@cases("kind", [transformers.LlamaForSequenceClassification,
+                transformers.BertForSequenceClassification])
+def test_padding_changes_neither_loss_nor_accuracy(kind, patch):
+    """A decoder finds the end of a row by its own pad id. What padding does change is refused."""
+    torch.manual_seed(0)
+    model = kind(kind.config_class(**SMALL | dict(pad_token_id=2, num_labels=2))).eval()
+    examples = [(list(range(5, 8 + n % 5)), n % 2) for n in range(20)]
+    with torch.no_grad():
+        logits = torch.cat([model(torch.tensor([ids])).logits for ids, _ in examples])
+    labels = torch.tensor([label for _, label in examples])
+    wanted = (logits.argmax(-1) == labels).float().mean(), F.cross_entropy(logits, labels)
+    close(torch.tensor(train_sst2.evaluate(model, examples, "float32")), torch.stack(wanted))
+    train_sst2.check_rows(model, examples)
+    patch(train_sst2, logits_of=lambda model, rows, dtype: torch.ones(len(rows), 2) * len(rows))
+    refused("scores a padded row unlike the row alone", train_sst2.check_rows, model, examples)
 
 
 def test_a_run_at_chance_says_so(encoder, patch, capsys):
@@ -2553,50 +2161,6 @@ def test_a_run_at_chance_says_so(encoder, patch, capsys):
         patch(train_sst2, evaluate=lambda *_: (right, 0.5))
         train_sst2.train(args, data, 1, 0)
         assert ("r=1, seed 0 is within chance" in capsys.readouterr().out) == (right == 0.5)
-
-
-def test_predictions_are_those_of_the_adapter(encoder, capsys):
-    os.chdir(encoder.parent)
-    texts = ["superb music but dull story", "dull music but superb story"]
-    args = train_sst2.parse_args([*"--adapter demo-sst2/r4-s1 --device cpu --dtype float32".split(),
-                                  "--predict", *texts])
-    found = train_sst2.main(args)
-    lines = capsys.readouterr().out.splitlines()[-2:]
-    model, ids = train_sst2.load_adapted(args), torch.tensor(train_sst2.encode(args, texts))
-    for p, line, wanted in zip(found, lines, model(ids).logits.softmax(-1)[:, 1]):
-        assert p == pytest.approx(float(wanted)) and f" {max(p, 1 - p):.1%}  " in line
-        assert line.startswith(f"label {int(p > 0.5)} ")
-
-
-def test_a_decoder_as_classifier_is_padded_with_its_own_id(patch):
-    """A batch must score as each row alone; one that does not is refused."""
-    model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(
-        **SMALL | dict(pad_token_id=2, num_labels=2))).eval()
-    rows = [([5, 6, 7, 8, 9, 10], 1), ([11, 12, 13], 0), ([14, 15, 16, 17], 1)]
-    with torch.no_grad():
-        batch, *alone = (float(train_sst2.classify(model, part, "float32")[0])
-                         for part in (rows, *([row] for row in rows)))
-    assert batch == pytest.approx(sum(alone), abs=1e-4)
-    train_sst2.check_rows(model, rows)
-    patch(train_sst2, logits_of=lambda model, rows, dtype: torch.ones(len(rows), 2) * len(rows))
-    refused("scores a padded row unlike the row alone", train_sst2.check_rows, model, rows)
-
-
-def test_weight_decay_leaves_biases_and_norms_alone(encoder, patch):
-    groups = []
-
-    class Recorded(torch.optim.AdamW):
-        def __init__(self, parameters, **options):
-            groups.extend(parameters)
-            super().__init__(parameters, **options)
-
-    patch(torch.optim, AdamW=Recorded)
-    args, data = prepared(encoder, "--nb-samples 16")
-    _, model = train_sst2.train(args, data, None, 0)
-    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        plain = name.endswith("bias") or "LayerNorm" in name
-        assert decays[id(parameter)] == (0 if plain else 0.01), name
 
 
 def test_four_batches_of_eight_are_one_of_thirty_two(encoder):
@@ -2612,26 +2176,29 @@ def test_four_batches_of_eight_are_one_of_thirty_two(encoder):
 
 
 def test_recomputed_blocks_give_equal_gradients_and_save_less(encoder):
-    grown, sizes, losses = [], [], []
+    grown, sizes = [], []
     for flags in ("", "--checkpoint-activations"):
         args, data = prepared(encoder, flags)
         model = train_sst2.load_encoder(args, 4, 0)
         perturb(model.train())  # B = 0 would hide A's gradient
-        step = lambda: losses.append(train_sst2.classify(model, data["train"][:16], "float32")[0])
-        sizes.append(saved_for_backward(step, model.parameters()))
-        losses[-1].backward()
+        sizes.append(saved_for_backward(lambda: train_sst2.classify(
+            model, data["train"][:16], "float32")[0].backward(), model.parameters()))
         grown.append(gradients(model))
     assert len(grown[0]) == 10 and same_bits(*grown) and sizes[1] < sizes[0] / 4
 
 
 def test_skipped_steps_leave_weights_and_schedule_and_twenty_end_a_run(encoder, patch):
-    """The first step taken must have the peak rate."""
+    """The first step taken must have the peak rate; gradients are unscaled, then clipped."""
     args, data = prepared(encoder, "--dtype float16 --batch-size 8 --full-lr 0.05")
     steps, step, scaler = [], torch.optim.AdamW.step, train_sst2.LossScaler
 
     def recorded(optimizer):
-        group = optimizer.param_groups[0]
-        steps.append((group["lr"], nn.utils.get_total_norm([p.grad for p in group["params"]])))
+        matrices, others = optimizer.param_groups  # the others are biases and LayerNorm
+        assert (matrices["weight_decay"], others["weight_decay"]) == (0.01, 0)
+        assert {p.dim() > 1 for p in matrices["params"]} == {True}
+        assert {p.dim() > 1 for p in others["params"]} == {False}
+        gradients = [p.grad for p in matrices["params"]]
+        steps.append((matrices["lr"], nn.utils.get_total_norm(gradients)))
         step(optimizer)
 
     def run(scale):
@@ -2642,25 +2209,11 @@ def test_skipped_steps_leave_weights_and_schedule_and_twenty_end_a_run(encoder, 
     patch(torch.optim.AdamW, step=recorded)
     skipped, weights = run(2.0**120)
     assert skipped == 12 and same_bits(bits(train_sst2.load_encoder(args, None, 0)), weights)
-    assert 0 < run(2.0**22)[0] < 12 and steps[0][0] == args.full_lr
-    assert steps[1][0] == pytest.approx(args.full_lr * 11 / 12)
-    assert steps[0][1] < 0.5 and max(norm for _, norm in steps) < 1.001  # unscaled, clipped
+    assert 0 < run(2.0**22)[0] < 12
+    assert [lr for lr, _ in steps[:2]] == pytest.approx([0.05, 0.05 * 11 / 12])
+    assert steps[0][1] < 0.5 and max(norm for _, norm in steps) < 1.001
     args.epochs = 2
     refused("at step 20: try a lower learning rate", run, 2.0**120)
-    args.dtype, args.full_lr = "float32", 1e30
-    refused("at step 2: try", run, 1)
-
-
-def test_padding_changes_neither_loss_nor_accuracy(encoder):
-    args, data = prepared(encoder)
-    examples = [(ids[:n % 5 + 3], label) for n, (ids, label) in enumerate(data["validation"])]
-    model = train_sst2.load_encoder(args, None, 0)
-    model.eval().classifier.weight.data.normal_()
-    with torch.no_grad():
-        logits = torch.cat([model(torch.tensor([ids])).logits for ids, _ in examples])
-    labels = torch.tensor([label for _, label in examples])
-    wanted = (logits.argmax(-1) == labels).float().mean(), F.cross_entropy(logits, labels)
-    close(torch.tensor(train_sst2.evaluate(model, examples, "float32")), torch.stack(wanted))
 
 
 def test_the_seed_reaches_head_adapter_and_dropout(encoder):
@@ -2686,58 +2239,35 @@ def test_training_rows_are_drawn_with_seed_0_and_cut(encoder):
 
 
 def test_what_a_checkpoint_lacks_is_trained_or_named(encoder):
-    """DistilBERT's head has two layers; one left out must be refused."""
-    config = transformers.DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4)
-    transformers.DistilBertModel(config).save_pretrained("distil")
+    distilbert().base_model.save_pretrained("distil")
     args, _ = prepared(encoder)
     args.model = "distil"
-    model = train_sst2.load_encoder(args, 2, 0)
+    model = train_sst2.load_encoder(args, 2, 0)  # its head has two layers
     assert count_parameters(model)[0] == 2 * 2 * 2 * (32 + 32) + 32 * 33 + 2 * 33
     args.head = ["classifier"]
     refused("distil has no pre_classifier.*--head", train_sst2.load_encoder, args, 2, 0)
+    transformers.DistilBertConfig.from_pretrained("distil", num_labels=3).save_pretrained("distil")
+    refused("a classifier of 3 classes, expected 2", train_sst2.load_encoder, args, 2, 0)
 
 
 def test_sentences_are_read_as_they_stand():
     """Lone quotation marks, null and numbers must stay text."""
     rows = [('"half open', 1), ("null", 0), ("2.0", 1)]
-    jsonl = [json.dumps({"sentence": text, "label": label}) for text, label in rows]
-    tsv = ["sentence\tlabel"] + [f"{text}\t{label}" for text, label in rows]
-    Path("d[1]").mkdir()
-    for name, lines in [("train.jsonl", jsonl), ("train.tsv", tsv)]:
-        path = Path("d[1]", name)
-        path.write_text("\n".join(lines))
-        assert train_sst2.read_sentences("d[1]", "train") == rows
-        path.unlink()
+    write_rows("train.jsonl", *(dict(sentence=text, label=label) for text, label in rows))
+    assert train_sst2.read_sentences(".", "train") == rows
+    Path("train.tsv").write_text("sentence\tlabel\n" + "".join(f"{t}\t{n}\n" for t, n in rows))
+    refused("found train.tsv, train.jsonl", train_sst2.read_sentences, ".", "train")
+    Path("train.jsonl").unlink()
+    assert train_sst2.read_sentences(".", "train") == rows
 
 
-@cases("flags, message", [
-    ("--data /", "--data /: expected a folder with one train.jsonl"),
-    ("--data text/train.jsonl", "expected a folder with one train.jsonl"),
-    ("--data text", "--data text: train, row 1: expected sentence"),
-    ("--data labels", "row 1: .*label 0 or 1"), ("--data fields", "train, row 1: "),
-    ("--data both", "found train.jsonl, train.csv"), ("--data half", "surrogates"),
-    ("--data number", "train, row 1: expected sentence.*found 1"),
-    ("--adapter nowhere", "has no effect beside --adapter"),
-    ("--device x", "--device x: "), ("--model three", "--model three: a classifier of 3 classes"),
-    ("--model words", "ids up to 16: the model has 16 embeddings")])
-def test_bad_input_to_sst2_is_a_clear_error(flags, message, encoder):
-    for name, row in [("text", '{"text": "a"}'), ("labels", '{"sentence": "a", "label": -1}'),
-                      ("half", '{"sentence": "\\ud83d", "label": 1}'), ("both", "{}"),
-                      ("number", "1")]:
-        Path(name).mkdir()
-        Path(name, "train.jsonl").write_text(row)
-    Path("fields").mkdir()
-    for name in ("both", "fields"):
-        Path(name, "train.csv").write_text("label,sentence\n1,A film, and so on\n")
-    config = transformers.BertConfig.from_pretrained(encoder / "base")
-    config.num_labels = 3
-    transformers.BertForSequenceClassification(config).save_pretrained("three")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder / "base")
-    tokenizer.save_pretrained("three")
-    shutil.copytree(encoder / "base", "words")
-    tokenizer.add_tokens("music but")
-    tokenizer.save_pretrained("words")
-    refused(message, lambda: train_sst2.main(sst2(encoder, flags)))
+@cases("name, text, message", [
+    ("train.jsonl", '{"sentence": "a", "label": -1}', "row 1: .*label 0 or 1"),
+    ("train.jsonl", '{"sentence": "\\ud83d", "label": 1}', "surrogates"),
+    ("train.csv", "label,sentence\n1,A film, and so on\n", "train, row 1: ")])
+def test_bad_sentences_are_a_clear_error(name, text, message):
+    Path(name).write_text(text)
+    refused(f"--data .: .*{message}", train_sst2.read_sentences, ".", "train")
 
 
 # --- bench/section7.py ---
@@ -2775,29 +2305,22 @@ def test_amplification_is_what_it_is_by_hand(kind):
         close(factor, torch.tensor(0.5))
 
 
-def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder, capsys):
+def test_compare_names_layers_and_refuses_what_it_cannot_compare(encoder):
     os.chdir(encoder.parent)
-    one, other, args = "demo-sst2/r4-s0", "demo-sst2/r4-s1", prepared(encoder)[0]
 
     def compare(*flags):
         return section7.main(section7.parse_args([*flags, "--out", "pictures"]))
 
-    maps = compare(one, other)
+    maps = compare("demo-sst2/r4-s0", "demo-sst2/r4-s1")
     first, last = (f"bert.encoder.layer.{n}.attention.self.query" for n in (0, 1))
-    a, b = (dict(lora_layers(section7.load(section7.parse_args([one, other]), x)))[last]
-            for x in (one, other))
-    out = capsys.readouterr().out.splitlines()
-    rows = [line.split() for line in out if line.startswith(last)]
-    V1, V2 = (torch.linalg.qr(layer.lora_A.T).Q for layer in (a, b))
-    assert rows[0][-1] == f"{(V1.T @ V2).square().sum() / 4:.2f}"
-    assert rows[2][1:3] == [f"{b.weight.norm():.2f}", f"{b.delta().norm():.2f}"]
+    A1, A2 = (weights(f"demo-sst2/r4-s{seed}")[f"base_model.model.{last}.lora_A.weight"]
+              for seed in (0, 1))
+    close(maps[last], section7.subspace_similarity(A1, A2))
     close(maps["mean of 2 attention.self.query"], (maps[first] + maps[last]) / 2)
-    saved("c", lambda: train_sst2.load_encoder(args, None, 0), **HEAD | {"targets": "dense"})
-    refused("share no layer", compare, one, "c", "--model", f"{encoder}/base")
-    saved("d", lambda: train_sst2.load_encoder(args, None, 0), targets="query")
-    flags = f"--adapter d --model {encoder}/base --data {encoder}"
-    refused("has no classifier", train_sst2.main, train_sst2.parse_args(flags.split()))
     assert Path("pictures/compare-r4-s0-r4-s1.png").exists()
+    model = train_sst2.load_encoder(prepared(encoder)[0], None, 0)
+    saved("c", lambda: model, **HEAD | {"targets": "dense"})
+    refused("share no layer", compare, "demo-sst2/r4-s0", "c", "--model", f"{encoder}/base")
 
 
 # --- the CUDA path, on fake tensors ---

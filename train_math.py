@@ -950,7 +950,7 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
     steps = min(math.ceil(len(batches) / args.grad_accum), args.max_steps or math.inf)
     tenths = {round(steps * tenth / 10) for tenth in range(1, 11)}
     saves = {*range(0, steps, args.save_every), steps} if args.save_every else tenths
-    start = step = state["step"] if state else 0
+    step = state["step"] if state else 0
     if state:
         optimizer.load_state_dict(state["optimizer"])
         vars(scaler).update(state["scaler"])
