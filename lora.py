@@ -311,7 +311,8 @@ def unmerge_lora(model):
     After an interrupt while merging, unmerging or leaving disable_lora, this switches all on.
     """
     for plain, (layer, W0) in modules_with(model, "lora_waiting").items():
-        layer.to(device_of(plain))  # it waited on the CPU, or the model was moved
+        if device_of(layer) != device_of(plain):  # it waited on the CPU, or the model was moved
+            layer.to(device_of(plain))
         layer.train(plain.training)
         if isinstance(W0, torch.Tensor):
             plain.weight = nn.Parameter(W0.to(plain.weight), requires_grad=False)
