@@ -32,10 +32,10 @@ from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lora import dequantize_nf4, load_adapter, merge_lora, strip_lora
-from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, add_flag, agree,
-                        base_hash, check_ids, checkpoints, chunks, encode_prompt, format_prompt,
-                        gather, hash_of, join_processes, load_model, loading, number, pick_device,
-                        pick_dtype, plain_text, read_table, run_script, trained_with,
+from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, adapter_in, add_flag,
+                        agree, base_hash, check_ids, checkpoints, chunks, encode_prompt,
+                        format_prompt, gather, hash_of, join_processes, load_model, loading, number,
+                        pick_device, pick_dtype, plain_text, read_table, run_script, trained_with,
                         warn_of_mismatch, write_whole)
 
 
@@ -46,11 +46,12 @@ def parse_args(argv=None):
     add, on_or_off = partial(add_flag, parser), argparse.BooleanOptionalAction
     either = partial(add_flag, parser.add_mutually_exclusive_group())
     add("--model", None, "Hub id or folder of the base (default: the adapter's own)")
-    add("--adapter", None, "adapters, or runs: all their checkpoints, with --ask the last one",
-        nargs="+", action="extend", metavar="DIR")
+    add("--adapter", None, "adapters, or runs: all their checkpoints; with --ask and --save-merged "
+        "the best one", nargs="+", action="extend", metavar="DIR")
     either("--ask", None, "print what base and adapters say, then exit", nargs="+",
            type=plain_text, metavar="TEXT")
     either("--save-merged", None, "write base and adapter as one model, then exit", metavar="DIR")
+    add("--system", None, "a system turn before each text of --ask", type=plain_text)
     add("--data", "openai/gsm8k", "Hub id or file")
     add("--nb-samples", None, "the first N problems (default: all)", type=count)
     add("--batch-size", 16, "problems at once", type=count)
@@ -64,12 +65,11 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def list_adapters(folders, last_only=False):
-    """Return {name: folder} of adapters, and of every checkpoint of a run, or its last one."""
+def list_adapters(folders, scoring):
+    """Return {name: folder} of adapters, and of a run's checkpoints: all to score, or the best."""
     adapters = {}
     for folder in folders or ():
-        steps = checkpoints(folder)
-        for path in (steps[-1:] if last_only else steps) or [Path(folder)]:
+        for path in scoring and checkpoints(folder) or [adapter_in(folder)]:
             name = path.resolve().name
             if name.startswith("step_"):
                 name = f"{path.resolve().parent.name}-{name}"
@@ -341,7 +341,8 @@ def describe(name, result):
 
 def ask(args, model, tokenizer, adapters):
     """Print what the base and each adapter say to each text, one under the other."""
-    prompts = [[{"role": "user", "content": text}] if args.chat else format_prompt(text)
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    prompts = [[*system, {"role": "user", "content": text}] if args.chat else format_prompt(text)
                for text in args.ask]
     said = {}
     for name, folder in {"base": None, **adapters}.items():
@@ -441,7 +442,8 @@ def plot(path, results):
 
 def main(args):
     """Ask, export, or score."""
-    adapters = list_adapters(args.adapter, last_only=bool(args.ask))
+    scoring = not args.ask and args.save_merged is None
+    adapters = list_adapters(args.adapter, scoring)
     trained = adopt_training(args, adapters)
     if args.save_merged is not None and len(adapters) != 1:
         raise ValueError(f"--save-merged takes one --adapter, found {len(adapters)}")
@@ -450,7 +452,9 @@ def main(args):
     device = pick_device(args.device)
     join_processes(device)
     dtype, reason = pick_dtype(args.dtype, device)
-    if not args.ask and args.save_merged is None:
+    if args.system and not (args.ask and args.chat):
+        raise ValueError("--system is a turn of a chat: it needs --ask and --chat")
+    if scoring:
         rows = read_problems(args)
         args.chat = isinstance(rows[0].question, list)
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)

@@ -174,7 +174,7 @@ def saved_flags(args):
             return json.loads(path.read_text())["flags"] | {"run_name": name_run(args)}
     if args.adapter is not None:
         with loading("--adapter", args.adapter):
-            flags = trained_with(args.adapter)
+            flags = trained_with(adapter_in(args.adapter))
         del flags["head"]
         return flags | {"chat": flags.get("chat") or None}  # None: as the rows are
     return {}
@@ -182,8 +182,6 @@ def saved_flags(args):
 
 def trained_with(folder, task="CAUSAL_LM"):
     """Return the flags an adapter was trained with, those of model, chat and nf4 where known."""
-    if steps := checkpoints(folder):
-        raise ValueError(f"a run of {len(steps)} checkpoints: give one, for example {steps[-1]}")
     path = Path(folder, "adapter_config.json")
     if Path(folder).is_dir() and not path.exists():
         raise ValueError("this folder holds no adapter_config.json, so it is no adapter")
@@ -197,16 +195,16 @@ def trained_with(folder, task="CAUSAL_LM"):
              "targets": targets if isinstance(targets, list) else [targets],
              "head": config.get("modules_to_save") or []}
     with safe_open(Path(folder, "adapter_model.safetensors"), "pt") as file:
-        header = file.metadata() or {}  # where experiment() writes these three
-    if base := config.get("base_model_name_or_path") or header.get("model"):
-        flags["model"] = base
+        header = file.metadata() or {}  # where experiment() writes chat and nf4
+    if config.get("base_model_name_or_path"):
+        flags["model"] = config["base_model_name_or_path"]
     return flags | {key: header[key] == "True" for key in ("chat", "nf4") if key in header}
 
 
 def warn_of_mismatch(args, folder, trained):
     """Warn if an adapter was trained on another base, or with other --chat or --nf4."""
     base = trained.get("model", args.model)
-    if Path(base).resolve() != Path(args.model).resolve():
+    if Path(base).name != Path(args.model).name:  # the folder may have been moved
         warnings.warn(f"{folder} was trained on {base}, and runs on {args.model} here")
     for name in ("chat", "nf4"):
         if trained.get(name, bool(getattr(args, name))) != bool(getattr(args, name)):
@@ -549,7 +547,8 @@ def load_model(name, dtype, device, nf4=False):
             name, dtype=dtype, output_loading_info=True)
         missing = sorted(info["missing_keys"])[:3]  # they would be random
         if missing or tokenizer.eos_token_id is None:
-            raise ValueError(f"{', '.join(missing) or 'an EOS token'} is missing")
+            raise ValueError(f"{', '.join(missing) or 'an EOS token'} is missing: expected a "
+                             "pretrained causal language model")
     if nf4:  # on the CPU: the device never holds the layers dense
         quantize_nf4(model)
         for parameter in model.parameters():  # a view would keep the whole file mapped
@@ -860,6 +859,13 @@ def checkpoints(run):
     return sorted(steps, key=lambda path: int(path.name[5:]))
 
 
+def adapter_in(folder):
+    """Return the folder, or of a run its checkpoint with the lowest held-out loss, or the last."""
+    steps, best = checkpoints(folder), lowest(read_log(log_of(Path(folder).name)))
+    named = Path(folder, f"step_{best[1]:06d}") if best else None
+    return named if named in steps else [Path(folder), *steps][-1]
+
+
 def state_of(folder):
     """Return the file of the training state that belongs to a checkpoint."""
     return folder.with_name(f"state_{folder.name[5:]}.pt")
@@ -954,7 +960,7 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
     if state:
         optimizer.load_state_dict(state["optimizer"])
         vars(scaler).update(state["scaler"])
-    metrics = Path("runs", args.run_name, "metrics.jsonl")
+    metrics = log_of(args.run_name)
     stop, log = False, open_log(metrics, step)
     bar = tqdm(total=steps, initial=step, unit="step", disable=RANK > 0 or None)
     with bar, catch_signals() as caught:
@@ -1040,6 +1046,10 @@ def sum_over_processes(parameters, loss, stop):
             p.grad = torch.zeros_like(p)
         dist.all_reduce(p.grad)
     return numbers.tolist()
+
+
+def log_of(run_name):
+    return Path("runs", run_name, "metrics.jsonl")
 
 
 def read_log(path):
@@ -1145,7 +1155,7 @@ def main(args):
 
 def experiment(args, run):
     """Read, load, check, say what will happen, train, and report."""
-    adapter, state = args.adapter, None
+    adapter, state = args.adapter and adapter_in(args.adapter), None
     if args.resume:
         adapter, state = newest_state(run)
     elif checkpoints(run):
@@ -1201,20 +1211,21 @@ def experiment(args, run):
     model.train()
     largest = sorted(examples, key=length)[-args.batch_size:]  # no batch of the run is larger
     choose_recomputation(model, collate(largest, device), args.checkpoint_activations)
-    metadata = {"model": args.model, "chat": str(args.chat), "nf4": str(args.nf4)}
+    metadata = {"chat": str(args.chat), "nf4": str(args.nf4)}
     train(model, examples, args, held_out_examples, state, metadata)
-    return report(run, Path("runs", args.run_name, "metrics.jsonl"), device)
+    return report(run, device, len(held_out_examples))
 
 
-def report(run, metrics, device):
-    """Say what was written and which checkpoint is the best; return the last one."""
-    last = checkpoints(run)[-1]
-    print(f"peak memory {peak_memory(device) / GiB:.2f} GiB. Written: {last}/, {metrics}, loss.png")
-    if best := lowest(read_log(metrics)):
+def report(run, device, n):
+    """Say what was written and which checkpoint is the best on n held-out rows; return the last."""
+    last, log = checkpoints(run)[-1], log_of(run.name)
+    print(f"peak memory {peak_memory(device) / GiB:.2f} GiB. Written: {last}/, {log}, loss.png")
+    if best := lowest(read_log(log)):
         folder = run / f"step_{best[1]:06d}"
         where = f": {folder}" if folder.exists() else ""
-        hint = ", the last: a new run with more --epochs may do better" if folder == last else ""
-        print(f"the held-out loss is lowest, {best[0]:.3f}, at step {best[1]}{where}{hint}")
+        hint = ", the last: training longer may do better" if folder == last else ""
+        print(f"the loss on {n} held-out rows is lowest, {best[0]:.3f}, at step {best[1]}{where}"
+              f"{hint}")
     return last
 
 

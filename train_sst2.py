@@ -309,7 +309,8 @@ def train(args, data, r, seed):
     majority = max(positive, 1 - positive)  # what always the same label would score
     if run["ci95"][0] <= majority:
         print(f"{rank_name(r)}, seed {seed} is within chance, {majority:.1%}: try "
-              f"{'--lr' if r else '--full-lr'} three times as high or low, or more --epochs")
+              f"{'--lr' if r else '--full-lr'} three times as high or low, a smaller --batch-size, "
+              f"more --epochs{' or --targets all-linear' if r else ''}")
     return run, model
 
 
@@ -334,7 +335,7 @@ def report(runs, picture):
         adapter_weights=("adapter_parameters", "first"), trained=("trainable", "first"),
         seconds=("seconds", "mean"), val_loss=("val_loss", "mean"), accuracy=("accuracy", "mean"),
         std=("accuracy", "std"), seeds=("accuracy", "count")
-    ).to_string(float_format="{:.4g}".format))
+    ).to_string(float_format="{:.4g}".format, na_rep="-"))
     half = max(high - low for low, high in table.ci95) / 2
     print(f"{runs[0]['n']} sentences: one run's 95% interval is at most +/- {half:.3f}")
     try:
@@ -343,7 +344,8 @@ def report(runs, picture):
     except ImportError:
         return
     figure = Figure(figsize=(14, 4), layout="constrained")
-    figure.suptitle(f"{runs[0]['model']} on {runs[0]['data']}, {runs[0]['n']} validation sentences")
+    model, data = (Path(runs[0][name]).name for name in ("model", "data"))
+    figure.suptitle(f"{model} on {data}, {runs[0]['n']} validation sentences")
     panels = {"train_loss": "training loss (nats)", "val_loss": "validation loss (nats)",
               "accuracy": "validation accuracy"}
     for axes, (key, label) in zip(figure.subplots(1, 3), panels.items()):
