@@ -434,9 +434,11 @@ def plot(path, results):
     for name, result in results.items():
         axes.plot(result["ci95"], [name] * 2, "|-", color="C0")
         axes.plot(result["accuracy"], name, "o", color="C0")
-    axes.set(title=f"{result['n']} problems of {Path(result['data']).stem}, with 95% intervals",
-             xlabel="strict accuracy")
+    model, data = Path(result["model"]).name, Path(result["data"]).stem
+    axes.set(title=f"{model} on {result['n']} problems of {data}",
+             xlabel="strict accuracy, with 95% intervals")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.margins(y=0.5 / len(results))
     axes.figure.savefig(path, dpi=150)
 
 
