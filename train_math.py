@@ -1205,7 +1205,7 @@ def experiment(args, run):
           f"train ({trainable / total:.2%}), in float32\n"
           f"{len(examples):,} rows train, {len(held_out_examples):,} are held out\n"
           f"left out: {len(rows) + len(held_out) - len(encoded):,} longer than {args.max_length} "
-          f"tokens, {passed_over:,} with a training row's question\n"
+          f"tokens, {passed_over:,} to hold out that repeat a training question\n"
           f"the first row, prompt | target: {tokenizer.decode(ids[:prompt])!r} | "
           f"{tokenizer.decode(ids[prompt:])!r}")
     model.train()

@@ -112,11 +112,13 @@ def main(args):
         axes = figure.add_subplot(math.ceil(len(maps) / 4), 4, place)
         image = axes.imshow(phi.numpy(), vmin=0, vmax=1, aspect="auto",
                             extent=(0.5, r2 + 0.5, r1 + 0.5, 0.5))
-        axes.set_title(name, fontsize=7)
-    figure.colorbar(image, ax=figure.axes, label="phi: i down, j across")
-    names = "-".join(Path(folder).name for folder in args.adapters)
+        short = re.sub(r"^.*?(?=\w+\.\d+\.)|;.*", "", name)  # layer.5.attention.self.query
+        axes.set_title(short, fontsize=9)
+    figure.colorbar(image, ax=figure.axes, label="phi(i, j)")
+    names = [Path(folder).name for folder in args.adapters]
+    figure.suptitle("Similarity (Eq. 4): i down, of {}; j across, of {}".format(*names))
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(args.out, f"compare-{names}.png"))
+    figure.savefig(Path(args.out, f"compare-{'-'.join(names)}.png"))
     return maps
 
 
