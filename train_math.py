@@ -1022,8 +1022,9 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
                 folder = Path("checkpoints", args.run_name, f"step_{step:06d}")
                 if RANK == 0:
                     save_checkpoint(folder, model, metadata, step, optimizer, scaler)
-                    plot_loss(metrics)
-    gather(None)  # rank 0 may still be saving, and torchrun ends all when one exits
+    if RANK == 0 and metadata:
+        plot_loss(metrics)
+    gather(None)  # rank 0 may still be writing, and torchrun ends all when one exits
     if stop and step < steps:
         if metadata:
             print(f"stopped: --run-name {args.run_name} --resume goes on from {folder}")
