@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lora import dequantize_nf4, load_adapter, merge_lora, strip_lora
-from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, adapter_in, add_flag,
+from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, best_adapter, add_flag,
                         agree, base_hash, check_ids, checkpoints, chunks, encode_prompt,
                         format_prompt, gather, hash_of, join_processes, load_model, loading, number,
                         pick_device, pick_dtype, plain_text, read_table, run_script, trained_with,
@@ -69,7 +69,7 @@ def list_adapters(folders, scoring):
     """Return {name: folder} of adapters, and of a run's checkpoints: all to score, or the best."""
     adapters = {}
     for folder in folders or ():
-        for path in scoring and checkpoints(folder) or [adapter_in(folder)]:
+        for path in scoring and checkpoints(folder) or [best_adapter(folder)]:
             name = path.resolve().name
             if name.startswith("step_"):
                 name = f"{path.resolve().parent.name}-{name}"

@@ -118,8 +118,8 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))        # (..., k) -> (..., r)
         update = F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        # The base comes last: backward does not use its product, so checkpointing can stop
-        # recomputing before it.
+        # The base comes last: backward does not need its output, so activation checkpointing need
+        # not recompute it.
         return self.base(x) + update
 
     def delta(self):
@@ -149,7 +149,7 @@ class LoRALinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self.base._apply(fn)  # as usual; below, keep_dtype changes only A and B
+        self.base._apply(fn)  # as usual; below, the adapter's own are moved, not cast
         return super()._apply(keep_dtype)
 
 
@@ -189,7 +189,7 @@ def inject_lora(model, config, layer=LoRALinear):
 def install(model, wrappers, heads):
     """Freeze the model, place {base: wrapper}, and let the heads train."""
     model.requires_grad_(False)
-    model.zero_grad()  # an older optimizer would move the base by gradients left over
+    model.zero_grad()  # by gradients of pretraining an older optimizer would change the base
     replace_modules(model, wrappers)
     for module in {m for head in heads.values() for m in head.modules()}:
         train_in_full(module)
@@ -223,7 +223,7 @@ def require_on(model, action):
 
 
 def modules_with(model, attribute):
-    """Return {module: value} of the modules that have this attribute, which none registers."""
+    """Return {module: value} of the modules that carry this attribute, outside state_dict()."""
     return {m: vars(m)[attribute] for m in model.modules() if attribute in vars(m)}
 
 
@@ -539,7 +539,8 @@ ACCEPTED = set("""
 def adapter_state_dict(model):
     """Return copies of the adapter; model.load_state_dict(copies, strict=False) restores them.
 
-    The adapter has to be on both times: RuntimeError here, while load_state_dict finds no A and B.
+    The adapter must be on. If it is off or merged, this raises RuntimeError, and
+    load_state_dict(strict=False) would restore nothing.
     """
     require_on(model, "take an adapter_state_dict")
     saved = set(file_parameters(*adapter_modules(model)).values())
@@ -666,7 +667,7 @@ def load_adapter(model, folder, layer=LoRALinear):
     for key, parameter in file_parameters(*adapter_modules(model)).items():
         parameter.detach().copy_(tensors[key])
     own_sample = torch.tensor(base_sample(list(wrappers.values())[-1]))
-    # Relative difference: 0.1 for the same base in 4 bits, 1.4 for another seed.
+    # 0.3 lies between 0.1 (the same base in 4 bits) and 1.4 (another seed).
     if own_sample.shape == sample.shape and (own_sample - sample).norm() > 0.3 * sample.norm():
         warnings.warn(f"{folder} was trained on another base")
     return config

@@ -1957,7 +1957,8 @@ def test_checkpoints_are_scored_in_order_and_by_two_processes_as_by_one(tiny):
     assert names == ["run-step_999000", "run-step_1000000"]
     assert [*eval_gsm8k.list_adapters(["checkpoints/run"], False)] == names[1:]  # the last
     Path("runs/run").mkdir(parents=True)
-    Path("runs/run/metrics.jsonl").write_text('{"step": 999000, "val_loss": 1}\n'
+    Path("runs/run/metrics.jsonl").write_text('{"step": 0, "val_loss": 0}\n'  # it has no adapter
+                                              '{"step": 999000, "val_loss": 1}\n'
                                               '{"step": 1000000, "val_loss": 2}\n')
     assert [*eval_gsm8k.list_adapters(["checkpoints/run"], False)] == names[:1]  # the best
     flags = "--adapter checkpoints/run --batch-size 3 --out"

@@ -174,7 +174,7 @@ def saved_flags(args):
             return json.loads(path.read_text())["flags"] | {"run_name": name_run(args)}
     if args.adapter is not None:
         with loading("--adapter", args.adapter):
-            flags = trained_with(adapter_in(args.adapter))
+            flags = trained_with(best_adapter(args.adapter))
         del flags["head"]
         return flags | {"chat": flags.get("chat") or None}  # None: as the rows are
     return {}
@@ -859,11 +859,13 @@ def checkpoints(run):
     return sorted(steps, key=lambda path: int(path.name[5:]))
 
 
-def adapter_in(folder):
+def best_adapter(folder):
     """Return the folder, or of a run its checkpoint with the lowest held-out loss, or the last."""
-    steps, best = checkpoints(folder), lowest(read_log(log_of(Path(folder).name)))
-    named = Path(folder, f"step_{best[1]:06d}") if best else None
-    return named if named in steps else [Path(folder), *steps][-1]
+    losses = {line["step"]: line["val_loss"] for line in read_log(log_of(folder))
+              if line.get("val_loss") is not None}
+    steps = reversed(checkpoints(folder))
+    return min(steps, key=lambda step: losses.get(int(step.name[5:]), math.inf),
+               default=Path(folder))
 
 
 def state_of(folder):
@@ -960,7 +962,7 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
     if state:
         optimizer.load_state_dict(state["optimizer"])
         vars(scaler).update(state["scaler"])
-    metrics = log_of(args.run_name)
+    metrics = log_of(Path("checkpoints", args.run_name))
     stop, log = False, open_log(metrics, step)
     bar = tqdm(total=steps, initial=step, unit="step", disable=RANK > 0 or None)
     with bar, catch_signals() as caught:
@@ -1049,8 +1051,10 @@ def sum_over_processes(parameters, loss, stop):
     return numbers.tolist()
 
 
-def log_of(run_name):
-    return Path("runs", run_name, "metrics.jsonl")
+def log_of(run):
+    """Return runs/RUN/metrics.jsonl, which stands beside checkpoints/RUN."""
+    run = Path(run).absolute()
+    return run.parent.parent / "runs" / run.name / "metrics.jsonl"
 
 
 def read_log(path):
@@ -1156,7 +1160,7 @@ def main(args):
 
 def experiment(args, run):
     """Read, load, check, say what will happen, train, and report."""
-    adapter, state = args.adapter and adapter_in(args.adapter), None
+    adapter, state = args.adapter and best_adapter(args.adapter), None
     if args.resume:
         adapter, state = newest_state(run)
     elif checkpoints(run):
@@ -1219,14 +1223,13 @@ def experiment(args, run):
 
 def report(run, device, n):
     """Say what was written and which checkpoint is the best on n held-out rows; return the last."""
-    last, log = checkpoints(run)[-1], log_of(run.name)
-    print(f"peak memory {peak_memory(device) / GiB:.2f} GiB. Written: {last}/, {log}, loss.png")
-    if best := lowest(read_log(log)):
+    last = checkpoints(run)[-1]
+    print(f"peak memory {peak_memory(device) / GiB:.2f} GiB. Written: {last}/, "
+          f"runs/{run.name}/metrics.jsonl, loss.png")
+    if best := lowest(read_log(log_of(run))):
         folder = run / f"step_{best[1]:06d}"
         where = f": {folder}" if folder.exists() else ""
-        hint = ", the last: training longer may do better" if folder == last else ""
-        print(f"the loss on {n} held-out rows is lowest, {best[0]:.3f}, at step {best[1]}{where}"
-              f"{hint}")
+        print(f"the loss on {n} held-out rows is lowest, {best[0]:.3f}, at step {best[1]}{where}")
     return last
 
 

@@ -8,7 +8,8 @@
     python bench/section7.py runs/sst2/r4-s0 runs/sst2/r8-s1                # what was learned
 
 One experiment is one folder, --out: sst2.jsonl has a line per finished run, and these are skipped;
-sst2.png the curves; r8-s0/ adapter and head of r=8 and seed 0, as PEFT saves them. Own data is a
+sst2.png the curves; r8-s0/ adapter and head of r=8 and seed 0 at the last step, as PEFT saves them
+(with few sentences look at the validation loss: it may have been lower before). Own data is a
 folder with train and validation, as .jsonl, .json, .parquet, .csv or, without quotes, .tsv, of
 sentence, and label 0 or 1.
 
