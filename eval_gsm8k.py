@@ -32,8 +32,8 @@ from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lora import dequantize_nf4, load_adapter, merge_lora, strip_lora
-from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, best_adapter, add_flag,
-                        agree, base_hash, check_ids, checkpoints, chunks, encode_prompt,
+from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, add_flag, agree,
+                        base_hash, best_adapter, check_ids, checkpoints, chunks, encode_prompt,
                         format_prompt, gather, hash_of, join_processes, load_model, loading, number,
                         pick_device, pick_dtype, plain_text, read_table, run_script, trained_with,
                         warn_of_mismatch, write_whole)

@@ -860,7 +860,7 @@ def checkpoints(run):
 
 
 def best_adapter(folder):
-    """Return the folder, or of a run its checkpoint with the lowest held-out loss, or the last."""
+    """Return the folder; for a run, its checkpoint with the lowest held-out loss, or the last."""
     losses = {line["step"]: line["val_loss"] for line in read_log(log_of(folder))
               if line.get("val_loss") is not None}
     steps = reversed(checkpoints(folder))
