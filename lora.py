@@ -662,7 +662,10 @@ def load_adapter(model, folder, layer=LoRALinear):
             reason = " ".join(str(error).split())
             raise ValueError(f"{folder} is no adapter for this model: {reason}") from error
         wrappers = {name: layer(base, config) for name, base in layers.items()}
-    if signature(dict(lora_layers(model))) != signature(wrappers):
+    before = dict(lora_layers(model))
+    if signature(before) != signature(wrappers):
+        if before and model.training:
+            warnings.warn("A and B are new Parameters now: create the optimizer again")
         install(strip_lora(model), {wrapper.base: wrapper for wrapper in wrappers.values()}, heads)
     for key, parameter in file_parameters(*adapter_modules(model)).items():
         parameter.detach().copy_(tensors[key])

@@ -813,6 +813,9 @@ def test_loading_over_an_adapter_of_the_same_kind_keeps_its_parameters():
         assert same_bits(bits(model), bits(wanted)) and torch.equal(logits(model), logits(wanted))
         kept = [name for name, p in model.named_parameters() if p is before.get(name)]
         assert kept == [*before] * (alpha == 8)
+    saved("third", roberta, r=2, **HEAD)
+    with pytest.warns(match="create the optimizer again"):
+        load_adapter(model.train(), "third")
 
 
 def t5():
