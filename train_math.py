@@ -1223,10 +1223,11 @@ def experiment(args, run):
 
 def report(run, device, n):
     """Say what was written and which checkpoint is the best on n held-out rows; return the last."""
-    last = checkpoints(run)[-1]
+    last, log = checkpoints(run)[-1], log_of(run)
+    picture = ", loss.png" * log.with_name("loss.png").exists()  # by matplotlib, where it is
     print(f"peak memory {peak_memory(device) / GiB:.2f} GiB. Written: {last}/, "
-          f"runs/{run.name}/metrics.jsonl, loss.png")
-    if best := lowest(read_log(log_of(run))):
+          f"runs/{run.name}/metrics.jsonl{picture}")
+    if best := lowest(read_log(log)):
         folder = run / f"step_{best[1]:06d}"
         where = f": {folder}" if folder.exists() else ""
         print(f"the loss on {n} held-out rows is lowest, {best[0]:.3f}, at step {best[1]}{where}")
