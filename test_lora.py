@@ -519,6 +519,7 @@ def test_layers_that_mamba_does_not_call_are_left_out():
 def test_what_would_train_badly_or_be_lost_is_warned_of():
     with pytest.warns(match="classifier.* trains in 16 bits"):
         inject_lora(roberta().half(), LoRAConfig(**HEAD))
+    inject_lora(SmallGPT().train(), LoRAConfig())  # and nothing else is
     for training in (True, False):  # statistics stand still in eval mode
         model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train(training)
         with pytest.warns(match="BatchNorm") if training else nullcontext():
