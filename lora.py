@@ -189,7 +189,7 @@ def inject_lora(model, config, layer=LoRALinear):
 def install(model, wrappers, heads):
     """Freeze the model, place {base: wrapper}, and let the heads train."""
     model.requires_grad_(False)
-    model.zero_grad()  # by gradients of pretraining an older optimizer would change the base
+    model.zero_grad()  # gradients of pretraining would let an older optimizer change the base
     replace_modules(model, wrappers)
     for module in {m for head in heads.values() for m in head.modules()}:
         train_in_full(module)
@@ -251,8 +251,9 @@ def merge_lora(model):
     """Put plain layers with W0 + scaling * B A in the wrappers' places; return the model.
 
     No latency is added (Sec. 4.1). Summed in fp32 (over fp64 in fp64), then rounded once. A second
-    call does nothing. Raises ValueError without an adapter, or for a base that does not compute
-    x W^T + b, and RuntimeError while the adapter is off; no layer is then merged.
+    call does nothing. Raises ValueError without an adapter, for a base that does not compute
+    x W^T + b or a wrapper with a forward hook, and RuntimeError while the adapter is off; no layer
+    is then merged.
     """
     if is_merged(model):
         return model

@@ -105,8 +105,8 @@ def parse_args(argv=None):
         "last N (default: 200 or a tenth, whichever is less; 0 for none)", type=number(int, 0))
     add("--epochs", 3, type=count)
     add("--max-steps", None, "stop after N steps; the learning rate ends there too", type=count)
-    add("--adapter", None, "continue this adapter: the five flags below are its own, and by "
-        "default --model, --chat, --nf4", metavar="DIR")
+    add("--adapter", None, "continue this adapter, or the best of this run: the five flags below "
+        "are its own, and by default --model, --chat, --nf4", metavar="DIR")
     add("--r", 8, "rank (Sec. 4.1)", type=count)
     add("--alpha", 16.0, "the update is scaled by alpha / r", type=number(float, 1e-9))
     add("--dropout", 0.05, "on the adapter's input", type=number(float, 0, 0.99))
@@ -861,9 +861,7 @@ def checkpoints(run):
 
 def best_adapter(folder):
     """Return the folder; for a run, its checkpoint with the lowest held-out loss, or the last."""
-    losses = {line["step"]: line["val_loss"] for line in read_log(log_of(folder))
-              if line.get("val_loss") is not None}
-    steps = reversed(checkpoints(folder))
+    losses, steps = val_losses(read_log(log_of(folder))), reversed(checkpoints(folder))
     return min(steps, key=lambda step: losses.get(int(step.name[5:]), math.inf),
                default=Path(folder))
 
@@ -1094,10 +1092,9 @@ def open_log(path, step):
     return log
 
 
-def lowest(lines):
-    """Return (held-out loss, step) where it is lowest, or None."""
-    return min(((line["val_loss"], line["step"]) for line in lines
-                if line.get("val_loss") is not None), default=None)
+def val_losses(lines):
+    """Return {step: held-out loss} of a log, where it was measured."""
+    return {line["step"]: line["val_loss"] for line in lines if line.get("val_loss") is not None}
 
 
 def plot_loss(path):
@@ -1118,9 +1115,10 @@ def plot_loss(path):
     if window > 1:
         mean = losses.rolling(window, center=True, min_periods=1).mean()
         axes.plot(mean, label=f"training, mean of {window} steps")
-    if best := lowest(lines):
-        axes.plot(table.val_loss.dropna(), "o-", label="held out")
-        axes.plot(best[1], best[0], "o", label=f"lowest: {best[0]:.3f} at step {best[1]}")
+    if measured := val_losses(lines):
+        axes.plot([*measured], [*measured.values()], "o-", label="held out")
+        best = min(measured, key=measured.get)
+        axes.plot(best, measured[best], "o", label=f"lowest: {measured[best]:.3f} at step {best}")
     axes.set(title=path.parent.name, xlabel="optimizer step", ylabel="loss per target token (nats)")
     axes.locator_params(axis="x", integer=True)
     axes.legend()
@@ -1227,10 +1225,12 @@ def report(run, device, n):
     picture = ", loss.png" * log.with_name("loss.png").exists()  # by matplotlib, where it is
     print(f"peak memory {peak_memory(device) / GiB:.2f} GiB. Written: {last}/, "
           f"runs/{run.name}/metrics.jsonl{picture}")
-    if best := lowest(read_log(log)):
-        folder = run / f"step_{best[1]:06d}"
+    if measured := val_losses(read_log(log)):
+        best = min(measured, key=measured.get)
+        folder = run / f"step_{best:06d}"
         where = f": {folder}" if folder.exists() else ""
-        print(f"the loss on {n} held-out rows is lowest, {best[0]:.3f}, at step {best[1]}{where}")
+        print(f"the loss on {n} held-out rows is lowest, {measured[best]:.3f}, at step {best}"
+              f"{where}")
     return last
 
 
