@@ -1,25 +1,45 @@
-"""Speed of greedy generation: batch sizes; base, unmerged, merged; and against other ways.
+"""How fast is greedy generation, by batch size and with an adapter, and against other ways?
 
     python bench/generation.py --model DIR --data gsm8k_test.jsonl --rounds 3
     python bench/generation.py --model DIR --data gsm8k_test.jsonl --against generate harness
 
-Other ways: one generate() of transformers for each batch, with stop_strings, in which all rows stay
-to the end; and lm-evaluation-harness (pip install lm_eval).
+Takes minutes on 2 cores. Other ways: one generate() of transformers for each batch, with
+stop_strings, in which all rows stay to the end; and lm-evaluation-harness (pip install lm_eval).
 
 In each round every state and batch size takes its turn on the same problems, or with --against ours
-and the other way, on the base in the last of --batches. Printed are medians.
-The adapter is random, r=8 on q and v, and so small that the answers stay nearly the same: what an
-adapter costs does not depend on its weights.
+and the other way, on the base in the last of --batches. Printed are medians. The adapter, r=8 on q
+and v, is random and so small that answers hardly change: its cost does not depend on its weights.
 """
-import argparse
 import importlib.util
-import statistics
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
+from statistics import median
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from eval_gsm8k import complete, pad_left
+from lora import LoRAConfig, inject_lora, lora_layers, merge_lora, strip_lora, unmerge_lora
+from train_math import (Parser, add_flag, encode_prompt, format_prompt, load_model, number,
+                        pick_device, pick_dtype, read_rows, run_script)
+
+
+def parse_args():
+    parser = Parser(description=__doc__)
+    add, count = partial(add_flag, parser), number(int, 1)
+    add("--model", None, "folder of the model", required=True)
+    add("--data", None, ".jsonl with question and answer", required=True)
+    add("--n", 64, "problems", type=count)
+    add("--batches", [1, 16, 32, 64], "batch sizes", nargs="+", type=count)
+    add("--max-new-tokens", 128, "at most", type=count)
+    add("--rounds", 3, "repetitions", type=count)
+    parser.add_argument("--against", nargs="+", default=[], choices=["generate", "harness"],
+                        help="compare with these instead")
+    return parser.parse_args()
 
 
 def timed(make):
@@ -42,8 +62,6 @@ def harness_completions(model, tokenizer, prompts, args):
 
 def generate_completions(model, tokenizer, prompts, args):
     """The completions of one generate() a batch."""
-    from eval_gsm8k import pad_left
-    from train_math import encode_prompt
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     texts = {}
@@ -60,11 +78,8 @@ def generate_completions(model, tokenizer, prompts, args):
 
 
 def main(args):
-    import torch
-    from eval_gsm8k import complete
-    from train_math import format_prompt, load_model, pick_device, pick_dtype, read_rows
-    from lora import LoRAConfig, inject_lora, lora_layers, merge_lora, strip_lora, unmerge_lora
-
+    if "harness" in args.against and importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("--against harness: pip install lm_eval")
     device = pick_device("auto")
     dtype, _ = pick_dtype("auto", device)
     rows = read_rows(args.data, "test", args.n)
@@ -105,26 +120,14 @@ def main(args):
         unmerge_lora(model)
         strip_lora(model)
     for name, values in speeds.items():
-        print(f"{name:24}{statistics.median(values):8.1f} tokens/s  "
+        print(f"{name:24}{median(values):8.1f} tokens/s  "
               f"({min(values):.1f} to {max(values):.1f})")
     for rival in args.against:
         ours, theirs = seconds[rival, "ours"], seconds[rival, "theirs"]
-        ratio = statistics.median(b / a for a, b in zip(ours, theirs))
-        print(f"{rival}: {statistics.median(theirs):.1f} s, ours {statistics.median(ours):.1f} s, "
+        ratio = median(b / a for a, b in zip(ours, theirs))
+        print(f"{rival}: {median(theirs):.1f} s, ours {median(ours):.1f} s, "
               f"x{ratio:.2f}; completions equal: {same[rival]} of {len(rows)}")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a causal language model")
-    parser.add_argument("--data", required=True, help=".jsonl with question and answer")
-    parser.add_argument("--n", type=int, default=64, help="problems")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 32, 64])
-    parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--against", nargs="+", default=[], choices=["generate", "harness"])
-    args = parser.parse_args()
-    if "harness" in args.against and importlib.util.find_spec("lm_eval") is None:
-        sys.exit("generation.py: the harness is not installed: pip install lm_eval")
-    main(args)
+    run_script("generation.py", main, parse_args)

@@ -1,16 +1,15 @@
-"""The default experiment's path on a CUDA GPU: TinyLlama-1.1B's shape, with random weights.
+"""Does the default experiment run on a CUDA GPU under --vram 4, and what does it take?
 
     python bench/gpu.py --data gsm8k_train.jsonl
 
-Random weights show what needs no trained ones: that everything runs, what it takes, and how fast.
-Made: a model folder and its checkpoints in --work. Printed, each line as soon as it is known:
-    training    20 steps of train_math.py's defaults under --vram 4, in each precision: the trial
-                against the allocator's peak, tokens/s, the loss, steps skipped by the loss scaling
+Needs a CUDA GPU, all of it for a true speed. The model has TinyLlama-1.1B's shape and random
+weights. Printed:
+    training    20 steps of train_math.py's defaults, in each precision: the peak predicted from the
+                largest batch and the run's, tokens/s, the loss, steps skipped by the loss scaling
     resuming    from the checkpoint at half of these steps: is the adapter the same to the bit
     scoring     base, adapter and merged export of 32 problems, by eval_gsm8k.py
     merging     merged logits against W0 + s B A unmerged, and whether unmerge gives every bit back
 """
-import argparse
 import json
 import os
 import re
@@ -20,11 +19,21 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from lora import LoRAConfig, inject_lora, lora_layers, merge_lora, unmerge_lora
+from train_math import Parser, add_flag, load_model, run_script
+
 SETTINGS = ["--dtype float16", "--dtype float16 --checkpoint-activations", "--dtype bfloat16",
             "--dtype float16 --nf4", "--dtype float16 --nf4 --targets all-linear --r 16",
             "--dtype bfloat16 --nf4 --targets all-linear --r 16 --checkpoint-activations"]
+
+
+def parse_args():
+    parser = Parser(description=__doc__)
+    add_flag(parser, "--data", None, ".jsonl of GSM8K", required=True, type=os.path.abspath)
+    add_flag(parser, "--work", Path("runs/gpu"), "new folder for what is made", type=Path)
+    return parser.parse_args()
 
 
 def make_model(folder, texts):
@@ -52,14 +61,18 @@ def run(script, flags, work):
     return done.stdout
 
 
+def run_training(flags, name, args):
+    return run("train_math.py", f"--model model --data {args.data} --nb-samples 160 --epochs 1 "
+               f"--save-every 10 --vram 4 --run-name {name} {flags}", args.work)
+
+
 def train(flags, name, args):
-    """Train under --vram 4; print the plan, the peak and what the log says."""
-    printed = run("train_math.py", f"--model model --data {args.data} --nb-samples 160 --epochs 1 "
-                  f"--save-every 10 --vram 4 --run-name {name} {flags}", args.work)
+    """Train; print the predicted peak, the peak and what the log says."""
+    printed = run_training(flags, name, args)
     found = re.search(r"(\S+) peak\n.*peak memory (.*) GiB\.", printed, re.DOTALL)
     if not found:
         return
-    trial, peak = map(float, found.groups())
+    predicted, peak = map(float, found.groups())
     kept = re.search(r"activations (kept|recomputed)", printed)[1]
     log = [json.loads(line) for line in open(args.work / f"runs/{name}/metrics.jsonl")]
     log = [line for line in log if "loss" in line]  # step 0 has a held-out loss alone
@@ -67,8 +80,8 @@ def train(flags, name, args):
     seconds = sum(line["tokens"] / line["tokens_per_s"] for line in later)
     speed = sum(line["tokens"] for line in later) / seconds
     skipped = sum(line["skipped"] for line in log)
-    print(f"{flags:84} {kept:10} trial {trial:.2f}, run {peak:.2f} GiB "
-          f"({trial / peak - 1:+.0%}), {speed:,.0f} tokens/s, loss {log[0]['loss']:.3f} to "
+    print(f"{flags:84} {kept:10} predicted {predicted:.2f}, run {peak:.2f} GiB "
+          f"({predicted / peak - 1:+.0%}), {speed:,.0f} tokens/s, loss {log[0]['loss']:.3f} to "
           f"{log[-1]['loss']:.3f}, {skipped} skipped", flush=True)
 
 
@@ -76,8 +89,7 @@ def resume(flags, name, args):
     """Take the last checkpoint away, resume from the one before, and compare the two."""
     last = args.work / f"checkpoints/{name}/step_000020"
     aside = last.rename(last.parent / "before")
-    run("train_math.py", f"--model model --data {args.data} --nb-samples 160 --epochs 1 "
-        f"--save-every 10 --vram 4 --run-name {name} {flags} --resume", args.work)
+    run_training(f"{flags} --resume", name, args)
     from safetensors.torch import load_file
     first, second = (load_file(path / "adapter_model.safetensors") for path in (aside, last))
     apart = max(float((first[key] - second[key]).abs().max()) for key in first)
@@ -98,8 +110,6 @@ def score(flags, name, args):
 
 def merging(args):
     """Compare merged and unmerged logits; unmerge and compare the base with what it was."""
-    from train_math import load_model
-    from lora import LoRAConfig, inject_lora, lora_layers, merge_lora, unmerge_lora
     for dtype, nf4 in ((torch.float32, False), (torch.bfloat16, False), (torch.float16, False),
                        (torch.float16, True)):
         model, _ = load_model(str(args.work / "model"), dtype, torch.device("cuda"), nf4)
@@ -120,14 +130,9 @@ def merging(args):
         del model, before
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, type=os.path.abspath, help=".jsonl of GSM8K")
-    parser.add_argument("--work", default="gpu-work", type=Path, help="folder for what is made")
-    args = parser.parse_args()
+def main(args):
     if not torch.cuda.is_available():
-        sys.exit("gpu.py: no CUDA device here")
+        raise ValueError("no CUDA device here")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     args.work.mkdir(parents=True)
     make_model(args.work / "model", open(args.data).read().splitlines())
@@ -138,3 +143,7 @@ if __name__ == "__main__":
     score("--dtype float16", "setting0", args)
     score("--dtype float16 --nf4", "setting4", args)
     merging(args)
+
+
+if __name__ == "__main__":
+    run_script("gpu.py", main, parse_args)

@@ -1,11 +1,10 @@
-"""What was learned (Hu et al. 2021, Sec. 7): subspaces and amplification of two adapters.
+"""What did two adapters learn: which subspaces, which directions of W? (Hu et al. 2021, Sec. 7)
 
-    python bench/section7.py runs/sst2/r8-s0 runs/sst2/r64-s1               # by train_sst2.py
-    python bench/section7.py runs/sst2/r8-s0 runs/sst2/r64-s1 --model DIR   # with another base
+    python bench/section7.py runs/sst2/r8-s0 runs/sst2/r64-s1    # adapters of train_sst2.py
 
 Printed: the similarity phi of A's subspaces (Eq. 4, Fig. 3 and 4), beside that of random matrices,
 and how much each adapter amplifies directions of W (Table 7). In --out: compare-A-B.png, a map of
-phi for the first, middle and last layer of each kind, and their mean.
+phi for the first, middle and last layer of each kind, and their mean. Takes seconds for a MiniLM.
 """
 import argparse
 import math
@@ -16,7 +15,8 @@ from pathlib import Path
 import pandas  # comes with datasets
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 from lora import d_by_k, lora_layers
 from train_math import Parser, run_script
 from train_sst2 import load_adapted
@@ -24,9 +24,10 @@ from train_sst2 import load_adapted
 
 def parse_args(argv=None):
     parser = Parser(description=__doc__)
-    parser.add_argument("adapters", nargs=2, metavar="ADAPTER")
-    parser.add_argument("--model", help="Hub id or folder of the base (default: the adapters' own)")
-    parser.add_argument("--out", default="runs/sst2", help="folder of the picture")
+    add = parser.add_argument
+    add("adapters", nargs=2, metavar="ADAPTER", help="folder that train_sst2.py saved")
+    add("--model", help="Hub id or folder of the base (default: the adapters' own)")
+    add("--out", default="runs/sst2", help="folder of the picture (default: runs/sst2)")
     return parser.parse_args(argv)
 
 

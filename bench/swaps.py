@@ -1,11 +1,10 @@
-"""Many adapters over one base: seconds for a swap, memory, and whether every answer stays exact.
+"""Many adapters over one base: how long does a swap take, and do answers and memory stay the same?
 
     python bench/swaps.py --model DIR
 
 Saves adapters of ranks 1 to 16 with random weights and notes the logits of each. Then loads all of
 them in turn, twice, and compares the logits. A swap is load_adapter: read, check, replace.
 """
-import argparse
 import os
 import statistics
 import sys
@@ -13,7 +12,19 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from lora import LoRAConfig, inject_lora, load_adapter, lora_layers, save_adapter, strip_lora
+from train_math import Parser, add_flag, load_model, number, pick_dtype, run_script
+
+
+def parse_args():
+    parser = Parser(description=__doc__)
+    add_flag(parser, "--model", None, "folder of the model", required=True)
+    add_flag(parser, "--adapters", 100, "how many", type=number(int, 1))
+    return parser.parse_args()
 
 
 def resident():
@@ -23,10 +34,6 @@ def resident():
 
 
 def main(args):
-    import torch
-    from lora import LoRAConfig, inject_lora, load_adapter, lora_layers, save_adapter, strip_lora
-    from train_math import load_model, pick_dtype
-
     device = torch.device("cpu")
     dtype, _ = pick_dtype("auto", device)
     model, tokenizer = load_model(args.model, dtype, device)
@@ -62,8 +69,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a causal language model")
-    parser.add_argument("--adapters", type=int, default=100)
-    main(parser.parse_args())
+    run_script("swaps.py", main, parse_args)

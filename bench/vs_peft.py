@@ -1,40 +1,58 @@
-"""Speed and memory of train_math.py against PEFT + transformers.Trainer, on the same work.
+"""Is a training step of train_math.py faster than PEFT's, and does it take less memory?
 
-    pip install peft
     python bench/vs_peft.py --model DIR --data gsm8k_train.jsonl --rounds 3 [-- FLAGS OF OURS]
 
+Takes about five minutes a round on 2 cores. Needs PEFT: pip install peft
 Each round runs three fresh processes in turn, so that a machine that drifts slows all three:
     ours        train_math.py with its defaults for everything that is not the work itself
     peft        get_peft_model and Trainer as PEFT's documentation shows them: bf16 by autocast
     peft-tuned  base weights in bf16, batches by length, gradient checkpointing
-Printed: unpadded tokens per second of the training steps, the process's peak memory (on a GPU the
-allocator's), the mean loss, and the ratios, as medians over the rounds. A mean loss that differs by
-more than 0.05 is reported as different work. On a CPU without bf16 units all run in float32.
+Printed: unpadded tokens per second of the training steps (ours with clipping and the optimizer's
+step, PEFT's without), the process's peak memory (on a GPU the allocator's), the mean loss, and the
+ratios, as medians over the rounds. A mean loss that differs by 0.05 or more is reported as
+different work. On a CPU without bf16 units all run in float32.
 """
 import argparse
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from statistics import fmean, median
 
-ROOT = Path(__file__).resolve().parent.parent
+import torch
+
+ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from train_math import GiB, Parser, add_flag, encode, number, peak_memory, read_rows, run_script
+
+
+def parse_args():
+    parser = Parser(description=__doc__)
+    add, count = partial(add_flag, parser), number(int, 1)
+    path = {"type": os.path.abspath, "required": True}  # ours runs in a folder of its own
+    add("--model", None, "folder of the model", **path)
+    add("--data", None, ".jsonl with question and answer", **path)
+    add("--steps", 10, "steps of each process", type=count)
+    add("--batch", 8, "rows a step", type=count)
+    add("--rounds", 1, "repetitions", type=count)
+    add("--targets", ["q_proj", "v_proj"], "layers to adapt, or all-linear", nargs="+")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("flags", nargs="*", help="behind --: flags for train_math.py")
+    return parser.parse_args()
 
 
 def dtype():
-    import torch
     units = torch.cpu.get_capabilities().get("avx512_bf16") or torch.cuda.is_available()
     return torch.bfloat16 if units else torch.float32
 
 
 def examples(args, tokenizer):
     """Return the rows that ours trains on, in the form that Trainer takes."""
-    from train_math import encode, read_rows
     rows = read_rows(args.data, "train", args.batch * args.steps)
     return [{"input_ids": ids, "attention_mask": [1] * len(ids), "length": len(ids),
              "labels": [-100] * prompt + ids[prompt:]}
@@ -43,8 +61,6 @@ def examples(args, tokenizer):
 
 def run_peft(args):
     """Run in a process of its own. Print one line of JSON."""
-    import torch
-    from train_math import peak_memory
     from peft import LoraConfig, get_peft_model
     from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer,
                               TrainingArguments)
@@ -78,66 +94,54 @@ def run_peft(args):
     collator = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8)
     loss = Timed(model, options, collator, rows).train().training_loss
     print(json.dumps({"tokens_per_s": sum(row["length"] for row in rows) / sum(seconds),
-                      "loss": loss, "peak_gib": peak_memory(model.device) / 2**30}))
+                      "loss": loss, "peak_gib": peak_memory(model.device) / GiB}))
 
 
 def run_ours(args):
     work = tempfile.mkdtemp()
+    flags = (f"--nb-samples {args.batch * args.steps} --epochs 1 --batch-size {args.batch} "
+             "--grad-accum 1 --dropout 0 --warmup-steps 0 --val-samples 0 --run-name bench "
+             f"--dtype {str(dtype())[6:]}")
     command = [sys.executable, str(ROOT / "train_math.py"), "--model", args.model, "--data",
-               args.data, "--nb-samples", str(args.batch * args.steps), "--epochs", "1",
-               "--batch-size", str(args.batch), "--grad-accum", "1", "--dropout", "0",
-               "--warmup-steps", "0", "--val-samples", "0", "--run-name", "bench", "--targets",
-               *args.targets, "--dtype", str(dtype()).removeprefix("torch."), *args.flags]
+               args.data, "--targets", *args.targets, *flags.split(), *args.flags]
     if subprocess.run(command, cwd=work, stdout=subprocess.DEVNULL).returncode:
-        sys.exit("vs_peft.py: train_math.py failed")
+        raise ValueError("train_math.py failed, see above")
     steps = [json.loads(line) for line in open(f"{work}/runs/bench/metrics.jsonl")]
     seconds = sum(step["tokens"] / step["tokens_per_s"] for step in steps)
     return {"tokens_per_s": sum(step["tokens"] for step in steps) / seconds,
-            "loss": statistics.fmean(step["loss"] for step in steps),
+            "loss": fmean(step["loss"] for step in steps),
             "peak_gib": steps[-1]["peak_memory_gib"]}
 
 
-def run_child(kind, args):
-    command = [sys.executable, __file__, "--child", kind, "--model", args.model, "--data",
-               args.data, "--steps", str(args.steps), "--batch", str(args.batch), "--targets",
-               *args.targets]
+def run_child(kind):
+    command = [sys.executable, __file__, "--child", kind, *sys.argv[1:]]
     env = os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}  # torch's default, which our imports change
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
-        sys.exit(f"vs_peft.py: {kind} failed:\n{done.stderr[-2000:]}")
+        raise ValueError(f"{kind} failed: {done.stderr[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    path = {"type": os.path.abspath, "required": True}  # ours runs in a folder of its own
-    parser.add_argument("--model", **path, help="folder of a causal language model")
-    parser.add_argument("--data", **path, help=".jsonl with question and answer")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=8, help="rows a step")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"])
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("flags", nargs="*", help="behind --: flags for train_math.py")
-    args = parser.parse_args()
-    if args.child:
-        run_peft(args)
-        sys.exit()
+def main(args):
     if importlib.util.find_spec("peft") is None:
-        sys.exit("vs_peft.py compares with PEFT: pip install peft")
-    print(f"products in {dtype()}; a round takes about five minutes on 2 cores", flush=True)
-    rounds = []
-    for number in range(1, args.rounds + 1):
-        kinds = ("peft", "peft-tuned")
-        rounds.append({"ours": run_ours(args), **{kind: run_child(kind, args) for kind in kinds}})
+        raise ValueError("PEFT is missing: pip install peft")
+    if args.child:
+        return run_peft(args)
+    print(f"products in {dtype()}", flush=True)
+    rounds, kinds = [], ("peft", "peft-tuned")
+    for n in range(1, args.rounds + 1):
+        rounds.append({"ours": run_ours(args), **{kind: run_child(kind) for kind in kinds}})
         for name, result in rounds[-1].items():
-            print(f"round {number}  {name:10}  {result['tokens_per_s']:7.1f} tokens/s  "
+            print(f"round {n}  {name:10}  {result['tokens_per_s']:7.1f} tokens/s  "
                   f"{result['peak_gib']:5.2f} GiB  loss {result['loss']:.4f}", flush=True)
-    for other in ("peft", "peft-tuned"):
+    for other in kinds:
         pairs = [(row["ours"], row[other]) for row in rounds]
-        speed = statistics.median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs)
-        memory = statistics.median(a["peak_gib"] / b["peak_gib"] for a, b in pairs)
+        speed = median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs)
+        memory = median(a["peak_gib"] / b["peak_gib"] for a, b in pairs)
         same = all(abs(a["loss"] - b["loss"]) < 0.05 for a, b in pairs)
         print(f"ours / {other}: speed x{speed:.2f}, memory x{memory:.2f}"
               f"{'' if same else ', DIFFERENT WORK'}")
+
+
+if __name__ == "__main__":
+    run_script("vs_peft.py", main, parse_args)
