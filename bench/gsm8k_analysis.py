@@ -1,18 +1,16 @@
-"""GSM8K: the loss on held-out problems, and what the written completions consist of.
+"""What is the loss on held-out problems of GSM8K, and what do the completions consist of?
 
     python bench/gsm8k_analysis.py --model DIR --held-out held_out.jsonl --adapter DIR [DIR ...]
     python bench/gsm8k_analysis.py --completions eval_results/base-gsm8k_test.jsonl [FILE ...]
 
-The first is for choosing targets and learning rate without the test set. It prints the nats per
-target token of the base and of each adapter. The second reads the completions that eval_gsm8k.py
-wrote, and prints:
+The first serves to choose targets and rate without the test set: nats per target token of the base
+and of each adapter. The second takes seconds and prints, of completions that eval_gsm8k.py wrote:
     marker     share whose last line has "The answer is" or "####"
     steps      arithmetic steps "a op b = c" a completion, with as many operands as are written
     right      share of the steps with the right c, rounded to the decimals that are written; 95%
                interval by resampling problems, because the steps of one are not independent
     loops      share in which 20 or more characters come three times in a row
 """
-import argparse
 import json
 import random
 import re
@@ -20,7 +18,11 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from lora import load_adapter
+from train_math import (Parser, encode, load_model, loading, pick_device, pick_dtype, read_rows,
+                        run_script, validation_loss)
 
 NUMBER = r"\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 # Only whole steps: in "(2 + 3) * 4 = 20", "3) * 4 = 20" is none.
@@ -28,6 +30,22 @@ STEP = re.compile(rf"(?<![\w.,)%*/+-])(?<![)%*/+-] )({NUMBER}(?: ?[-+*/x] ?{NUMB
                   rf"(-?{NUMBER})(?![\d%])")
 MARKER = re.compile(r"(?:the answer is|####)[^\n]*$", re.IGNORECASE)
 LOOP = re.compile(r"(.{20,200}?)\1\1", re.DOTALL)
+
+
+def parse_args():
+    parser = Parser(description=__doc__)
+    add = parser.add_argument
+    add("--completions", nargs="+", default=[], type=Path, help="files of eval_gsm8k.py")
+    add("--model", help="folder of the model")
+    add("--held-out", help="problems not trained on")
+    add("--adapter", nargs="+", default=[], help="folders of adapters")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the model (default: auto)")
+    args = parser.parse_args()
+    losses = bool(args.held_out)
+    if bool(args.model) != losses or (args.adapter or not args.completions) and not losses:
+        parser.error("give --completions, or --held-out and --model")
+    return args
 
 
 def exact(expression):
@@ -62,7 +80,7 @@ def resample(problems, draws=2000):
 
 
 def describe_completions(path):
-    records = [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+    records = map(json.loads, path.read_text(encoding="utf8").splitlines())
     texts = [record["completion"].split("Question:")[0].strip() for record in records]
     problems = [judge_steps(text) for text in texts]
     n, count = len(texts), sum(map(len, problems))
@@ -75,10 +93,6 @@ def describe_completions(path):
 
 
 def describe_losses(args):
-    from lora import load_adapter
-    from train_math import (encode, load_model, pick_device, pick_dtype, read_rows,
-                            validation_loss)
-
     device = pick_device("auto")
     dtype, _ = pick_dtype(args.dtype, device)
     model, tokenizer = load_model(args.model, dtype, device)
@@ -94,17 +108,11 @@ def describe_losses(args):
 
 def main(args):
     for path in args.completions:
-        describe_completions(path)
+        with loading("--completions", path):
+            describe_completions(path)
     if args.held_out:
         describe_losses(args)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--completions", nargs="+", default=[], type=Path)
-    parser.add_argument("--model", help="folder of a causal language model")
-    parser.add_argument("--held-out", help="problems that no run has trained on")
-    parser.add_argument("--adapter", nargs="+", default=[], help="folders of adapters")
-    parser.add_argument("--dtype", default="auto")
-    main(parser.parse_args())
+    run_script("gsm8k_analysis.py", main, parse_args)

@@ -1,11 +1,11 @@
-"""Memory: the trial before step 0 against the run's peak, and what larger models hold on a GPU.
+"""What do larger models hold on a GPU, and is the peak that train_math.py predicts the run's?
 
-    python bench/memory.py --shapes                               # two minutes, no GPU
-    python bench/memory.py --model DIR --data gsm8k_train.jsonl   # on a CUDA device
+    python bench/memory.py --shapes                               # two minutes; needs g++, no GPU
+    python bench/memory.py --model DIR --data gsm8k_train.jsonl   # needs a CUDA GPU
 
---shapes counts the tensors alive in two steps of TinyLlama, Llama-3.2-3B and Llama-3-8B on a GPU
-that is not there, with fake tensors: they have shape, dtype and device, but no data. It needs g++.
-An allocator adds fragments, CUDA half a GiB of context. --model trains three steps of 8 rows each.
+--shapes counts the tensors alive in two steps of TinyLlama, Llama-3.2-3B and Llama-3-8B with fake
+tensors, which have shape, dtype and device, but no data. An allocator adds fragments, CUDA half a
+GiB. --model trains three steps of 8 rows; train_math.py predicts by trying the largest batch.
 """
 import argparse
 import ctypes
@@ -20,7 +20,7 @@ import tempfile
 import weakref
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 LLAMA3 = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192)
 SHAPES = {
@@ -35,10 +35,23 @@ SETTINGS = ["", "--checkpoint-activations", "--targets all-linear --r 16", "--nf
             "--dtype float32 --checkpoint-activations"]
 
 
+def parse_args():
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shapes", action="store_true", help="count larger models")
+    add("--model", type=os.path.abspath, help="folder of the model")
+    add("--data", type=os.path.abspath, help=".jsonl with question and answer")
+    args = parser.parse_args()
+    if not args.shapes and not (args.model and args.data):
+        parser.error("give --shapes, or --model and --data")
+    if args.shapes and shutil.which("g++") is None:
+        parser.error("--shapes needs the compiler g++")
+    return args
+
+
 def pretend_cuda():
-    """Compile and load fake_cuda.cpp."""
-    if shutil.which("g++") is None:
-        sys.exit("memory.py: --shapes needs g++, a C++ compiler: install it")
+    """Compile and load fake_cuda.cpp. Call it before torch is imported."""
     torch = Path(importlib.util.find_spec("torch").origin).parent
     library = Path(tempfile.mkdtemp(), "fake_cuda.so")
     include = [f"-I{torch}/include", f"-I{torch}/include/torch/csrc/api/include"]
@@ -107,8 +120,7 @@ def alive(shape, dtype, nf4, recompute, targets, r=16, length=512):
     return rest / 2**30, live.peak / 2**30
 
 
-def shapes():
-    pretend_cuda()
+def shapes(args):
     import torch
     print("one row of 512 tokens, r=16; GiB alive at rest / at the peak; the card it fits")
     for (name, shape), nf4, recompute in itertools.product(SHAPES.items(), *[(False, True)] * 2):
@@ -120,32 +132,27 @@ def shapes():
         print(f"{name:16}{kind:17}{kept:12}{rest:6.2f} / {peak:5.2f}  {card}", flush=True)
 
 
-def trials(args):
+def predictions(args):
+    import torch
+    if not torch.cuda.is_available():
+        raise ValueError("no CUDA device here")
     for flags in SETTINGS:
         with tempfile.TemporaryDirectory() as work:
+            rows = "--nb-samples 24 --epochs 1 --batch-size 8 --grad-accum 1"
             command = [sys.executable, str(ROOT / "train_math.py"), "--model", args.model, "--data",
-                       args.data, "--nb-samples", "24", "--epochs", "1", "--batch-size", "8",
-                       "--grad-accum", "1", "--no-checkpoint-activations", *flags.split()]
+                       args.data, *rows.split(), "--no-checkpoint-activations", *flags.split()]
             done = subprocess.run(command, capture_output=True, text=True, cwd=work)
         found = re.search(r"(\S+) peak\n.*peak memory (.*) GiB\.", done.stdout, re.DOTALL)
         if not found:
-            sys.exit(f"memory.py: train_math.py {flags} failed, or found no CUDA device:\n"
-                     f"{done.stderr[-500:]}")
-        trial, peak = map(float, found.groups())
-        print(f"{flags or 'defaults':42} trial {trial:5.2f}  run {peak:5.2f} GiB  "
-              f"{trial / peak - 1:+.0%}", flush=True)
+            raise ValueError(f"train_math.py {flags} failed: {done.stderr[-500:]}")
+        predicted, peak = map(float, found.groups())
+        print(f"{flags or 'defaults':42} predicted {predicted:5.2f}  run {peak:5.2f} GiB  "
+              f"{predicted / peak - 1:+.0%}", flush=True)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", action="store_true", help="count larger models")
-    parser.add_argument("--model", type=os.path.abspath, help="folder of a causal language model")
-    parser.add_argument("--data", type=os.path.abspath, help=".jsonl with question and answer")
-    args = parser.parse_args()
+    args = parse_args()
     if args.shapes:
-        shapes()
-    elif args.model and args.data:
-        trials(args)
-    else:
-        parser.error("give --shapes, or --model and --data")
+        pretend_cuda()
+    from train_math import run_script  # imports torch
+    run_script("memory.py", shapes if args.shapes else predictions, lambda: args)
