@@ -1,6 +1,6 @@
-"""Tokens per second and peak memory of a training step against batch, length, rank and depth.
+"""How do a training step's speed and peak memory change with batch, length, rank and depth?
 
-    python bench/scaling.py --rounds 3     # 20 minutes on 2 cores; writes results/scaling.*
+    python bench/scaling.py --rounds 3     # 20 minutes on 2 cores; writes runs/scaling.*
 
 SmolLM2-135M's shape with random weights, LoRA on q and v. Each point is a process of its own: a
 warm-up step, two timed ones, the peak; and beside it the ideal: the step's matrix products alone,
@@ -9,26 +9,36 @@ the picture shows medians.
 """
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
+import torch
+import transformers
+
+ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from lora import LoRAConfig, inject_lora
+from train_math import (GiB, Parser, add_flag, batch_loss, collate, number, peak_memory, pick_dtype,
+                        run_script, use_attention)
+
 POINT = {"batch": 4, "length": 256, "r": 8, "layers": 12}
 SWEEPS = {"batch": (1, 2, 4, 8, 16), "length": (64, 128, 256, 512), "r": (1, 8, 64, 256),
           "layers": (6, 12, 18, 24, 30)}
 
 
+def parse_args():
+    parser = Parser(description=__doc__)
+    add_flag(parser, "--out", Path("runs/scaling"), "path of .jsonl and .png", type=Path)
+    add_flag(parser, "--rounds", 1, "repetitions", type=number(int, 1))
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
 def measure(batch, length, r, layers):
     """Run in a process of its own. Return tokens per second, the ideal's, and the peak in GiB."""
-    import torch
-    import transformers
-    from lora import LoRAConfig, inject_lora
-    from train_math import batch_loss, collate, peak_memory, pick_dtype, use_attention
-
     device = torch.device("cpu")
     dtype, _ = pick_dtype("auto", device)
     torch.manual_seed(0)
@@ -69,7 +79,7 @@ def measure(batch, length, r, layers):
         return (time.perf_counter() - start) / repeats
 
     tokens = batch * length
-    return {"tokens_per_s": tokens / seconds(step, 2), "peak_gib": peak_memory(device) / 2**30,
+    return {"tokens_per_s": tokens / seconds(step, 2), "peak_gib": peak_memory(device) / GiB,
             "ideal": tokens / seconds(products, 2), "dtype": str(dtype)}
 
 
@@ -82,7 +92,7 @@ def draw(points, path):
         x = [point[name] for point in chosen]
 
         def medians(key):
-            return [statistics.median(point[key]) for point in chosen]
+            return [median(point[key]) for point in chosen]
 
         speed.plot(x, medians("tokens_per_s"), "o-", label="training step")
         speed.plot(x, medians("ideal"), "--", label="its matrix products alone")
@@ -96,6 +106,9 @@ def draw(points, path):
 
 
 def main(args):
+    if args.point:
+        return print(json.dumps(measure(**json.loads(args.point))))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     measured = ("tokens_per_s", "ideal", "peak_gib")
     points = [{"sweep": name, **POINT, name: value, **{key: [] for key in measured}}
               for name, values in SWEEPS.items() for value in values]
@@ -105,33 +118,23 @@ def main(args):
             command = [sys.executable, __file__, "--point", json.dumps(shape)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                sys.exit(f"scaling.py: {shape} failed:\n{done.stderr[-1000:]}")
+                raise ValueError(f"{shape} failed: {done.stderr[-500:]}")
             result = json.loads(done.stdout.splitlines()[-1])
             point["dtype"] = result["dtype"]
             for key in measured:
                 point[key].append(result[key])
             print(shape, result, flush=True)
     for point in points:
-        share = statistics.median(a / b for a, b in zip(point["tokens_per_s"], point["ideal"]))
-        speed = statistics.median(point["tokens_per_s"])
+        share = median(a / b for a, b in zip(point["tokens_per_s"], point["ideal"]))
+        speed = median(point["tokens_per_s"])
         print(f"{point['sweep']:7}{point[point['sweep']]:4}{speed:8.1f} tokens/s  "
-              f"{share:.0%} of its products alone  {statistics.median(point['peak_gib']):.2f} GiB")
-    out = Path(args.out)
-    out.with_suffix(".jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+              f"{share:.0%} of its products alone  {median(point['peak_gib']):.2f} GiB")
+    args.out.with_suffix(".jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
     try:
-        draw(points, out.with_suffix(".png"))
+        draw(points, args.out.with_suffix(".png"))
     except ImportError:
         print("no picture: pip install matplotlib")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=str(ROOT / "results" / "scaling"))
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--point", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.point:
-        print(json.dumps(measure(**json.loads(args.point))))
-    else:
-        main(args)
+    run_script("scaling.py", main, parse_args)
