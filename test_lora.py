@@ -2366,6 +2366,7 @@ def test_every_link_leads_somewhere(folder):
     text = (HERE / folder / "README.md").read_text(encoding="utf8")
     for link in re.findall(r"\]\(([^)]+)\)", text):
         name, _, section = link.partition("#")
+        name = name or "README.md"  # a section of the same file
         assert link.startswith("https://") or (HERE / folder / name).exists(), link
         if section:
             words = section.replace("-", " ")
