@@ -20,10 +20,11 @@ Use, with any PyTorch model:
     merge_lora(model)                   # plain layers with W0 + scaling B A: no extra latency
     strip_lora(model)                   # forget the adapter, keep the merged weights
 
-First reading: stop at "which layers can be adapted". The appendix (a 4-bit base) can be deleted.
+On a first reading, stop at "which layers can be adapted". The appendix, a 4-bit base, can be
+deleted: nothing before it needs it.
 
 Differences from the paper and the authors' code
-- A starts as nn.Linear's weight does, and its input has dropout, as in the authors' code. In the
+- As in the authors' code, A starts like nn.Linear's weight, and its input passes dropout. In the
   paper A is Gaussian, and Eq. 3 has no dropout.
 - The paper subtracts B A to get W0 back, which rounding makes inexact. W0 is put aside here.
 - Merging is a call. The authors' code merges inside eval(), so that the mode decides whether a
@@ -33,9 +34,8 @@ import json
 import math
 import warnings
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -77,7 +77,7 @@ class LoRAConfig:
             "r": isinstance(self.r, Integral) and self.r >= 1 and self.r is not True,
             "alpha": isinstance(self.alpha, Real) and 0 < self.alpha < 1e30,  # no NaN or infinity
             "dropout": isinstance(self.dropout, Real) and 0 <= self.dropout < 1,
-            "targets": self.targets != (),
+            "targets": len(self.targets) == 1 or self.targets and "all-linear" not in self.targets,
             "rslora": isinstance(self.rslora, bool)}
         for field, valid in in_range.items():
             if not valid:
@@ -118,8 +118,8 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))        # (..., k) -> (..., r)
         update = F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        # The base comes last: backward does not need its output, so activation checkpointing need
-        # not recompute it.
+        # The base comes last: where this layer ends a recomputed block, recomputation stops before
+        # its product, which backward does not need.
         return self.base(x) + update
 
     def delta(self):
@@ -149,7 +149,7 @@ class LoRALinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self.base._apply(fn)  # as usual; below, the adapter's own are moved, not cast
+        self.base._apply(fn)  # moves and casts the base; below, all is moved and nothing cast
         return super()._apply(keep_dtype)
 
 
@@ -158,6 +158,22 @@ def features(layer):
     if hasattr(layer, "out_features"):
         return layer.out_features, layer.in_features
     return tuple(reversed(layer.weight.shape))  # Conv1D
+
+
+def is_packed(layer):
+    """True for a layer in fewer bits (appendix): its to_dense() returns a plain layer."""
+    return hasattr(layer, "to_dense")
+
+
+def is_transposed(layer):
+    """True for GPT-2's Conv1D in transformers, also if it is packed: its weight is (k, d)."""
+    conv1d = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+    return conv1d or (is_packed(layer) and layer.transposed)
+
+
+def d_by_k(weight, layer):
+    """Turn a weight from the layer's layout to (d, k), or back."""
+    return weight.T if is_transposed(layer) else weight
 
 
 def device_of(module):
@@ -204,7 +220,7 @@ def replace_modules(model, replacements):
                 parent._modules[name] = new
 
 
-def named(model):
+def modules_by_name(model):
     """Return {name: module}, without the parts that torch.compile adds to the names."""
     return {".".join(part for part in name.split(".") if part != "_orig_mod"): module
             for name, module in model.named_modules()}
@@ -212,7 +228,9 @@ def named(model):
 
 def lora_layers(model):
     """Yield (name, LoRALinear) for every wrapper that stands in the model."""
-    return ((name, m) for name, m in named(model).items() if name and isinstance(m, LoRALinear))
+    for name, module in modules_by_name(model).items():
+        if name and isinstance(module, LoRALinear):
+            yield name, module
 
 
 def require_on(model, action):
@@ -234,9 +252,28 @@ def count_parameters(model):
     return trainable, packed + sum(p.numel() for p in model.parameters())
 
 
+# --- heads: modules that train in full (also_train) ---
+#
+# A head stays in its place, and has two sets of weights: those of the base, and those that train.
+
+def train_in_full(module):
+    """Put trainable copies of its weights into the module; the base's are kept beside them."""
+    base = dict(module.named_parameters(recurse=False))
+    trained = {name: nn.Parameter(p.detach().clone()) for name, p in base.items()}
+    module.lora_weights = {"base": base, "trained": trained}
+    use_weights(module, "trained")
+
+
+def use_weights(module, which):
+    """Put a head's "base" or "trained" weights into it, on the device and in the dtype it has."""
+    for name, weight in module.lora_weights[which].items():
+        weight.data = weight.data.to(module._parameters[name])
+        module._parameters[name] = weight
+
+
 # --- merge, switch off, take off ---
 #
-# Which module stands in a target's place says what the adapter is doing; there is no flag.
+# There is no flag: the module that stands in a target's place is the state of the adapter.
 #
 #     the adapter is   in the target's place          in the plain layer's `lora_waiting`
 #     on               the wrapper                    nothing
@@ -244,16 +281,16 @@ def count_parameters(model):
 #     merged           the plain layer, W0 + s B A    (wrapper, W0)
 #
 # Over a packed base, merging makes a new dense layer; its `lora_waiting` is (wrapper, base).
-# nn.Module registers nothing that is in a tuple: state_dict() and .to() do not see what waits.
+# A tuple hides its modules from nn.Module: state_dict() and .to() skip what waits.
 
 @torch.no_grad()
 def merge_lora(model):
     """Put plain layers with W0 + scaling * B A in the wrappers' places; return the model.
 
-    No latency is added (Sec. 4.1). Summed in fp32 (over fp64 in fp64), then rounded once. A second
-    call does nothing. Raises ValueError without an adapter, for a base that does not compute
-    x W^T + b or a wrapper with a forward hook, and RuntimeError while the adapter is off; no layer
-    is then merged.
+    No latency is added (Sec. 4.1). The sum is made in fp32, in fp64 over an fp64 base, and rounded
+    once. A second call does nothing. Raises ValueError without an adapter, for a base that does not
+    compute x W^T + b or a wrapper with a forward hook, and RuntimeError while the adapter is off;
+    no layer is then merged.
     """
     if is_merged(model):
         return model
@@ -290,26 +327,10 @@ def merge_layer(model, layer):
         layer.to("cpu")
 
 
-def is_packed(layer):
-    """True for a layer in fewer bits (appendix): its to_dense() returns a plain layer."""
-    return hasattr(layer, "to_dense")
-
-
-def is_transposed(layer):
-    """True for GPT-2's Conv1D in transformers, also if it is packed: its weight is (k, d)."""
-    conv1d = type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
-    return conv1d or (is_packed(layer) and layer.transposed)
-
-
-def d_by_k(weight, layer):
-    """Turn a weight from the layer's layout to (d, k), or back."""
-    return weight.T if is_transposed(layer) else weight
-
-
 def unmerge_lora(model):
     """Put the wrappers and every bit of W0 back, on the model's device; return the model.
 
-    After an interrupt while merging, unmerging or leaving disable_lora, this switches all on.
+    After an interrupt it finishes what was half done: wrappers and trained heads stand again.
     """
     for plain, (layer, W0) in modules_with(model, "lora_waiting").items():
         if device_of(layer) != device_of(plain):  # it waited on the CPU, or the model was moved
@@ -321,6 +342,8 @@ def unmerge_lora(model):
             layer.base.to(plain.weight.dtype)  # packed: follow a cast of the dense layer
         replace_modules(model, {plain: layer})
         del plain.lora_waiting
+    for module in modules_with(model, "lora_weights"):
+        use_weights(module, "trained")
     return model
 
 
@@ -332,21 +355,18 @@ def is_merged(model):
 
 @contextmanager
 def disable_lora(model):
-    """Inside a with block the model is the base, with the base's own heads. Do not nest blocks."""
+    """Inside a with block the model is the base, with its own heads. Blocks cannot be nested."""
     require_on(model, "switch off")
-    layers, swapped = dict(lora_layers(model)).values(), []
+    layers = dict(lora_layers(model)).values()
     try:
         for layer in layers:
             layer.base.lora_waiting = (layer, None)
         replace_modules(model, {layer: layer.base for layer in layers})
-        for module in modules_with(model, "lora_inactive_weights"):
-            swap_weights(module)
-            swapped.append(module)
+        for module in modules_with(model, "lora_weights"):
+            use_weights(module, "base")
         yield model
     finally:
         unmerge_lora(model)
-        for module in swapped:
-            swap_weights(module)
 
 
 def strip_lora(model):
@@ -360,10 +380,10 @@ def strip_lora(model):
     replace_modules(model, {layer: layer.base for _, layer in lora_layers(model)})
     for module in modules_with(model, "lora_waiting"):
         del module.lora_waiting
-    for module in modules_with(model, "lora_inactive_weights"):
+    for module in modules_with(model, "lora_weights"):
         if not merged:
-            swap_weights(module)
-        del module.lora_inactive_weights
+            use_weights(module, "base")
+        del module.lora_weights
         module.requires_grad_(False)
     return model
 
@@ -371,32 +391,23 @@ def strip_lora(model):
 def check_product(base):
     """Raise ValueError unless the base's output is x W^T + b within 1%, tried on a random row.
 
-    A dense layer is then given another W: one that masks W, or computes with a copy, fails.
+    A dense layer is tried with another W: one that masks W, or computes with a copy, fails.
     """
     dense = base.to_dense() if is_packed(base) else base
-    W = dense._parameters.get("weight")  # None if it is computed, as by weight_norm
-    plain = (W is not None and W.dim() == 2 and W.dtype in FLOATS and not W.is_meta
-             and is_product(base, W, dense))
-    if plain and dense is base:
-        d, k = d_by_k(W, base).shape
-        other = d_by_k(torch.outer(random_row(d), random_row(k)) / math.sqrt(k), base).to(W)
-        plain = is_product(partial(functional_call, base, {"weight": other}), other, base)
-    if not plain:
+    W, product, y = dense._parameters.get("weight"), None, None  # W is None if it is computed
+    if W is not None and W.dim() == 2 and W.dtype in FLOATS and not W.is_meta:
+        d, k = d_by_k(W, dense).shape
+        if dense is base:
+            W = d_by_k(torch.outer(random_row(d), random_row(k)) / math.sqrt(k), base).to(W)
+        x = random_row(k).expand(1, 1, -1).to(W)
+        b = None if dense.bias is None else dense.bias.float()
+        product = F.linear(x.float(), d_by_k(W.float(), dense), b)
+        with suppress(Exception):  # such as sizes that do not match
+            y = functional_call(base, {"weight": W}, x) if dense is base else base(x)
+    if (product is None or not isinstance(y, torch.Tensor) or y.shape != product.shape
+            or not (y.float() - product).norm() <= 0.01 * product.norm()):
         raise ValueError(f"cannot merge into this {type(base).__name__}: its output is not "
                          "x W^T + b, with a dense W of floats")
-
-
-def is_product(function, W, layer):
-    """True if function(x) is x W^T + b within 1%, with the layer's b and its layout of W."""
-    x = random_row(d_by_k(W, layer).shape[1]).expand(1, 1, -1).to(W)
-    try:
-        y = function(x)
-    except Exception:  # such as sizes that do not match
-        return False
-    b = None if layer.bias is None else layer.bias.float()
-    product = F.linear(x.float(), d_by_k(W.float(), layer), b)
-    return (isinstance(y, torch.Tensor) and y.shape == product.shape
-            and bool((y.float() - product).norm() <= 0.01 * product.norm()))
 
 
 def random_row(n):
@@ -404,37 +415,17 @@ def random_row(n):
     return torch.randn(n, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
-# --- heads: modules that train in full (also_train) ---
-#
-# A head stays in its place, and has two sets of weights: those that train, and those of the base.
-# One set is in the module, the other in its `lora_inactive_weights`.
-
-def train_in_full(module):
-    """Put trainable copies of its weights into the module; the base's go inactive."""
-    module.lora_inactive_weights = {name: nn.Parameter(p.detach().clone())
-                                    for name, p in module.named_parameters(recurse=False)}
-    swap_weights(module)
-
-
-def swap_weights(module):
-    """Exchange the weights in a head with its inactive ones."""
-    active, inactive = module._parameters, module.lora_inactive_weights
-    for name, weight in inactive.items():
-        weight.data = weight.data.to(active[name])  # the active ones may have been moved or cast
-        active[name], inactive[name] = weight, active[name]
-
-
 # --- which layers can be adapted ---
 
 def select(model, config, names=None):
     """Return {name: layer} of what to wrap, and {name: module} of what to train in full.
 
-    With names, the layers are these, whatever config.targets would match.
+    If names is given, exactly these are wrapped, and config.targets is not looked at.
     """
-    modules = named(model)
+    modules = modules_by_name(model)
     if any(map(is_parallel, modules.values())):
-        raise ValueError("a parallel model would not synchronise a later adapter: inject first, "
-                         "then wrap")
+        raise ValueError("a parallel model does not synchronise parameters added later: inject "
+                         "first, then wrap")
     tied, heads = tied_modules(model), match(modules, config.also_train)
     in_heads = {m for head in heads.values() for m in head.modules()}
     layers = {name: layer for name, layer in linear_layers(model).items() if layer not in in_heads}
@@ -482,11 +473,11 @@ def output_head(model):
 
 def linear_layers(model):
     """Return {name: layer}: nn.Linear, transformers' Conv1D, and packed layers."""
-    layers, modules = {}, named(model)
+    layers, modules = {}, modules_by_name(model)
     for name, module in modules.items():
         parent = modules[name.rpartition(".")[0]]
-        # Some parents read a child's weight without calling it, and would pass a wrapper by: with
-        # "ssm_state_size" these are transformers' Mamba layers, in their CUDA kernels.
+        # Some parents read a child's weight without calling it: a wrapper would have no effect. The
+        # attribute ssm_state_size marks transformers' Mamba blocks, whose CUDA kernels do so.
         bypassed = (isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
                     or hasattr(parent, "ssm_state_size")
                     and ends_in(name, ["dt_proj", "x_proj", "out_proj"]))
@@ -501,7 +492,7 @@ def match(modules, endings):
     for ending in endings:
         if not any(ends_in(name, [ending]) for name in modules):
             existing = ", ".join(sorted({name.split(".")[-1] for name in modules} - {""}))
-            raise ValueError(f"{ending!r} matches no layer among: {existing or 'none'}")
+            raise ValueError(f"{ending!r} matches none of these: {existing or 'no layers'}")
     return {name: module for name, module in modules.items() if ends_in(name, endings)}
 
 
@@ -518,7 +509,7 @@ def tied_modules(model):
 
 def routers(model):
     """Return the modules that choose a mixture's experts, and all inside them."""
-    found = [m for name, m in named(model).items() if "router" in type(m).__name__.lower()
+    found = [m for name, m in modules_by_name(model).items() if "router" in type(m).__name__.lower()
              or "router" in name.rpartition(".")[2].lower()]
     found += [m.gate for m in model.modules()
               if hasattr(m, "experts") and isinstance(getattr(m, "gate", None), nn.Module)]
@@ -550,8 +541,8 @@ def adapter_state_dict(model):
 
 def adapter_modules(model):
     """Return {name: wrapper} and {name: module that trains in full}."""
-    in_full = modules_with(model, "lora_inactive_weights")
-    heads = {name: module for name, module in named(model).items() if module in in_full}
+    in_full = modules_with(model, "lora_weights")
+    heads = {name: module for name, module in modules_by_name(model).items() if module in in_full}
     return dict(lora_layers(model)), heads
 
 
@@ -579,7 +570,8 @@ def save_adapter(model, folder, metadata=None):
     saved = set(parameters.values())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter not in saved:
-            raise ValueError(f"{name} trains but is not saved: inject with it in also_train")
+            raise ValueError(f"{name} trains but is not saved: freeze it, or inject with it in "
+                             "also_train")
     for key, parameter in parameters.items():
         if not parameter.isfinite().all():
             raise ValueError(f"{key} holds NaN or infinity")
@@ -593,7 +585,7 @@ def save_adapter(model, folder, metadata=None):
         "base_model_name_or_path": getattr(model, "name_or_path", None),
         "r": int(config.r), "lora_alpha": float(config.alpha),  # json writes no numpy numbers
         "lora_dropout": float(config.dropout), "modules_to_save": list(config.also_train) or None,
-        "target_modules": shortened(layers, model),
+        "target_modules": shortest_endings(layers, model),
         "fan_in_fan_out": any(is_transposed(layer.base) for layer in layers.values()),
         **last.options}
     if config.rslora:  # PEFT 0.7 and older refuse the key
@@ -610,11 +602,11 @@ def save_adapter(model, folder, metadata=None):
         (folder / f"{name}.part").replace(folder / name)
 
 
-def shortened(names, model):
+def shortest_endings(names, model):
     """Shorten names to their last parts, unless these would match other modules too."""
     endings = sorted({name.rpartition(".")[2] for name in names})
-    others = [name for name in named(model) if ends_in(name, endings) and name not in names]
-    return list(names) if others else endings
+    matched = {name for name in modules_by_name(model) if ends_in(name, endings)}
+    return list(names) if matched - set(names) else endings
 
 
 def task_type(model, heads):
@@ -640,7 +632,7 @@ def file_parameters(layers, heads):
 
 
 def base_sample(layer):
-    """Return 64 of the base's weights: enough to notice another seed or model, not a fine-tune."""
+    """Return 64 weights of the base. They tell another seed or model apart, not a fine-tune."""
     W0 = layer.weight
     return W0.flatten()[:64].tolist() if W0.dtype in FLOATS and not W0.is_meta else []
 
@@ -671,7 +663,7 @@ def load_adapter(model, folder, layer=LoRALinear):
     for key, parameter in file_parameters(*adapter_modules(model)).items():
         parameter.detach().copy_(tensors[key])
     own_sample = torch.tensor(base_sample(list(wrappers.values())[-1]))
-    # 0.3 lies between 0.1 (the same base in 4 bits) and 1.4 (another seed).
+    # The relative distance of the same base in 4 bits is 0.1, of another seed 1.4.
     if own_sample.shape == sample.shape and (own_sample - sample).norm() > 0.3 * sample.norm():
         warnings.warn(f"{folder} was trained on another base")
     return config
@@ -699,14 +691,14 @@ def read_adapter(model, folder, layer):
 
     # The tensors' names say which layers are adapted: patterns in the config are not evaluated.
     # In modules_to_save PEFT lists both "classifier" and "score": what is not here is passed over.
-    names = list(named(model))
+    names = list(modules_by_name(model))
     adapted = [name for name in names if f"{PREFIX}{name}.lora_A.weight" in tensors]
     if not adapted:
         raise ValueError(f"no layer here has a name as in {next(iter(tensors), 'it')}")
     config = LoRAConfig(
         r=options.get("r"), alpha=options.get("lora_alpha"),
         dropout=options.get("lora_dropout", 0.0), rslora=options.get("use_rslora", False),
-        targets=shortened(adapted, model),
+        targets=shortest_endings(adapted, model),
         also_train=[ending for ending in options.get("modules_to_save") or ()
                     if any(ends_in(name, [ending]) for name in names)])
     layers, heads = select(model, config, adapted)
@@ -785,7 +777,7 @@ class NF4Linear(nn.Module):
         self.register_buffer("absmax", absmax.bfloat16().view(torch.uint8))
         self.register_buffer("pairs", pairs.view(torch.int32), persistent=False)
         # An empty tensor, which .half() casts: its dtype is that of `weight`.
-        self.register_buffer("dtype_of", weight.new_empty(0), persistent=False)
+        self.register_buffer("dtype_holder", weight.new_empty(0), persistent=False)
         share_hooks(self, layer).requires_grad_(False).train(layer.training)
 
     def dequantize(self, dtype):
@@ -796,7 +788,7 @@ class NF4Linear(nn.Module):
         blocks *= self.absmax.view(torch.bfloat16).to(dtype)[:, None]
         return blocks.flatten()[:self.shape.numel()].view(self.shape)
 
-    weight = property(lambda self: self.dequantize(self.dtype_of.dtype))
+    weight = property(lambda self: self.dequantize(self.dtype_holder.dtype))
 
     def forward(self, x):
         return NF4Product.apply(x, self)

@@ -467,7 +467,7 @@ def distilbert():
 
 @cases("build, options, message", [
     (SmallGPT, dict(targets=("q_proj", "q_porj")),
-     "'q_porj' matches no layer.*: eq_proj, lm_head, mlp, q_proj, v_proj"),
+     "'q_porj' matches none of these: eq_proj, lm_head, mlp, q_proj, v_proj"),
     (lambda: nn.Linear(8, 8), dict(targets="all-linear"), "no linear layer"),
     (lambda: llama(tie_word_embeddings=True), dict(targets=("q_proj", "lm_head")), "leave it out"),
     (offloaded, dict(also_train="lm_head"), "offloaded"),
@@ -665,11 +665,12 @@ def off_and_on(model):
 
 @cases("dtype", [torch.float32, "nf4"])
 @cases("change", [merge_lora, unmerge_lora, off_and_on])
-def test_after_an_interrupt_at_any_line_all_can_be_had_back(change, dtype):
+def test_after_an_interrupt_at_any_line_everything_can_be_restored(change, dtype):
     """As by Ctrl-C or out of memory, in each function of lora.py that changes a state."""
-    model = injected(lambda: in_dtype(SmallGPT(), dtype), targets="mlp")
+    model = injected(lambda: in_dtype(SmallGPT(), dtype), targets="mlp", also_train="lm_head")
     before, adapted = bits(model), logits(model)
-    names = ["merge_lora", "disable_lora", "merge_layer", "replace_modules", "unmerge_lora"]
+    names = ["merge_lora", "disable_lora", "merge_layer", "replace_modules", "unmerge_lora",
+             "use_weights"]
     interrupted = left = 0
 
     def interrupt(frame, event, arg):
@@ -699,6 +700,22 @@ def test_after_an_interrupt_at_any_line_all_can_be_had_back(change, dtype):
         finally:
             sys.settrace(None)
     assert interrupted > 20
+
+
+def test_a_merge_that_fails_undoes_itself(patch):
+    """As when memory runs out in the second layer."""
+    model, merge_layer, calls = injected(SmallGPT, targets="mlp"), lora.merge_layer, []
+    before, adapted = bits(model), logits(model)
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError
+        merge_layer(*args)
+
+    patch(lora, merge_layer=failing)
+    refused("", merge_lora, model, error=MemoryError)
+    assert same_bits(bits(model), before) and torch.equal(logits(model), adapted)
 
 
 def saved_for_backward(function, but=()):
@@ -817,6 +834,8 @@ def test_loading_over_an_adapter_of_the_same_kind_keeps_its_parameters():
     saved("third", roberta, r=2, **HEAD)
     with pytest.warns(match="create the optimizer again"):
         load_adapter(model.train(), "third")
+    with warnings.catch_warnings(action="error"):  # in evaluation there is no optimizer
+        load_adapter(model.eval(), "adapter")
 
 
 def t5():
