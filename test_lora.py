@@ -1462,11 +1462,11 @@ def test_attention_is_transformers_own(kind, window, dtype):
 
 @cases("mask", [None, torch.ones(1, 1, 5, 5, dtype=torch.bool).tril().triu(-2)])
 def test_attention_is_the_same_off_the_cpu(mask):
-    """Its two ways must agree, on a CPU that says it is another device."""
+    """Its two ways must agree, on a CPU that says it is another device (in fp32 both are one)."""
     class Elsewhere(torch.Tensor):
         device = SimpleNamespace(type="cuda")
 
-    q, (k, v) = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 2, 5, 8)
+    q, (k, v) = torch.randn(2, 4, 5, 8).double(), torch.randn(2, 2, 2, 5, 8).double()
     here, there = (train_math.attention(None, x, k, v, mask, 0.9)[0]
                    for x in (q, q.as_subclass(Elsewhere)))
     close(here, there.as_subclass(torch.Tensor))
