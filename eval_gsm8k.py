@@ -6,14 +6,15 @@
     python eval_gsm8k.py --adapter DIR --save-merged merged          # write one plain model
     torchrun --nproc-per-node 2 -- eval_gsm8k.py --adapter DIR       # score on two GPUs
 
-Scores compare each adapter with the base. Written to --out: NAME-DATA-N.json (scores of N
+Scores compare each adapter with the base. The best of several checkpoints looks too good on the
+problems that chose it: choose by the held-out loss. Written to --out: NAME-DATA-N.json (scores of N
 problems), NAME-DATA-N.jsonl (every completion) and, with matplotlib, the chart DATA-N.png. A score
-that stands there is read, and refused if it was made with other settings.
+that stands there is reused, or refused if it was made with other settings.
 
 Completions that end in "#### n" score as in lm-evaluation-harness (gsm8k, strict and flexible).
-Different on purpose: "The answer is n" (MetaMathQA) counts too, and the later of two markers wins;
-flexible takes the last number where no marker stands; numbers compare by value: $29.00 is 29,
-0.5 is 1/2. --shots takes rows of the same file.
+Different on purpose: "The answer is n" (MetaMathQA) counts too, and of two markers the later one.
+Without a marker, flexible takes the last number. Numbers are compared by value: $29.00 is 29, 0.5
+is 1/2. --shots takes rows of the same file.
 """
 import argparse
 import json
@@ -71,7 +72,8 @@ def list_adapters(folders, scoring):
     """Return {name: folder} of adapters, and of a run's checkpoints: all to score, or the best."""
     adapters = {}
     for folder in folders or ():
-        for path in scoring and checkpoints(folder) or [best_adapter(folder)]:
+        paths = checkpoints(folder) if scoring else []
+        for path in paths or [best_adapter(folder)]:
             name = path.resolve().name
             if name.startswith("step_"):
                 name = f"{path.resolve().parent.name}-{name}"
@@ -82,7 +84,7 @@ def list_adapters(folders, scoring):
     return adapters
 
 
-def adopt_training(args, adapters):
+def inherit_flags(args, adapters):
     """Set --model, --chat and --nf4, where they are not given, to those of the first adapter.
 
     Return {folder: flags it was trained with}.
@@ -116,7 +118,7 @@ sys.set_int_max_str_digits(0)  # a model may repeat one digit thousands of times
 
 
 def find_numbers(text):
-    r"""Return every number in a text, exact, and None for one that goes on in a way not read here.
+    r"""Return every number in a text, exact, and None for one continued by something not read.
 
     So 10^6, 1e5 and 2\sqrt{3} are None, and 1,234, $5, 1/2, 1 1/2 and \frac{1}{2} are numbers.
     """
@@ -198,8 +200,8 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
         leave_after = 16 if rows_can_leave else max_new_tokens
         # In a chat these words open no question of the model's own: they may repeat the user's.
         stop = None if isinstance(prompts[0], list) else "Question:"
-        # Like lengths share a batch, to save padding. The longest come first, so that running out
-        # of memory comes soon.
+        # Prompts of similar length share a batch, to save padding. The longest come first, so that
+        # running out of memory comes soon.
         order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
         batches, completions = chunks(order, batch_size)[RANK::WORLD], {}
         for batch in tqdm(batches, unit="batch", disable=RANK > 0 or None):
@@ -224,7 +226,7 @@ def pad_left(rows, pad, device):
 def try_batch(model, row, pad):
     """Return (padding before a row changes its logits, rows can leave the model's cache).
 
-    Tried over four tokens. The model's generation_config has to be the one of complete().
+    Compares four generated tokens. Call it while complete()'s generation_config is set.
     """
     logits = []
     for rows in ([row], [row, [pad] * (len(row) + 3)]):
@@ -233,7 +235,7 @@ def try_batch(model, row, pad):
                              output_logits=True)
         logits.append(torch.stack([step[0].float() for step in out.logits]))
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
-    # Rows can leave plain layers of keys and values; other states are not known here.
+    # Rows can be taken out of a plain cache of keys and values. Other caches are left alone.
     cache, plain = out.get("past_key_values"), (DynamicLayer, DynamicSlidingWindowLayer)
     rows_can_leave = (not model._is_stateful and type(cache) is DynamicCache
                       and all(type(layer) in plain and layer.is_initialized
@@ -333,7 +335,7 @@ def summarise(records, base=None):
 def describe(name, result):
     """Return a result in one line."""
     low, high = result["ci95"]
-    p = f"  p {result['p_value']:.2g} against the base" if "p_value" in result else ""
+    p = f"  differs from the base with p {result['p_value']:.2g}" if "p_value" in result else ""
     return (f"{name}: {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {result['n']}  "
             f"flexible {result['accuracy_flexible']:.1%}  no answer {result['no_answer']}  "
             f"cut off {result['truncated']}{p}")
@@ -394,8 +396,8 @@ def score(args, model, tokenizer, rows, adapters):
                       "seconds": round(time.perf_counter() - start, 1)}
             if RANK == 0:
                 lines = [json.dumps(record, default=str) + "\n" for record in records]
-                write_whole(path.with_suffix(".jsonl"), "".join(lines))
-                write_whole(path, json.dumps(result, indent=2) + "\n")
+                write_whole(path.with_suffix(".jsonl"), "".join(lines).encode())
+                write_whole(path, json.dumps(result, indent=2).encode() + b"\n")
             gather(None)  # the other processes read what rank 0 has written
         results[name], correct = read_score(path, settings)
         base = base or correct
@@ -420,7 +422,7 @@ def read_score(path, settings):
 def refuse_other_settings(saved, settings):
     """Raise ValueError if a saved result was made with other settings, and name them."""
     changed = [f"{key} was {saved[key]}, now it is {value}" for key, value in settings.items()
-               if saved.get(key, value) != value]  # older files lack some
+               if saved.get(key, value) != value]  # files of earlier versions lack some
     if changed:
         raise ValueError(f"made with other settings: {'; '.join(changed)}; give another --out")
 
@@ -448,7 +450,7 @@ def main(args):
     """Ask, export, or score."""
     scoring = not args.ask and args.save_merged is None
     adapters = list_adapters(args.adapter, scoring)
-    trained = adopt_training(args, adapters)
+    trained = inherit_flags(args, adapters)
     if args.save_merged is not None and len(adapters) != 1:
         raise ValueError(f"--save-merged takes one --adapter, found {len(adapters)}")
     if args.save_merged is not None and Path(args.save_merged).exists():

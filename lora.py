@@ -234,7 +234,7 @@ def lora_layers(model):
 
 
 def require_on(model, action):
-    """Raise RuntimeError if the adapter is off or merged (see the next section)."""
+    """Raise RuntimeError if the adapter is off or merged (see "merge")."""
     if modules_with(model, "lora_waiting"):
         raise RuntimeError(f"cannot {action} while merged or inside disable_lora: "
                            "call unmerge_lora(model), or leave the block")

@@ -8,8 +8,9 @@
     python eval_gsm8k.py --adapter checkpoints/lora-r8-MetaMathQA  # score every checkpoint
     torchrun --nproc-per-node 2 -- train_math.py                   # the same run on two GPUs
 
-Data: rows of query/response, question/answer, prompt/completion, instruction (+ input or context)
-and output or response, or messages, as .jsonl, .json, .parquet, .csv or from the Hub.
+Data: .jsonl, .json, .parquet, .csv or a data set of the Hub, with the columns query and response,
+question and answer, prompt and completion, instruction (with input or context) and output or
+response, or messages.
 
 Written: checkpoints/RUN/step_000375/ (an adapter in PEFT's format), state_000375.pt (optimizer) and
 run.json (flags) beside it, and runs/RUN/ (metrics.jsonl with a line per step, TensorBoard events,
@@ -17,7 +18,6 @@ loss.png). Start reading at experiment(), then train().
 """
 import argparse
 import csv
-import gc
 import hashlib
 import io
 import json
@@ -66,7 +66,7 @@ csv.field_size_limit(2**31 - 1)  # of a cell; the module's own limit is 128 KiB
 
 # --- flags ---
 
-# Without usage= argparse prints the usage before an error.
+# Without usage= argparse would print the usage above every error.
 Parser = partial(argparse.ArgumentParser, usage=argparse.SUPPRESS,
                  formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -81,8 +81,8 @@ def number(kind, low, high=math.inf):
         if low <= value <= high and value < math.inf:
             return value
         expected = "a whole number" if kind is int else "a number"
-        to = "" if high == math.inf else f" to {high:g}"
-        raise argparse.ArgumentTypeError(f"{text}, expected {expected} from {low:g}{to}")
+        upper = "" if high == math.inf else f" to {high:g}"
+        raise argparse.ArgumentTypeError(f"{text}, expected {expected} from {low:g}{upper}")
     return parse
 
 
@@ -103,25 +103,26 @@ def parse_args(argv=None):
     add("--chat", None, "prompts by the tokenizer's chat template (default: for messages)",
         action=on_or_off)
     add("--nb-samples", 10000, "train on the first N rows, or turns of messages", type=count)
-    add("--val-samples", None, "hold out the N rows after the training rows, of a short file the "
-        "last N (default: 200 or a tenth, whichever is less; 0 for none)", type=number(int, 0))
-    add("--epochs", 3, type=count)
+    add("--val-samples", None, "hold out the N rows after the training rows, or the last N of a "
+        "short file (default: a tenth, at most 200; 0: none)", type=number(int, 0))
+    add("--epochs", 3, "passes over the training rows", type=count)
     add("--max-steps", None, "stop after N steps; the learning rate ends there too", type=count)
-    add("--adapter", None, "continue this adapter, or the best of this run: the five flags below "
-        "are its own, and by default --model, --chat, --nf4", metavar="DIR")
+    add("--adapter", None, "start from this adapter, or from a run's best: the five flags below "
+        "are its own, and so are --model, --chat and --nf4, unless given", metavar="DIR")
     add("--r", 8, "rank (Sec. 4.1)", type=count)
     add("--alpha", 16.0, "the update is scaled by alpha / r", type=number(float, 1e-9))
     add("--dropout", 0.05, "on the adapter's input", type=number(float, 0, 0.99))
     add("--targets", ["q_proj", "v_proj"], "name endings, or all-linear", nargs="+")
     add("--rslora", False, "scale by alpha / sqrt(r)", action="store_true")
     add("--lr", 3e-4, "learning rate at the peak", type=number(float, 1e-12, 1))
-    add("--warmup-steps", 100, "at most a tenth of all steps", type=number(int, 0))
+    add("--warmup-steps", 100, "of the learning rate, at most a tenth of all steps",
+        type=number(int, 0))
     add("--weight-decay", 0.0, "of A and B", type=number(float, 0, 1))
     add("--clip", 1.0, "largest gradient norm", type=number(float, 1e-6))
     add("--batch-size", 1, "rows per micro-batch", type=count)
     add("--grad-accum", 8, "micro-batches per step", type=count)
     add("--max-length", 512, "tokens; longer rows are left out", type=number(int, 2))
-    add("--dtype", "auto", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--dtype", "auto", "of the base", choices=["auto", "float32", "bfloat16", "float16"])
     add("--nf4", False, "hold the base's linear layers in 4 bits (QLoRA)", action=on_or_off)
     add("--checkpoint-activations", None, "keep only each block's input, and recompute the rest in "
         "backward (default: where memory runs out)", action=on_or_off)
@@ -138,10 +139,15 @@ def parse_args(argv=None):
         refuse_unused(parser, args, "--demo", ["seed"])
     saved = saved_flags(args)
     parser.set_defaults(**saved)
-    args = parser.parse_args(argv)  # again: what is not given is now as it was saved
+    args = parser.parse_args(argv)  # again: a flag that is not given takes its saved value
     refuse_changed(args, saved)
     args.run_name = name_run(args)
     return args
+
+
+# Of model and data begin_run() compares the contents: weights and tokens.
+MAY_DIFFER = {"model", "data", "device", "vram", "save_every", "resume", "run_name",
+              "checkpoint_activations"}
 
 
 def refuse_changed(args, saved):
@@ -216,24 +222,14 @@ def warn_of_mismatch(args, folder, trained):
 
 # --- prompt and data: from a file to token ids ---
 
-# A question is a text, or the turns of a chat before the answer. Rows with the same `problem` ask
-# the same: MetaMathQA rephrases its problems. `place` counts the rows of the file from 1.
+# A question is a text, or the turns of a chat before the answer. `problem` is equal for rows that
+# rephrase one problem, as MetaMathQA's do. `place` counts the rows of the file from 1.
 Row = namedtuple("Row", "question answer place problem")
 
 COLUMNS = (("query", "response"), ("question", "answer"), ("prompt", "completion"),
            ("instruction", "output"), ("instruction", "response"))
 FILES = (".jsonl", ".json", ".parquet", ".csv")
 SUBSETS = {"gsm8k": "main", "glue": "sst2"}  # of data sets that have several
-
-
-def format_prompt(question):
-    """Return the prompt of training and evaluation. The answer follows after a space."""
-    return f"Question: {question}\nAnswer:"
-
-
-def read_rows(data, split, nb_samples=None):
-    """Return the first nb_samples [(question, answer)] of a file, or of a split on the Hub."""
-    return [(row.question, row.answer) for row in read_table(data, split, nb_samples)]
 
 
 def read_table(data, split, limit=None, chat=None):
@@ -267,10 +263,9 @@ def read_table(data, split, limit=None, chat=None):
     return rows[:limit]
 
 
-def problem_key(row, question):
-    """Return a key, equal for all rephrasings of a problem and all turns of a chat."""
-    asked = [turn["content"] for turn in row.get("messages") or () if turn["role"] != "assistant"]
-    return str(row.get("original_question") or asked or question)
+def read_rows(data, split, nb_samples=None):
+    """Return the first nb_samples [(question, answer)] of a file, or of a split on the Hub."""
+    return [(row.question, row.answer) for row in read_table(data, split, nb_samples)]
 
 
 def open_table(data, split):
@@ -304,32 +299,23 @@ def open_table(data, split):
     return rows
 
 
-def plain_text(value, name="it"):
-    """Return a text, of a row or a flag. Raises ValueError for another type or broken characters.
-    """
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r:.60}, expected text")
-    value.encode("utf8")  # raises for a lone surrogate, half of a character
-    return value
-
-
 def examples_of(row, chat):
     """Yield (question, answer), of messages one per assistant turn. Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError(f"found {row!r:.60}, expected columns and their values")
-    more = [name for name in ("input", "context", "system", "history", "tools")
-            if row.get(name) not in (None, "", [])]
-    found = row.get("messages")
-    if found is not None:
-        if more:
-            raise ValueError(f"messages and {', '.join(more)} cannot be used together")
-        if not isinstance(found, list) or not all(isinstance(turn, dict) for turn in found):
-            raise ValueError(f"messages is {found!r:.60}, expected a list of role and content")
+    extra = [name for name in ("input", "context", "system", "history", "tools")
+             if row.get(name) not in (None, "", [])]
+    messages = row.get("messages")
+    if messages is not None:
+        if extra:
+            raise ValueError(f"messages and {', '.join(extra)} cannot be used together")
+        if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+            raise ValueError(f"messages is {messages!r:.60}, expected a list of role and content")
         for name in ("tool_calls", "weight", "reasoning_content", "reasoning", "thinking"):
-            if any(turn.get(name) not in (None, "", [], 1) for turn in found):
+            if any(turn.get(name) not in (None, "", [], 1) for turn in messages):
                 raise ValueError(f"its messages have {name}, which is not read")
         turns = [{key: plain_text(turn.get(key), key) for key in ("role", "content")}
-                 for turn in found]
+                 for turn in messages]
         answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
         if not answers or answers[0] == 0:
             raise ValueError("messages need an assistant turn that is not the first, found "
@@ -346,7 +332,7 @@ def examples_of(row, chat):
     question, answer = row[names[0]], row[names[1]]
     question = plain_text(question, names[0])
     answer = plain_text("" if answer is None else answer, names[1])
-    for name in more:
+    for name in extra:
         if names[0] != "instruction" or name not in ("input", "context"):
             raise ValueError(f"it has {name}, which is not read beside {names[0]}: write the row "
                              "as messages")
@@ -354,6 +340,20 @@ def examples_of(row, chat):
     # GSM8K's <<48/2=24>> goes. Other text between << and >> may be code.
     answer = re.sub(r"<<[-+*/().,%\d]+=[-+*/().,%\d]+>>", "", answer)
     yield [{"role": "user", "content": question}] if chat else question, answer
+
+
+def plain_text(value, name="it"):
+    """Return value. Raises ValueError unless it is a text of whole characters."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {value!r:.60}, expected text")
+    value.encode("utf8")  # raises for a lone surrogate, half of a character
+    return value
+
+
+def problem_key(row, question):
+    """Return a key, equal for all rephrasings of a problem and all turns of a chat."""
+    asked = [turn["content"] for turn in row.get("messages") or () if turn["role"] != "assistant"]
+    return str(row.get("original_question") or asked or question)
 
 
 def hold_out(rows, nb_samples, val_samples=None):
@@ -378,8 +378,30 @@ def hold_out(rows, nb_samples, val_samples=None):
         else:
             held_out.append(row)
     if val_samples and not held_out:
-        warnings.warn("no row is held out: the rest repeat questions of training rows")
+        warnings.warn("nothing is held out: the other rows all repeat a training question")
     return rows[:n], held_out, repeated
+
+
+def format_prompt(question):
+    """Return the prompt of training and evaluation. The answer follows after a space."""
+    return f"Question: {question}\nAnswer:"
+
+
+# Some chat templates write today's date by this function. With a fixed date a run reads the same
+# text when it is resumed, or scored, on another day.
+FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+
+
+def chat_text(tokenizer, turns, ask):
+    """Return the turns as the tokenizer's chat template writes them; with ask, for an answer."""
+    if tokenizer.chat_template is None:
+        raise ValueError("the tokenizer has no chat template, which messages and --chat need")
+    try:
+        return tokenizer.apply_chat_template(
+            turns, chat_template=FIXED_DATE + tokenizer.get_chat_template(), tokenize=False,
+            add_generation_prompt=ask)
+    except Exception as error:  # a template is a program and may raise anything
+        raise ValueError(f"the chat template: {first_line(error)}") from None
 
 
 def encode_prompt(tokenizer, prompt):
@@ -389,23 +411,6 @@ def encode_prompt(tokenizer, prompt):
         return tokenizer(text, add_special_tokens=False).input_ids
     ids = tokenizer(prompt, split_special_tokens=True).input_ids  # "<s>" in a text is no BOS
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
-
-
-# Some chat templates write today's date by this function. A run that is resumed on another day, or
-# scored, has to read the same text.
-SAME_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
-
-
-def chat_text(tokenizer, turns, ask):
-    """Return the turns as the tokenizer's chat template writes them; with ask, for an answer."""
-    if tokenizer.chat_template is None:
-        raise ValueError("the tokenizer has no chat template, which messages and --chat need")
-    try:
-        return tokenizer.apply_chat_template(
-            turns, chat_template=SAME_DATE + tokenizer.get_chat_template(), tokenize=False,
-            add_generation_prompt=ask)
-    except Exception as error:  # a template is a program and may raise anything
-        raise ValueError(f"the chat template: {first_line(error)}") from None
 
 
 def encode_row(tokenizer, question, answer):
@@ -419,7 +424,7 @@ def encode_row(tokenizer, question, answer):
         start = chat_text(tokenizer, question, ask=True)
         whole = chat_text(tokenizer, turns, ask=False)
         if not whole.startswith(start):
-            raise ValueError("with an answer, the chat template changes the prompt")
+            raise ValueError("the chat template writes the prompt differently before an answer")
         prompt, ids = tokenizer([start, whole], add_special_tokens=False).input_ids
         rest, end = whole[len(start):], []
     else:
@@ -435,7 +440,7 @@ def encode_row(tokenizer, question, answer):
 def encode(rows, tokenizer, max_length):
     """Return [(token ids with EOS, how many of them are prompt)] of Rows, or of (question, answer).
 
-    Rows over max_length are left out, not cut: without its EOS a row would teach not to stop.
+    Rows over max_length are left out, not cut: without its EOS a row teaches not to stop.
     """
     examples = []
     for i, row in enumerate(rows, 1):
@@ -496,7 +501,7 @@ def pick_device(name):
     """Return the device. Under torchrun, "cuda" is this process's own GPU."""
     if name == "auto":
         name = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    if WORLD > 1 and name == "cuda":  # which would also take memory on GPU 0
+    if WORLD > 1 and name == "cuda":  # which would put all processes on GPU 0
         name = f"cuda:{os.environ.get('LOCAL_RANK', RANK)}"
     elif WORLD > 1 and name.startswith("cuda"):
         raise ValueError(f"--device {name}: each process takes its own GPU, expected cuda")
@@ -509,7 +514,7 @@ def pick_device(name):
 
 
 def cap_memory(device, vram):
-    """Make CUDA's allocator fail above --vram or free memory, where Windows would swap."""
+    """Let CUDA's allocator fail above --vram, or what is free: else Windows would swap."""
     if device.type != "cuda":
         if vram:
             raise ValueError(f"--vram {vram:g} needs a CUDA device, and this is {device}")
@@ -569,13 +574,13 @@ def check_ids(model, encoded, new_tokens=0):
                          "--max-new-tokens or --shots")
 
 
-# --- the attention, and what a model must be like ---
+# --- attention, and checks of the model ---
 
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
     """Return (softmax(scaling Q K^T + causal bias) V, None): (b, n, h, c), and no weights.
 
-    query (b, h, n, c); key and value (b, g, n, c), h a multiple of g; attention_mask, where causal
-    is not enough, (b, 1, n, n), True where to look.
+    query (b, h, n, c); key and value (b, g, n, c), h a multiple of g; attention_mask, for more
+    than a causal mask, (b, 1, n, n), True where to look.
     """
     if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise NotImplementedError("a cap, sinks or a position bias")
@@ -593,7 +598,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         # long. Here the query heads of a group are stacked in the rows: K and V are not repeated.
         if attention_mask is None:
             attention_mask = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
-        bias = torch.where(attention_mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+        bias = torch.zeros_like(attention_mask, dtype=query.dtype)
+        bias.masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
         rows = (query * (scaling or c**-0.5)).reshape(b, -1, group * n, c)
         scores = rows @ key.transpose(2, 3)  # (b, g, h/g n, n)
         scores += bias.repeat(1, 1, group, 1)  # in place: scores are the largest tensors here
@@ -629,7 +635,7 @@ def check_head(model, ids):
 
     ids: the longest row, so that sliding windows take effect.
     """
-    # The relative error that one product may have.
+    # Allowed relative error of one matrix product.
     rounding = 1e-5 if model.dtype == torch.float32 else 0.01
     try:
         with torch.no_grad():
@@ -724,7 +730,7 @@ LOGITS_AT_ONCE = 2**22  # 131 positions at a time, with a vocabulary of 32,000
 def batch_loss(model, batch):
     """Return the loss summed over the targets, in float32.
 
-    To save memory, logits are made at targets only, by chunks, and again in backward.
+    To save memory, logits exist at targets only, a chunk at a time, and again in backward.
     """
     ids, rows, columns = batch
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -744,17 +750,16 @@ def batch_loss(model, batch):
 def validation_loss(model, examples, batch_size):
     """Return the loss per target of held-out examples, in nats, without dropout."""
     model.eval()
-    batches = chunks(sorted(examples, key=length), batch_size)
-    losses = {i: float(batch_loss(model, collate(batches[i], model.device)))
-              for i in range(RANK, len(batches), WORLD)}
-    for others in gather(losses):
-        losses |= others
+    total = sum(float(batch_loss(model, collate(batch, model.device)))
+                for batch in chunks(sorted(examples, key=length), batch_size))
     model.train()
-    # In the order of the batches: one process and several get the same sum, to the bit.
-    return sum(losses[i] for i in range(len(batches))) / count_targets(examples)
+    return total / count_targets(examples)
 
 
 # --- memory ---
+#
+# Two things are computed again in backward: the logits, always (above), and the blocks, if memory
+# runs out: experiment() calls choose_recomputation(), which lets make_it_fit() try.
 
 MEMORY_ADVICE = ("try --nf4, --dtype float16, a smaller --batch-size; in training "
                  "--checkpoint-activations, a smaller --max-length")
@@ -763,7 +768,7 @@ MEMORY_ADVICE = ("try --nf4, --dtype float16, a smaller --batch-size; in trainin
 def blocks(model):
     """Return the transformer blocks: the model's module list with most weights."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, default=[], key=lambda list: sum(p.numel() for p in list.parameters()))
+    return max(lists, default=[], key=lambda modules: sum(p.numel() for p in modules.parameters()))
 
 
 def recompute_blocks(model):
@@ -786,7 +791,7 @@ def fits(model, batch, reserve):
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            return False  # this frees `error`: its traceback holds the activations
+            return False  # leaving frees `error`, whose traceback holds the activations
         finally:
             model.zero_grad(set_to_none=True)
 
@@ -803,7 +808,6 @@ def make_it_fit(model, batch, recompute):
             recompute_blocks(model)
         if fits(model, batch, reserve):
             return recompute
-        gc.collect()
     raise ValueError(f"out of memory in the largest batch: {MEMORY_ADVICE}")
 
 
@@ -822,7 +826,7 @@ def choose_recomputation(model, batch, recompute):
     torch.cuda.reset_peak_memory_stats(device)
     recompute = make_it_fit(model, batch, recompute)
     peak = torch.cuda.max_memory_allocated(device) / GiB
-    adapter = 16 * count_parameters(model)[0] / GiB
+    adapter = 16 * count_parameters(model)[0] / GiB  # four float32 a weight: one is the weight
     weights = model.get_memory_footprint() / GiB - adapter / 4
     print(f"memory in GiB, measured on the largest batch, {rows} x {longest} tokens: {weights:.2f} "
           f"weights, {adapter:.2f} adapter with gradients and AdamW's moments, "
@@ -849,10 +853,9 @@ def peak_memory(device):
 # processes. The batches follow from --seed and the epoch, and dropout from --seed and the number of
 # the micro-batch, so no random state is saved. What is left is A and B, AdamW's moments, the loss
 # scale and the step, written in full before a rename makes them visible. run.json says what must
-# be the same: flags, rows, base.
+# be the same: flags, rows, base. On --resume, saved_flags() reads it, newest_state() finds the last
+# whole checkpoint, begin_run() compares rows and base, and train() goes on behind the step.
 
-MAY_DIFFER = {"model", "data", "device", "vram", "save_every", "resume", "run_name",
-              "checkpoint_activations"}  # begin_run compares tokens and weights
 
 
 def checkpoints(run):
@@ -878,7 +881,7 @@ def save_checkpoint(folder, model, metadata, step, optimizer, scaler):
 
     Every adapter is kept, and the states, twice as large, of the newest two.
     """
-    part, state_part = folder.with_name(folder.name + ".part"), Path(f"{state_of(folder)}.part")
+    part = Path(f"{folder}.part")
     save_adapter(model, part, metadata)
     state = {"step": step, "optimizer": optimizer.state_dict(), "scaler": vars(scaler),
              "adapter": adapter_hash(part)}
@@ -886,8 +889,7 @@ def save_checkpoint(folder, model, metadata, step, optimizer, scaler):
     part.rename(folder)
     content = io.BytesIO()  # to a file, torch.save would hide that a disk is full
     torch.save(state, content)
-    state_part.write_bytes(content.getvalue())
-    state_part.replace(state_of(folder))
+    write_whole(state_of(folder), content.getvalue())
     steps = checkpoints(folder.parent)
     for old in steps[:steps.index(folder)][:-1]:  # keep this one's and the last
         state_of(old).unlink(missing_ok=True)
@@ -908,10 +910,10 @@ def newest_state(run):
     raise ValueError(f"--resume: {run} has no whole checkpoint to continue from")
 
 
-def write_whole(path, text):
-    """Replace a file in one step: a kill leaves the old one or the new one."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
+def write_whole(path, content):
+    """Write bytes to a file in one step: a kill leaves the old file or the new one."""
+    part = Path(f"{path}.part")
+    part.write_bytes(content)
     part.replace(path)
 
 
@@ -925,7 +927,7 @@ def hash_of(value):
 
 
 def base_hash(model):
-    """Return a hash of some 64 weights of each tensor, from all over it."""
+    """Return a hash of about 64 evenly spaced weights of each tensor."""
     tensors = [x.flatten() for x in [*model.parameters(), *model.buffers()]]
     return hash_of([x[::max(1, len(x) // 64)].tolist() for x in tensors])
 
@@ -943,13 +945,16 @@ def begin_run(run, args, examples, model):
     if RANK == 0 and not args.resume:
         versions = {library.__name__: library.__version__ for library in (torch, transformers)}
         begun = {"flags": vars(args), **hashes, "versions": versions}
-        write_whole(path, json.dumps(begun, indent=2))
+        write_whole(path, json.dumps(begun, indent=2).encode())
 
 
 # --- training ---
 
 def train(model, examples, args, held_out=(), state=None, metadata=None):
-    """Train what requires grad, from a state if given; with metadata, save checkpoints."""
+    """Train what requires grad, from `state` if given, and save checkpoints with `metadata`.
+
+    Without metadata none are saved.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
     scaler = LossScaler(enabled=model.dtype == torch.float16)
@@ -994,7 +999,8 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
             scaler.unscale(parameters)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
 
-            # 4. Step, or skip after an overflow: weights and moments stay, and the rows are lost.
+            # 4. Step, or skip after an overflow: weights and moments stay, and the rows are passed
+            #    over.
             finite, scale = math.isfinite(loss + norm), scaler.scale
             if finite:
                 optimizer.step()
@@ -1067,7 +1073,7 @@ def read_log(path):
 
 
 def open_log(path, step):
-    """Return log(line): to TensorBoard and metrics.jsonl, which first loses the lines after `step`.
+    """Return log(line): to TensorBoard and metrics.jsonl, without the lines it had after `step`.
 
     A new run, at step 0, starts an empty file.
     """
@@ -1075,7 +1081,7 @@ def open_log(path, step):
         return lambda line: None
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [line for line in read_log(path) if line["step"] <= step and step > 0]
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     try:
         from torch.utils.tensorboard import SummaryWriter
         board = SummaryWriter(path.parent, purge_step=step + 1)  # hides what it has of later steps
@@ -1129,9 +1135,9 @@ def plot_loss(path):
 
 @contextmanager
 def catch_signals():
-    """Yield a list that notes Ctrl-C and SIGTERM, for train() to stop after the step."""
+    """Yield a list that receives Ctrl-C or SIGTERM; train() then stops after the step."""
     def note(signum, _):
-        os.write(2, b"\nstopping after a whole step; a second signal ends at once\n")
+        os.write(2, b"\nstopping after this step; a second signal ends at once\n")
         caught.append(signum)
         restore()
 
@@ -1166,8 +1172,8 @@ def experiment(args, run):
     elif checkpoints(run):
         raise ValueError(f"{run} has checkpoints: add --resume, or give another --run-name")
     if args.grad_accum < WORLD:
-        raise ValueError(f"--grad-accum {args.grad_accum} leaves processes idle, which share the "
-                         f"micro-batches of a step: expected {WORLD} or more")
+        raise ValueError(f"--grad-accum {args.grad_accum} is too few: each of {WORLD} processes "
+                         "takes a micro-batch of a step")
     config = LoRAConfig(args.r, args.alpha, args.dropout, args.targets, rslora=args.rslora)
     device = pick_device(args.device)
     join_processes(device)
@@ -1210,7 +1216,7 @@ def experiment(args, run):
           f"train ({trainable / total:.2%}), in float32\n"
           f"{len(examples):,} rows train, {len(held_out_examples):,} are held out\n"
           f"left out: {len(rows) + len(held_out) - len(encoded):,} longer than {args.max_length} "
-          f"tokens, {passed_over:,} to hold out that repeat a training question\n"
+          f"tokens; not held out: {passed_over:,} that repeat a training question\n"
           f"the first row, prompt | target: {tokenizer.decode(ids[:prompt])!r} | "
           f"{tokenizer.decode(ids[prompt:])!r}")
     model.train()
@@ -1303,7 +1309,7 @@ def demo(seed):
     common = f"{cpu} --grad-accum 1 --dropout 0 --lr 3e-3 --seed {seed}"
 
     print("1. Pretrain a base on one-step problems, by the same loop")
-    args = parse_args(f"--run-name demo-base --epochs 6 --batch-size 64 {common}".split())
+    args = parse_args(f"--run-name demo-base --epochs 4 --batch-size 64 {common}".split())
     rows = read_rows("demo/one-step-train.jsonl", "train")
     model, tokenizer = demo_base([f"{format_prompt(q)} {a}" for q, a in rows], seed)
     train(model, encode(rows, tokenizer, 512), args)
@@ -1328,11 +1334,11 @@ def demo(seed):
           "asked. With it off, the base is unchanged.")
 
 
-# --- processes, and the edge of a script ---
+# --- processes, errors, entry point ---
 
 @contextmanager
 def locked(folder, flag):
-    """Hold a folder for this process. The lock goes with the process, also if it is killed."""
+    """Hold a folder for this process. The lock ends with the process, even a killed one."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / ".lock", timeout=0) if RANK == 0 else nullcontext():
@@ -1395,7 +1401,7 @@ def run_script(name, main, parse_args):
     `python -X dev` shows the traceback instead.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
-    hub_logging.set_verbosity_error()  # it would announce each of its five attempts
+    hub_logging.set_verbosity_error()  # it would announce every retry
     sys.stdout.reconfigure(errors="backslashreplace")  # for consoles that cannot show a character
     try:
         main(parse_args())

@@ -7,17 +7,17 @@
     python train_sst2.py --adapter runs/sst2/r8-s0 --predict "A joy." "Tedious."
     python bench/section7.py runs/sst2/r4-s0 runs/sst2/r8-s1                # what was learned
 
-One experiment is one folder, --out: sst2.jsonl has a line per finished run, and these are skipped;
-sst2.png the curves; r8-s0/ adapter and head of r=8 and seed 0 at the last step, as PEFT saves them
-(with few sentences look at the validation loss: it may have been lower before). Own data is a
+An experiment is a folder, --out. sst2.jsonl has a line per finished run (which is not run again),
+sst2.png the curves, r8-s0/ the adapter and head of r=8 and seed 0 after the last step, in PEFT's
+format (with few sentences an earlier step may have had a lower validation loss). Own data is a
 folder with train and validation, as .jsonl, .json, .parquet, .csv or, without quotes, .tsv, of
 sentence, and label 0 or 1.
 
 Weights are in float32 and products in --dtype, by autocast: an encoder is small, and full
 fine-tuning needs float32 weights. (train_math.py holds its base in --dtype, to fit a small card.)
-SST-2's validation has 872 rows: at 93% one run's 95% interval is +/- 1.7 points. All ranks and
-targets share one alpha and lr, and the update is scaled by alpha / r: another rank (Sec. 7.2), or
-other targets at one budget (Sec. 7.1), is another scale too.
+SST-2's validation has 872 rows: at 93% one run's 95% interval is +/- 1.7 points. All runs share one
+alpha and lr. As the update is scaled by alpha / r, a run of another rank differs in scale too, in
+the comparison of ranks (Sec. 7.2) and of targets at one budget (Sec. 7.1).
 """
 import csv
 import itertools
@@ -61,14 +61,14 @@ def parse_args(argv=None):
     add("--adapter", None, "score a saved adapter", metavar="DIR")
     add("--predict", None, "print label and probability of sentences", nargs="+", metavar="TEXT",
         type=plain_text)
-    add("--ranks", [8], nargs="*", type=count)
-    add("--seeds", [0], nargs="+", type=number(int, 0))
+    add("--ranks", [8], "to train; none, with --full-finetune", nargs="*", type=count)
+    add("--seeds", [0], "a run for each rank and seed", nargs="+", type=number(int, 0))
     add("--alpha", 16.0, "as released; 8 in Table 9", type=rate)
-    add("--dropout", 0.05, type=number(float, 0, 0.99))
+    add("--dropout", 0.05, "on the adapter's input", type=number(float, 0, 0.99))
     add("--lr", 5e-4, "at the peak, as in Table 9", type=rate)
-    add("--full-finetune", False, "beside LoRA", action="store_true")
+    add("--full-finetune", False, "train every weight too, to compare", action="store_true")
     add("--full-lr", 5e-5, "of full fine-tuning", type=rate)
-    add("--epochs", 3, type=count)
+    add("--epochs", 3, "passes over the training sentences", type=count)
     add("--batch-size", 32, "sentences", type=count)
     add("--grad-accum", 1, "batches per step", type=count)
     add("--checkpoint-activations", False, "less memory, more time", action="store_true")
@@ -176,7 +176,7 @@ def load_adapted(args):
 
 def logits_of(model, rows, dtype):
     """Return the logits of rows of token ids, (rows, 2) in float32. Products run in dtype."""
-    # A decoder finds the end of a row by its pad id, and RoBERTa numbers the positions by it.
+    # The pad id is the model's own: by it a decoder finds a row's end, and RoBERTa its positions.
     device, pad = model.device, model.config.pad_token_id or 0
     ids = pad_sequence([torch.tensor(row) for row in rows], True, pad).to(device)
     mask = pad_sequence([torch.ones(len(row)) for row in rows], True).to(device)
@@ -305,13 +305,13 @@ def train(args, data, r, seed):
     run = {flag: getattr(args, flag) for flag in flags.split()}
     run |= {"r": r, "seed": seed, "adapter_parameters": adapter,
             "trainable": trainable, "total": total, **history[-1], "n": n,
-            "ci95": list(wilson_interval(accuracy * n, n)),
+            "ci95": list(wilson_interval(history[-1]["accuracy"] * n, n)),
             "skipped": steps - done, "seconds": seconds,
             "peak_memory_gib": peak_memory(args.device) / GiB, "history": history}
     positive = sum(label for _, label in data["validation"]) / n
     majority = max(positive, 1 - positive)  # what always the same label would score
     if run["ci95"][0] <= majority:
-        print(f"{rank_name(r)}, seed {seed} is within chance, {majority:.1%}: try "
+        print(f"{rank_name(r)}, seed {seed} is within chance ({majority:.1%} by one label): try "
               f"{'--lr' if r else '--full-lr'} three times as high or low, a smaller --batch-size, "
               f"more --epochs{' or --targets all-linear' if r else ''}")
     return run, model
@@ -370,7 +370,7 @@ def report(runs, picture):
 @torch.no_grad()
 def predict(args):
     """Print label and probability of each sentence; return the probabilities of label 1."""
-    model = load_adapted(args)  # its base, now in args.model, has the tokenizer
+    model = load_adapted(args)  # this sets args.model, the tokenizer's folder
     encoded, probabilities = encode(args, args.predict), []
     check_ids(model, encoded)
     for text, ids in zip(args.predict, encoded):
@@ -381,7 +381,7 @@ def predict(args):
 
 
 def score_adapter(args):
-    model = load_adapted(args)  # its base, now in args.model, has the tokenizer
+    model = load_adapted(args)  # this sets args.model, the tokenizer's folder
     examples = read_data(args, "validation")
     check_rows(model, examples)
     accuracy, loss = evaluate(model, examples, args.dtype)
@@ -458,7 +458,7 @@ def main(args):
             if (r, seed) not in runs:
                 runs[r, seed] = train(args, data, r, seed)[0] | hashes  # [0]: the model is freed
                 lines = [json.dumps(run) + "\n" for run in runs.values()]
-                write_whole(path, "".join(lines))
+                write_whole(path, "".join(lines).encode())
         report([*runs.values()], path.with_suffix(".png"))
     return [*runs.values()]
 
