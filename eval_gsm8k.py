@@ -26,13 +26,6 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
-# Before torch: train_math sets what torch reads when it starts.
-from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, add_flag, agree,
-                        base_hash, best_adapter, check_ids, checkpoints, chunks, encode_prompt,
-                        format_prompt, gather, hash_of, join_processes, load_model, loading, number,
-                        pick_device, pick_dtype, plain_text, read_table, run_script, trained_with,
-                        warn_of_mismatch, write_whole)
-
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
@@ -40,6 +33,11 @@ from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lora import dequantize_nf4, load_adapter, merge_lora, strip_lora
+from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, add_flag, agree,
+                        base_hash, best_adapter, check_ids, checkpoints, chunks, encode_prompt,
+                        format_prompt, gather, hash_of, join_processes, load_model, loading, number,
+                        pick_device, pick_dtype, plain_text, read_table, run_script, trained_with,
+                        warn_of_mismatch, write_whole)
 
 
 # --- flags ---

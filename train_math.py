@@ -36,11 +36,9 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
-# Both are read when torch starts, and matter on a CPU under Linux. Large tensors get huge pages:
-# without these a training process grew to twice the size of its tensors. Threads that wait sleep:
-# spinning would be up to a tenth faster on a quiet CPU, but several times slower on a busy one.
+# Before torch's first tensor: large tensors then lie on huge pages (Linux). Without them a training
+# process on a CPU grew to twice the size of its tensors.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.distributed as dist

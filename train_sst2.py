@@ -29,12 +29,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-# Before torch: train_math sets what torch reads when it starts.
-from train_math import (FILES, WORLD, GiB, LossScaler, Parser, add_flag, agree, base_hash,
-                        check_ids, chunks, epoch_batches, hash_of, length, loading, locked, number,
-                        open_table, peak_memory, pick_device, pick_dtype, plain_text,
-                        refuse_unused, run_script, trained_with, write_whole)
-
 import pandas  # comes with datasets
 import torch
 import transformers
@@ -45,6 +39,10 @@ from tqdm import tqdm
 from eval_gsm8k import refuse_other_settings, wilson_interval
 from lora import (LoRAConfig, count_parameters, inject_lora, load_adapter, lora_layers,
                   save_adapter)
+from train_math import (FILES, WORLD, GiB, LossScaler, Parser, add_flag, agree, base_hash,
+                        check_ids, chunks, epoch_batches, hash_of, length, loading, locked, number,
+                        open_table, peak_memory, pick_device, pick_dtype, plain_text,
+                        refuse_unused, run_script, trained_with, write_whole)
 
 BASE = "roberta-base"
 
@@ -417,6 +415,7 @@ def write_demo(folder, seed, train=1500, validation=500):
 def demo():
     """Teach an untrained encoder to judge the story, not the music."""
     folder = Path("demo-sst2")
+    torch.set_num_threads(1)  # on a busy CPU more threads are five times slower
     write_demo(folder, 0)
     (folder / "sst2.jsonl").unlink(missing_ok=True)
     flags = (f"--model {folder}/base --data {folder} --out {folder} --seeds 0 1 --ranks 1 4 "
