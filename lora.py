@@ -118,8 +118,8 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))        # (..., k) -> (..., r)
         update = F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        # The base comes last: where this layer ends a recomputed block, recomputation stops before
-        # its product, which backward does not need.
+        # The base comes last: activation checkpointing stops once it has all that backward needs,
+        # so that at the end of a recomputed block it leaves this product out.
         return self.base(x) + update
 
     def delta(self):
@@ -330,7 +330,7 @@ def merge_layer(model, layer):
 def unmerge_lora(model):
     """Put the wrappers and every bit of W0 back, on the model's device; return the model.
 
-    After an interrupt it finishes what was half done: wrappers and trained heads stand again.
+    It also repairs a merge or a disable_lora block that was interrupted halfway.
     """
     for plain, (layer, W0) in modules_with(model, "lora_waiting").items():
         if device_of(layer) != device_of(plain):  # it waited on the CPU, or the model was moved
@@ -391,7 +391,8 @@ def strip_lora(model):
 def check_product(base):
     """Raise ValueError unless the base's output is x W^T + b within 1%, tried on a random row.
 
-    A dense layer is tried with another W: one that masks W, or computes with a copy, fails.
+    A dense layer is tried with another W: if it masks W, or computes with a copy, merging would
+    not do what it says.
     """
     dense = base.to_dense() if is_packed(base) else base
     W, product, y = dense._parameters.get("weight"), None, None  # W is None if it is computed
@@ -519,6 +520,7 @@ def routers(model):
 # --- adapter files, in PEFT's format ---
 
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+SAMPLE = "lora_base_sample"  # of the header of the weights
 
 # PEFT's options that are read here, or that mean nothing once an adapter is trained.
 ACCEPTED = set("""
@@ -591,7 +593,7 @@ def save_adapter(model, folder, metadata=None):
     if config.rslora:  # PEFT 0.7 and older refuse the key
         options["use_rslora"] = True
     tensors = {key: p.detach().to("cpu").contiguous() for key, p in parameters.items()}
-    header = {**(metadata or {}), "format": "pt", "base": json.dumps(base_sample(last))}
+    header = {**(metadata or {}), "format": "pt", SAMPLE: json.dumps(base_sample(last))}
     files = {WEIGHTS: save(tensors, header), CONFIG: json.dumps(options, indent=2).encode()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -632,7 +634,7 @@ def file_parameters(layers, heads):
 
 
 def base_sample(layer):
-    """Return 64 weights of the base. They tell another seed or model apart, not a fine-tune."""
+    """Return 64 weights of the base: enough to notice another seed or model, not a fine-tune."""
     W0 = layer.weight
     return W0.flatten()[:64].tolist() if W0.dtype in FLOATS and not W0.is_meta else []
 
@@ -643,7 +645,7 @@ def load_adapter(model, folder, layer=LoRALinear):
     Create the optimizer afterwards: A and B are new Parameters, except over an adapter of the same
     layers, class and config, which takes the values in place. Raises ValueError if the files are
     damaged or for another model, and RuntimeError while an adapter is merged or off; the model is
-    then unchanged. Warns of another base, where the file holds a sample of it; PEFT's do not.
+    then unchanged. Warns of another base, which only files of save_adapter can tell.
     """
     require_on(model, "load an adapter")
     with disable_lora(model):  # names and shapes in the file are compared with the base's
@@ -687,20 +689,22 @@ def read_adapter(model, folder, layer):
     check_options(options, layer.options)
     with safe_open(folder / WEIGHTS, "pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}
-        sample = torch.tensor(json.loads((file.metadata() or {}).get("base", "[]"))).float()
+        sample = torch.tensor(json.loads((file.metadata() or {}).get(SAMPLE, "[]"))).float()
 
     # The tensors' names say which layers are adapted: patterns in the config are not evaluated.
-    # In modules_to_save PEFT lists both "classifier" and "score": what is not here is passed over.
+    # PEFT lists both "classifier" and "score" in modules_to_save, and compares letters, by which
+    # "classifier" stands for "pre_classifier" too. Names that the model lacks are skipped.
     names = list(modules_by_name(model))
     adapted = [name for name in names if f"{PREFIX}{name}.lora_A.weight" in tensors]
     if not adapted:
         raise ValueError(f"no layer here has a name as in {next(iter(tensors), 'it')}")
+    heads = tuple(options.get("modules_to_save") or ())
     config = LoRAConfig(
         r=options.get("r"), alpha=options.get("lora_alpha"),
         dropout=options.get("lora_dropout", 0.0), rslora=options.get("use_rslora", False),
         targets=shortest_endings(adapted, model),
-        also_train=[ending for ending in options.get("modules_to_save") or ()
-                    if any(ends_in(name, [ending]) for name in names)])
+        also_train=[ending for ending in heads if any(ends_in(name, [ending]) for name in names)]
+        + [name for name in names if name.endswith(heads) and not ends_in(name, heads)])
     layers, heads = select(model, config, adapted)
     wrappers = {}
     for name, base in layers.items():
