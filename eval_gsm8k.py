@@ -142,7 +142,8 @@ def extract_answer(text, flexible=False):
     """Return the number that a completion answers, a Fraction, or None.
 
     Strict: the first number behind a marker, "The answer is" (the last one) or "####" (the first
-    one), whichever comes later. Flexible: the last "#### n" instead, else the last number.
+    one), whichever comes later. Flexible: so too, but with the last "####"; without a marked
+    number, the last number of the text.
     """
     # The lookahead takes no text, so that a second "The answer is" on the line is found too.
     words = [(match.start(), find_numbers(match[1])) for match in
@@ -222,7 +223,7 @@ def pad_left(rows, pad, device):
 
 
 def try_batch(model, row, pad):
-    """Return (padding before a row changes its logits, rows can leave the model's cache).
+    """Return (whether padding before a row changes its logits, whether rows can leave the cache).
 
     Compares four generated tokens. Call it while complete()'s generation_config is set.
     """
@@ -280,9 +281,9 @@ def wilson_interval(correct, n, z=1.959964):
 
 
 def mcnemar_p(first, second):
-    """Return the exact two-sided p of the hypothesis of equally good models (McNemar 1947).
+    """Return the exact two-sided p-value of McNemar's test (1947).
 
-    Of the problems that one alone solves, each falls either way with probability 1/2.
+    Its hypothesis: a problem that one model alone solves is as likely to be either's.
     """
     pairs = list(zip(first, second, strict=True))
     gained, lost = pairs.count((False, True)), pairs.count((True, False))
@@ -333,7 +334,7 @@ def summarise(records, base=None):
 def describe(name, result):
     """Return a result in one line."""
     low, high = result["ci95"]
-    p = f"  differs from the base with p {result['p_value']:.2g}" if "p_value" in result else ""
+    p = f"  p {result['p_value']:.2g} against the base" if "p_value" in result else ""
     return (f"{name}: {result['accuracy']:.1%} [{low:.1%}, {high:.1%}] of {result['n']}  "
             f"flexible {result['accuracy_flexible']:.1%}  no answer {result['no_answer']}  "
             f"cut off {result['truncated']}{p}")

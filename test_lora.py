@@ -1546,6 +1546,16 @@ def test_what_does_not_fit_is_one_line(patch):
     assert reserved == [3 * 4 * count_parameters(model)[0]] * 2
 
 
+def test_the_printed_peak_is_that_of_the_trial_that_fits(patch):
+    """Not of the one before it, which ran out of memory."""
+    calls, gpu = [], SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    patch(train_math, recompute_blocks=calls.append, count_parameters=lambda model: (1, 1),
+          fits=lambda *_: calls.append("trial") or calls.count("trial") == 2)
+    patch(torch.cuda, reset_peak_memory_stats=lambda device: calls.append("reset"))
+    assert train_math.make_it_fit(gpu, None, None)
+    assert calls == ["reset", "trial", gpu, "reset", "trial"]
+
+
 def test_recomputing_is_refused_on_mps(patch):
     """There torch would draw other dropout masks."""
     mps = torch.device("mps")

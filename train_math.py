@@ -1,6 +1,6 @@
 """LoRA fine-tuning of TinyLlama-1.1B on MetaMathQA, sized for one 4 GB card.
 
-    python train_math.py                                           # 10,000 problems, 3 epochs, r=8
+    python train_math.py                                           # 10,000 rows, 3 epochs, r=8
     python train_math.py --demo                                    # about a minute, no download
     python train_math.py --model DIR --data train.jsonl --r 16     # your own model and data
     python train_math.py --adapter DIR --data more.jsonl           # go on from an adapter
@@ -512,7 +512,7 @@ def pick_device(name):
 
 
 def cap_memory(device, vram):
-    """Let CUDA's allocator fail above --vram, or what is free: else Windows would swap."""
+    """Make CUDA run out of memory at --vram, or at what is free; Windows would swap instead."""
     if device.type != "cuda":
         if vram:
             raise ValueError(f"--vram {vram:g} needs a CUDA device, and this is {device}")
@@ -728,7 +728,8 @@ LOGITS_AT_ONCE = 2**22  # 131 positions at a time, with a vocabulary of 32,000
 def batch_loss(model, batch):
     """Return the loss summed over the targets, in float32.
 
-    To save memory, logits exist at targets only, a chunk at a time, and again in backward.
+    To save memory, logits are computed at targets only, a chunk at a time, and not kept: backward
+    computes them again.
     """
     ids, rows, columns = batch
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -757,7 +758,8 @@ def validation_loss(model, examples, batch_size):
 # --- memory ---
 #
 # Two things are computed again in backward: the logits, always (above), and the blocks, if memory
-# runs out: experiment() calls choose_recomputation(), which lets make_it_fit() try.
+# runs out: experiment() calls cap_memory(), which sets the limit, and choose_recomputation(), which
+# lets make_it_fit() try the largest batch.
 
 MEMORY_ADVICE = ("try --nf4, --dtype float16, a smaller --batch-size; in training "
                  "--checkpoint-activations, a smaller --max-length")
@@ -804,6 +806,8 @@ def make_it_fit(model, batch, recompute):
     for recompute in (False, True) if recompute is None else (recompute,):
         if recompute:
             recompute_blocks(model)
+        if model.device.type == "cuda":  # else the peak would be that of the trial that failed
+            torch.cuda.reset_peak_memory_stats(model.device)
         if fits(model, batch, reserve):
             return recompute
     raise ValueError(f"out of memory in the largest batch: {MEMORY_ADVICE}")
@@ -821,10 +825,10 @@ def choose_recomputation(model, batch, recompute):
               "activations are kept: --checkpoint-activations takes less memory, but more time",
               flush=True)
         return
-    torch.cuda.reset_peak_memory_stats(device)
     recompute = make_it_fit(model, batch, recompute)
     peak = torch.cuda.max_memory_allocated(device) / GiB
-    adapter = 16 * count_parameters(model)[0] / GiB  # four float32 a weight: one is the weight
+    # 16 bytes for each trained weight: itself (also in the footprint), its gradient, two moments.
+    adapter = 16 * count_parameters(model)[0] / GiB
     weights = model.get_memory_footprint() / GiB - adapter / 4
     print(f"memory in GiB, measured on the largest batch, {rows} x {longest} tokens: {weights:.2f} "
           f"weights, {adapter:.2f} adapter with gradients and AdamW's moments, "
@@ -848,12 +852,12 @@ def peak_memory(device):
 # --- checkpoints ---
 #
 # A resumed run repeats the interrupted one to the bit, on the same kind of device and as many
-# processes. The batches follow from --seed and the epoch, and dropout from --seed and the number of
-# the micro-batch, so no random state is saved. What is left is A and B, AdamW's moments, the loss
-# scale and the step, written in full before a rename makes them visible. run.json says what must
-# be the same: flags, rows, base. On --resume, saved_flags() reads it, newest_state() finds the last
-# whole checkpoint, begin_run() compares rows and base, and train() goes on behind the step.
-
+# processes (tested on CPUs, and on one GPU in float16). The batches follow from --seed and the
+# epoch, and dropout from --seed and the number of the micro-batch, so no random state is saved.
+# What is left is A and B, AdamW's moments, the loss scale and the step, written in full before a
+# rename makes them visible. run.json says what must be the same: flags, rows, base. On --resume,
+# saved_flags() reads it, newest_state() finds the last whole checkpoint, begin_run() compares rows
+# and base, experiment() loads the adapter, and train() goes on after the step.
 
 
 def checkpoints(run):
@@ -981,7 +985,8 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
             optimizer.param_groups[0]["lr"] = lr
 
             # 2. Forward and backward, one micro-batch at a time. Each loss is divided by the
-            #    targets of the whole window, so 8 x 1 or 1 x 8 of the same rows give one gradient.
+            #    targets of the whole window: without dropout, 8 micro-batches of a row give the
+            #    gradient of one of 8 rows, up to rounding.
             first = step * args.grad_accum
             window = batches[first:first + args.grad_accum]
             targets = sum(map(count_targets, window))
@@ -997,8 +1002,8 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
             scaler.unscale(parameters)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
 
-            # 4. Step, or skip after an overflow: weights and moments stay, and the rows are passed
-            #    over.
+            # 4. Step. After an overflow skip: weights and moments stay, and these rows do not come
+            #    again in this epoch. Without loss scaling, the first overflow ends the run (below).
             finite, scale = math.isfinite(loss + norm), scaler.scale
             if finite:
                 optimizer.step()

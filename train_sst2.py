@@ -9,15 +9,15 @@
 
 An experiment is a folder, --out. sst2.jsonl has a line per finished run (which is not run again),
 sst2.png the curves, r8-s0/ the adapter and head of r=8 and seed 0 after the last step, in PEFT's
-format (with few sentences an earlier step may have had a lower validation loss). Own data is a
-folder with train and validation, as .jsonl, .json, .parquet, .csv or, without quotes, .tsv, of
-sentence, and label 0 or 1.
+format (the last step, not the best: with few sentences an earlier one may have had a lower
+validation loss). Own data is a folder with one train and one validation file, .jsonl, .json,
+.parquet, .csv or, without quotes, .tsv, with the columns sentence and label (0 or 1).
 
 Weights are in float32 and products in --dtype, by autocast: an encoder is small, and full
 fine-tuning needs float32 weights. (train_math.py holds its base in --dtype, to fit a small card.)
 SST-2's validation has 872 rows: at 93% one run's 95% interval is +/- 1.7 points. All runs share one
-alpha and lr. As the update is scaled by alpha / r, a run of another rank differs in scale too, in
-the comparison of ranks (Sec. 7.2) and of targets at one budget (Sec. 7.1).
+alpha and lr. The update is scaled by alpha / r, so that a comparison of ranks (Sec. 7.2), or of
+targets at one budget (Sec. 7.1), compares scales too.
 """
 import csv
 import itertools
@@ -59,7 +59,7 @@ def parse_args(argv=None):
     add("--adapter", None, "score a saved adapter", metavar="DIR")
     add("--predict", None, "print label and probability of sentences", nargs="+", metavar="TEXT",
         type=plain_text)
-    add("--ranks", [8], "to train; none, with --full-finetune", nargs="*", type=count)
+    add("--ranks", [8], "ranks to train; none for --full-finetune alone", nargs="*", type=count)
     add("--seeds", [0], "a run for each rank and seed", nargs="+", type=number(int, 0))
     add("--alpha", 16.0, "as released; 8 in Table 9", type=rate)
     add("--dropout", 0.05, "on the adapter's input", type=number(float, 0, 0.99))
@@ -253,13 +253,13 @@ def train(args, data, r, seed):
         start = time.perf_counter()
         model.train()
 
-        # 1. Learning rate: a linear warm-up over 6% of the steps (Table 9), at most 100, but never
-        #    above the line from the peak at step 0 down to zero. Skipped steps do not count.
+        # 1. Learning rate: the lower of two lines, up from zero over 6% of the steps (Table 9), at
+        #    most 100, and down from the peak at step 0 to zero. Skipped steps do not count.
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * min((done + 1) / warmup, (steps - done) / steps)
 
         # 2. Forward and backward. Each loss is divided by the sentences of the whole window: 4 x 8
-        #    gives the gradients of 1 x 32.
+        #    gives the gradients of 1 x 32, without dropout and up to rounding.
         sentences = sum(len(batch) for batch in window)
         loss = 0.0
         for batch in window:
@@ -305,7 +305,8 @@ def train(args, data, r, seed):
             "trainable": trainable, "total": total, **history[-1], "n": n,
             "ci95": list(wilson_interval(history[-1]["accuracy"] * n, n)),
             "skipped": steps - done, "seconds": seconds,
-            "peak_memory_gib": peak_memory(args.device) / GiB, "history": history}
+            "peak_memory_gib": peak_memory(args.device) / GiB,  # on a CPU since the script began
+            "history": history}
     positive = sum(label for _, label in data["validation"]) / n
     majority = max(positive, 1 - positive)  # what always the same label would score
     if run["ci95"][0] <= majority:
