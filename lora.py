@@ -520,7 +520,7 @@ def routers(model):
 # --- adapter files, in PEFT's format ---
 
 WEIGHTS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
-SAMPLE = "lora_base_sample"  # of the header of the weights
+SAMPLE = "lora_base_sample"  # a key in the header of WEIGHTS
 
 # PEFT's options that are read here, or that mean nothing once an adapter is trained.
 ACCEPTED = set("""
@@ -698,13 +698,13 @@ def read_adapter(model, folder, layer):
     adapted = [name for name in names if f"{PREFIX}{name}.lora_A.weight" in tensors]
     if not adapted:
         raise ValueError(f"no layer here has a name as in {next(iter(tensors), 'it')}")
-    heads = tuple(options.get("modules_to_save") or ())
+    endings = tuple(options.get("modules_to_save") or ())
     config = LoRAConfig(
         r=options.get("r"), alpha=options.get("lora_alpha"),
         dropout=options.get("lora_dropout", 0.0), rslora=options.get("use_rslora", False),
         targets=shortest_endings(adapted, model),
-        also_train=[ending for ending in heads if any(ends_in(name, [ending]) for name in names)]
-        + [name for name in names if name.endswith(heads) and not ends_in(name, heads)])
+        also_train=[ending for ending in endings if any(ends_in(name, [ending]) for name in names)]
+        + [name for name in names if name.endswith(endings) and not ends_in(name, endings)])
     layers, heads = select(model, config, adapted)
     wrappers = {}
     for name, base in layers.items():

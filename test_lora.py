@@ -782,7 +782,7 @@ def edit_tensors(change):
     (gpt2, dict(target_modules=["c_attn"]), LoRALinear),
     (roberta, dict(target_modules=["query", "value"], task_type="SEQ_CLS"), LoRALinear),
     # PEFT compares letters, and trains pre_classifier too.
-    (lambda: distilbert(), dict(target_modules=["q_lin"], task_type="SEQ_CLS"), LoRALinear),
+    (distilbert, dict(target_modules=["q_lin"], task_type="SEQ_CLS"), LoRALinear),
     (llama, dict(target_modules=["q_proj"], use_dora=True), DoRALinear),
     (gpt2, dict(target_modules=["c_attn"], use_dora=True), DoRALinear)])
 def test_adapters_are_read_both_ways_and_train_as_those_of_peft(build, options, layer, peft):
