@@ -20,7 +20,7 @@ Use, with any PyTorch model:
     merge_lora(model)                   # plain layers with W0 + scaling B A: no extra latency
     strip_lora(model)                   # forget the adapter, keep the merged weights
 
-On a first reading, stop at "which layers can be adapted". The appendix, a 4-bit base, can be
+On a first reading, stop at "which layers can be adapted, and merged". The appendix, a 4-bit base, can be
 deleted: nothing before it needs it.
 
 Differences from the paper and the authors' code
@@ -181,6 +181,17 @@ def device_of(module):
 
 
 # --- injection ---
+#
+# An adapter is a set of swapped modules. There is no flag: the module that stands in a target's
+# place is the state of the adapter.
+#
+#     the adapter is   in the target's place          in the plain layer's `lora_waiting`
+#     on               the wrapper                    nothing
+#     off              the plain layer                (wrapper, None)
+#     merged           the plain layer, W0 + s B A    (wrapper, W0)
+#
+# Over a packed base, merging makes a new dense layer; its `lora_waiting` is (wrapper, base).
+# A tuple hides its modules from nn.Module: state_dict() and .to() skip what waits.
 
 def inject_lora(model, config, layer=LoRALinear):
     """Freeze the model, wrap the targets, train also_train (Sec. 4.2); return the wrapped names.
@@ -234,7 +245,7 @@ def lora_layers(model):
 
 
 def require_on(model, action):
-    """Raise RuntimeError if the adapter is off or merged (see "merge")."""
+    """Raise RuntimeError if the adapter is off or merged."""
     if modules_with(model, "lora_waiting"):
         raise RuntimeError(f"cannot {action} while merged or inside disable_lora: "
                            "call unmerge_lora(model), or leave the block")
@@ -272,16 +283,6 @@ def use_weights(module, which):
 
 
 # --- merge, switch off, take off ---
-#
-# There is no flag: the module that stands in a target's place is the state of the adapter.
-#
-#     the adapter is   in the target's place          in the plain layer's `lora_waiting`
-#     on               the wrapper                    nothing
-#     off              the plain layer                (wrapper, None)
-#     merged           the plain layer, W0 + s B A    (wrapper, W0)
-#
-# Over a packed base, merging makes a new dense layer; its `lora_waiting` is (wrapper, base).
-# A tuple hides its modules from nn.Module: state_dict() and .to() skip what waits.
 
 @torch.no_grad()
 def merge_lora(model):
@@ -388,35 +389,7 @@ def strip_lora(model):
     return model
 
 
-def check_product(base):
-    """Raise ValueError unless the base's output is x W^T + b within 1%, tried on a random row.
-
-    A dense layer is tried with another W: if it masks W, or computes with a copy, merging would
-    not do what it says.
-    """
-    dense = base.to_dense() if is_packed(base) else base
-    W, product, y = dense._parameters.get("weight"), None, None  # W is None if it is computed
-    if W is not None and W.dim() == 2 and W.dtype in FLOATS and not W.is_meta:
-        d, k = d_by_k(W, dense).shape
-        if dense is base:
-            W = d_by_k(torch.outer(random_row(d), random_row(k)) / math.sqrt(k), base).to(W)
-        x = random_row(k).expand(1, 1, -1).to(W)
-        b = None if dense.bias is None else dense.bias.float()
-        product = F.linear(x.float(), d_by_k(W.float(), dense), b)
-        with suppress(Exception):  # such as sizes that do not match
-            y = functional_call(base, {"weight": W}, x) if dense is base else base(x)
-    if (product is None or not isinstance(y, torch.Tensor) or y.shape != product.shape
-            or not (y.float() - product).norm() <= 0.01 * product.norm()):
-        raise ValueError(f"cannot merge into this {type(base).__name__}: its output is not "
-                         "x W^T + b, with a dense W of floats")
-
-
-def random_row(n):
-    """Return n numbers from N(0, 1), on the CPU and always the same."""
-    return torch.randn(n, generator=torch.Generator().manual_seed(0), device="cpu")
-
-
-# --- which layers can be adapted ---
+# --- which layers can be adapted, and merged ---
 
 def select(model, config, names=None):
     """Return {name: layer} of what to wrap, and {name: module} of what to train in full.
@@ -515,6 +488,34 @@ def routers(model):
     found += [m.gate for m in model.modules()
               if hasattr(m, "experts") and isinstance(getattr(m, "gate", None), nn.Module)]
     return {m for module in found for m in module.modules()}
+
+
+def check_product(base):
+    """Raise ValueError unless the base's output is x W^T + b within 1%, tried on a random row.
+
+    A dense layer is tried with another W: if it masks W, or computes with a copy, merging would
+    not do what it says.
+    """
+    dense = base.to_dense() if is_packed(base) else base
+    W, product, y = dense._parameters.get("weight"), None, None  # W is None if it is computed
+    if W is not None and W.dim() == 2 and W.dtype in FLOATS and not W.is_meta:
+        d, k = d_by_k(W, dense).shape
+        if dense is base:
+            W = d_by_k(torch.outer(random_row(d), random_row(k)) / math.sqrt(k), base).to(W)
+        x = random_row(k).expand(1, 1, -1).to(W)
+        b = None if dense.bias is None else dense.bias.float()
+        product = F.linear(x.float(), d_by_k(W.float(), dense), b)
+        with suppress(Exception):  # such as sizes that do not match
+            y = functional_call(base, {"weight": W}, x) if dense is base else base(x)
+    if (product is None or not isinstance(y, torch.Tensor) or y.shape != product.shape
+            or not (y.float() - product).norm() <= 0.01 * product.norm()):
+        raise ValueError(f"cannot merge into this {type(base).__name__}: its output is not "
+                         "x W^T + b, with a dense W of floats")
+
+
+def random_row(n):
+    """Return n numbers from N(0, 1), on the CPU and always the same."""
+    return torch.randn(n, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
 # --- adapter files, in PEFT's format ---

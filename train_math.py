@@ -303,23 +303,10 @@ def examples_of(row, chat):
         raise ValueError(f"found {row!r:.60}, expected columns and their values")
     extra = [name for name in ("input", "context", "system", "history", "tools")
              if row.get(name) not in (None, "", [])]
-    messages = row.get("messages")
-    if messages is not None:
+    if row.get("messages") is not None:
         if extra:
             raise ValueError(f"messages and {', '.join(extra)} cannot be used together")
-        if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-            raise ValueError(f"messages is {messages!r:.60}, expected a list of role and content")
-        for name in ("tool_calls", "weight", "reasoning_content", "reasoning", "thinking"):
-            if any(turn.get(name) not in (None, "", [], 1) for turn in messages):
-                raise ValueError(f"its messages have {name}, which is not read")
-        turns = [{key: plain_text(turn.get(key), key) for key in ("role", "content")}
-                 for turn in messages]
-        answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-        if not answers or answers[0] == 0:
-            raise ValueError("messages need an assistant turn that is not the first, found "
-                             f"{[turn['role'] for turn in turns]}")
-        for i in answers:
-            yield turns[:i], turns[i]["content"]
+        yield from turns_of(row["messages"])
         return
     pairs = [pair for pair in COLUMNS if set(pair) <= set(row)]
     if not pairs or None in row:  # None: more fields than columns, in a .csv file
@@ -338,6 +325,23 @@ def examples_of(row, chat):
     # GSM8K's <<48/2=24>> goes. Other text between << and >> may be code.
     answer = re.sub(r"<<[-+*/().,%\d]+=[-+*/().,%\d]+>>", "", answer)
     yield [{"role": "user", "content": question}] if chat else question, answer
+
+
+def turns_of(messages):
+    """Yield (turns before it, text) of each assistant turn. Raises ValueError."""
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        raise ValueError(f"messages is {messages!r:.60}, expected a list of role and content")
+    for name in ("tool_calls", "weight", "reasoning_content", "reasoning", "thinking"):
+        if any(turn.get(name) not in (None, "", [], 1) for turn in messages):
+            raise ValueError(f"its messages have {name}, which is not read")
+    turns = [{key: plain_text(turn.get(key), key) for key in ("role", "content")}
+             for turn in messages]
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not answers or answers[0] == 0:
+        raise ValueError("messages need an assistant turn that is not the first, found "
+                         f"{[turn['role'] for turn in turns]}")
+    for i in answers:
+        yield turns[:i], turns[i]["content"]
 
 
 def plain_text(value, name="it"):
