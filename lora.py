@@ -20,13 +20,13 @@ Use, with any PyTorch model:
     merge_lora(model)                   # plain layers with W0 + scaling B A: no extra latency
     strip_lora(model)                   # forget the adapter, keep the merged weights
 
-On a first reading, stop at "which layers can be adapted, and merged". The appendix, a 4-bit base, can be
-deleted: nothing before it needs it.
+On a first reading, stop at "which layers can be adapted, and merged". The appendix, a 4-bit base,
+can be deleted: nothing before it needs it.
 
 Differences from the paper and the authors' code
 - As in the authors' code, A starts like nn.Linear's weight, and its input passes dropout. In the
   paper A is Gaussian, and Eq. 3 has no dropout.
-- The paper subtracts B A to get W0 back, which rounding makes inexact. W0 is put aside here.
+- The paper subtracts B A to get W0 back, which rounding makes inexact. Here W0 is kept.
 - Merging is a call. The authors' code merges inside eval(), so that the mode decides whether a
   checkpoint holds W0 or W0 + B A.
 """
@@ -34,7 +34,7 @@ import json
 import math
 import warnings
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -118,8 +118,8 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))        # (..., k) -> (..., r)
         update = F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        # The base comes last: activation checkpointing stops once it has all that backward needs,
-        # so that at the end of a recomputed block it leaves this product out.
+        # The base comes last. If this layer ends a checkpointed block, recomputation stops before
+        # base(x): backward needs nothing that is computed from there on.
         return self.base(x) + update
 
     def delta(self):
@@ -182,8 +182,8 @@ def device_of(module):
 
 # --- injection ---
 #
-# An adapter is a set of swapped modules. There is no flag: the module that stands in a target's
-# place is the state of the adapter.
+# An adapter is a set of swapped modules. No flag is kept: which module is in a target's place says
+# what state the adapter is in.
 #
 #     the adapter is   in the target's place          in the plain layer's `lora_waiting`
 #     on               the wrapper                    nothing
@@ -199,7 +199,7 @@ def inject_lora(model, config, layer=LoRALinear):
     Create the optimizer afterwards. Raises ValueError for what cannot be adapted, and RuntimeError
     while an adapter is merged or off; the model is then unchanged.
     """
-    require_on(model, "inject")
+    require_active(model, "inject")
     if dict(lora_layers(model)):
         raise ValueError("the model carries an adapter: call strip_lora(model) first")
     layers, heads = select(model, config)
@@ -219,15 +219,15 @@ def install(model, wrappers, heads):
     model.zero_grad()  # gradients of pretraining would let an older optimizer change the base
     replace_modules(model, wrappers)
     for module in {m for head in heads.values() for m in head.modules()}:
-        train_in_full(module)
+        make_trainable(module)
 
 
 def replace_modules(model, replacements):
-    """Put replacements[module] in the place of each module, also where it is compiled."""
+    """Replace modules wherever the model holds them; a torch.compile around one is dropped."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             new = replacements.get(getattr(child, "_orig_mod", child))
-            if new is not None and new is not parent:  # a wrapper keeps its own base
+            if new is not None and new is not parent:  # a wrapper still holds its base
                 parent._modules[name] = new
 
 
@@ -238,21 +238,22 @@ def modules_by_name(model):
 
 
 def lora_layers(model):
-    """Yield (name, LoRALinear) for every wrapper that stands in the model."""
+    """Yield (name, LoRALinear) for every wrapper in the model."""
     for name, module in modules_by_name(model).items():
         if name and isinstance(module, LoRALinear):
             yield name, module
 
 
-def require_on(model, action):
+def require_active(model, action):
     """Raise RuntimeError if the adapter is off or merged."""
     if modules_with(model, "lora_waiting"):
-        raise RuntimeError(f"cannot {action} while merged or inside disable_lora: "
-                           "call unmerge_lora(model), or leave the block")
+        raise RuntimeError(f"cannot {action} while merged or inside disable_lora: call unmerge_lora"
+                           "(model), or strip_lora(model) to keep the merged weights, or leave the "
+                           "block")
 
 
 def modules_with(model, attribute):
-    """Return {module: value} of the modules that carry this attribute, outside state_dict()."""
+    """Return {module: value} of the modules that have this plain attribute."""
     return {m: vars(m)[attribute] for m in model.modules() if attribute in vars(m)}
 
 
@@ -267,17 +268,17 @@ def count_parameters(model):
 #
 # A head stays in its place, and has two sets of weights: those of the base, and those that train.
 
-def train_in_full(module):
-    """Put trainable copies of its weights into the module; the base's are kept beside them."""
+def make_trainable(module):
+    """Put trainable copies of its weights into a module; those of the base are kept beside them."""
     base = dict(module.named_parameters(recurse=False))
     trained = {name: nn.Parameter(p.detach().clone()) for name, p in base.items()}
-    module.lora_weights = {"base": base, "trained": trained}
+    module.lora_head_weights = {"base": base, "trained": trained}
     use_weights(module, "trained")
 
 
 def use_weights(module, which):
     """Put a head's "base" or "trained" weights into it, on the device and in the dtype it has."""
-    for name, weight in module.lora_weights[which].items():
+    for name, weight in module.lora_head_weights[which].items():
         weight.data = weight.data.to(module._parameters[name])
         module._parameters[name] = weight
 
@@ -295,7 +296,7 @@ def merge_lora(model):
     """
     if is_merged(model):
         return model
-    require_on(model, "merge")
+    require_active(model, "merge")
     layers = dict(lora_layers(model)).values()
     if not layers:
         raise ValueError("the model carries no adapter: call inject_lora or load_adapter first")
@@ -322,8 +323,8 @@ def merge_layer(model, layer):
     W = d_by_k(W, plain).to(W0.dtype).contiguous()
     # W0 waits on the CPU, so that a GPU never holds the model twice.
     plain.lora_waiting = (layer, layer.base if packed else plain.weight.to("cpu"))
-    replace_modules(model, {layer: plain})
     plain.weight = nn.Parameter(W, requires_grad=False)
+    replace_modules(model, {layer: plain})
     if packed:
         layer.to("cpu")
 
@@ -343,27 +344,27 @@ def unmerge_lora(model):
             layer.base.to(plain.weight.dtype)  # packed: follow a cast of the dense layer
         replace_modules(model, {plain: layer})
         del plain.lora_waiting
-    for module in modules_with(model, "lora_weights"):
+    for module in modules_with(model, "lora_head_weights"):
         use_weights(module, "trained")
     return model
 
 
 def is_merged(model):
-    """True if all wrappers wait, each with a W0; False if an interrupt left only some merged."""
+    """True if the adapter is merged; False if an interrupt left some of the wrappers in place."""
     waits = any(W0 is not None for _, W0 in modules_with(model, "lora_waiting").values())
     return waits and not dict(lora_layers(model))
 
 
 @contextmanager
 def disable_lora(model):
-    """Inside a with block the model is the base, with its own heads. Blocks cannot be nested."""
-    require_on(model, "switch off")
+    """Within the block the model computes as the base does, heads included. Do not nest blocks."""
+    require_active(model, "switch off")
     layers = dict(lora_layers(model)).values()
     try:
         for layer in layers:
             layer.base.lora_waiting = (layer, None)
         replace_modules(model, {layer: layer.base for layer in layers})
-        for module in modules_with(model, "lora_weights"):
+        for module in modules_with(model, "lora_head_weights"):
             use_weights(module, "base")
         yield model
     finally:
@@ -377,14 +378,14 @@ def strip_lora(model):
     """
     merged = is_merged(model)
     if not merged:
-        require_on(model, "strip")
+        require_active(model, "strip")
     replace_modules(model, {layer: layer.base for _, layer in lora_layers(model)})
     for module in modules_with(model, "lora_waiting"):
         del module.lora_waiting
-    for module in modules_with(model, "lora_weights"):
+    for module in modules_with(model, "lora_head_weights"):
         if not merged:
             use_weights(module, "base")
-        del module.lora_weights
+        del module.lora_head_weights
         module.requires_grad_(False)
     return model
 
@@ -394,12 +395,12 @@ def strip_lora(model):
 def select(model, config, names=None):
     """Return {name: layer} of what to wrap, and {name: module} of what to train in full.
 
-    If names is given, exactly these are wrapped, and config.targets is not looked at.
+    If names is given, exactly these are wrapped, and config.targets is ignored.
     """
     modules = modules_by_name(model)
     if any(map(is_parallel, modules.values())):
-        raise ValueError("a parallel model does not synchronise parameters added later: inject "
-                         "first, then wrap")
+        raise ValueError("inject first, then wrap with DDP or FSDP: they do not synchronise "
+                         "parameters that are added later")
     tied, heads = tied_modules(model), match(modules, config.also_train)
     in_heads = {m for head in heads.values() for m in head.modules()}
     layers = {name: layer for name, layer in linear_layers(model).items() if layer not in in_heads}
@@ -414,10 +415,10 @@ def select(model, config, names=None):
     if not layers:
         raise ValueError("no linear layer is left to adapt")
 
-    for name in modules:  # PEFT compares letters, not whole parts of a name
+    for name in modules:  # PEFT takes every module whose name ends in these letters
         if name.endswith(config.also_train) and name not in heads:
             raise ValueError(f"also_train={config.also_train}: PEFT would train {name} too, whose "
-                             "name ends in the same letters: add it, or write longer endings")
+                             "name ends in the same letters: add it, or give longer endings")
     loaded = not all(p.is_meta for p in model.parameters())
     for name, module in {**layers, **heads}.items():
         if not tied.isdisjoint(module.modules()):
@@ -432,7 +433,7 @@ def select(model, config, names=None):
 
 
 def is_parallel(module):
-    """True for DataParallel, DDP and both kinds of FSDP, the second of which renames a class."""
+    """True for DataParallel, DDP, FSDP, and fully_shard, which prefixes a class's name."""
     kind = type(module).__name__
     return kind in ("DataParallel", "DistributedDataParallel") or is_sharded(module)
 
@@ -493,24 +494,27 @@ def routers(model):
 def check_product(base):
     """Raise ValueError unless the base's output is x W^T + b within 1%, tried on a random row.
 
-    A dense layer is tried with another W: if it masks W, or computes with a copy, merging would
-    not do what it says.
+    It calls the base once, and its hooks. A dense layer is tried with another W: if it masks W, or
+    computes with a copy, merging would not do what it says.
     """
+    kind = f"cannot merge into this {type(base).__name__}"
     dense = base.to_dense() if is_packed(base) else base
-    W, product, y = dense._parameters.get("weight"), None, None  # W is None if it is computed
-    if W is not None and W.dim() == 2 and W.dtype in FLOATS and not W.is_meta:
-        d, k = d_by_k(W, dense).shape
-        if dense is base:
-            W = d_by_k(torch.outer(random_row(d), random_row(k)) / math.sqrt(k), base).to(W)
-        x = random_row(k).expand(1, 1, -1).to(W)
-        b = None if dense.bias is None else dense.bias.float()
-        product = F.linear(x.float(), d_by_k(W.float(), dense), b)
-        with suppress(Exception):  # such as sizes that do not match
-            y = functional_call(base, {"weight": W}, x) if dense is base else base(x)
-    if (product is None or not isinstance(y, torch.Tensor) or y.shape != product.shape
+    W = dense._parameters.get("weight")  # none if W is computed, as by weight_norm
+    if W is None or W.dim() != 2 or W.dtype not in FLOATS or W.is_meta:
+        raise ValueError(f"{kind}: it has no dense W of floats")
+    d, k = d_by_k(W, dense).shape
+    x = random_row(k).expand(1, 1, -1).to(W)
+    if dense is base:
+        W = d_by_k(torch.outer(random_row(d), random_row(k)) / math.sqrt(k), base).to(W)
+    try:
+        y = functional_call(base, {"weight": W}, x) if dense is base else base(x)
+    except Exception as error:
+        raise ValueError(f"{kind}: it fails on a random row ({error})") from error
+    b = None if dense.bias is None else dense.bias.float()
+    product = F.linear(x.float(), d_by_k(W.float(), dense), b)
+    if (not isinstance(y, torch.Tensor) or y.shape != product.shape
             or not (y.float() - product).norm() <= 0.01 * product.norm()):
-        raise ValueError(f"cannot merge into this {type(base).__name__}: its output is not "
-                         "x W^T + b, with a dense W of floats")
+        raise ValueError(f"{kind}: its output is not x W^T + b")
 
 
 def random_row(n):
@@ -537,14 +541,14 @@ def adapter_state_dict(model):
     The adapter must be on. If it is off or merged, this raises RuntimeError, and
     load_state_dict(strict=False) would restore nothing.
     """
-    require_on(model, "take an adapter_state_dict")
+    require_active(model, "take an adapter_state_dict")
     saved = set(file_parameters(*adapter_modules(model)).values())
     return {name: p.detach().clone() for name, p in model.named_parameters() if p in saved}
 
 
 def adapter_modules(model):
     """Return {name: wrapper} and {name: module that trains in full}."""
-    in_full = modules_with(model, "lora_weights")
+    in_full = modules_with(model, "lora_head_weights")
     heads = {name: module for name, module in modules_by_name(model).items() if module in in_full}
     return dict(lora_layers(model)), heads
 
@@ -561,12 +565,12 @@ def save_adapter(model, folder, metadata=None):
                          "into a plain model, and save that")
     while is_parallel(model) or hasattr(model, "_orig_mod"):
         model = getattr(model, "_orig_mod", None) or model.module
-    require_on(model, "save")
+    require_active(model, "save")
     layers, heads = adapter_modules(model)
     if not layers:
         raise ValueError("the model carries no adapter: call inject_lora or load_adapter first")
     if len({(type(layer), layer.config) for layer in layers.values()}) > 1:
-        raise ValueError("an adapter has one config and one class of layer, this model has several")
+        raise ValueError("a file holds one config and one class of layer: the adapted layers differ")
     last = list(layers.values())[-1]
     config = last.config
     parameters = file_parameters(layers, heads)
@@ -635,7 +639,7 @@ def file_parameters(layers, heads):
 
 
 def base_sample(layer):
-    """Return 64 weights of the base: enough to notice another seed or model, not a fine-tune."""
+    """Return 64 weights of the base. They tell another seed or model, but not a fine-tune of it."""
     W0 = layer.weight
     return W0.flatten()[:64].tolist() if W0.dtype in FLOATS and not W0.is_meta else []
 
@@ -648,11 +652,11 @@ def load_adapter(model, folder, layer=LoRALinear):
     damaged or for another model, and RuntimeError while an adapter is merged or off; the model is
     then unchanged. Warns of another base, which only files of save_adapter can tell.
     """
-    require_on(model, "load an adapter")
+    require_active(model, "load an adapter")
     with disable_lora(model):  # names and shapes in the file are compared with the base's
         try:
             config, tensors, sample, layers, heads = read_adapter(model, Path(folder), layer)
-        except ImportError:  # of safetensors
+        except (ImportError, MemoryError):  # the first: safetensors is not installed
             raise
         except Exception as error:
             reason = " ".join(str(error).split())
@@ -693,12 +697,13 @@ def read_adapter(model, folder, layer):
         sample = torch.tensor(json.loads((file.metadata() or {}).get(SAMPLE, "[]"))).float()
 
     # The tensors' names say which layers are adapted: patterns in the config are not evaluated.
-    # PEFT lists both "classifier" and "score" in modules_to_save, and compares letters, by which
-    # "classifier" stands for "pre_classifier" too. Names that the model lacks are skipped.
     names = list(modules_by_name(model))
     adapted = [name for name in names if f"{PREFIX}{name}.lora_A.weight" in tensors]
     if not adapted:
-        raise ValueError(f"no layer here has a name as in {next(iter(tensors), 'it')}")
+        raise ValueError("none of this model's layers is in the file, whose first tensor is "
+                         f"{next(iter(tensors), 'missing')}")
+    # PEFT lists both "classifier" and "score" in modules_to_save, and compares letters, by which
+    # "classifier" stands for "pre_classifier" too. Names that the model lacks are skipped.
     endings = tuple(options.get("modules_to_save") or ())
     config = LoRAConfig(
         r=options.get("r"), alpha=options.get("lora_alpha"),
@@ -723,7 +728,7 @@ def read_adapter(model, folder, layer):
             raise ValueError(f"{key} is {shapes.get(key, 'missing')} in {WEIGHTS}, "
                              f"{expected.get(key, 'missing')} in the model")
         if tensors[key].dtype not in FLOATS or not tensors[key].isfinite().all():
-            raise ValueError(f"{key} is {tensors[key].dtype}, or not finite")
+            raise ValueError(f"{key} ({tensors[key].dtype}) holds NaN, infinity or no floats")
     return config, tensors, sample, layers, heads
 
 
@@ -760,8 +765,8 @@ class NF4Linear(nn.Module):
     codes   (bytes,) uint8: two indices into NF4 a byte, of the flattened weight
     absmax  (blocks,) bfloat16. The paper packs it too, for 4.13 bits a weight
     pairs   (256, 2) float32: the two values that each byte stands for
-    absmax and pairs are held as integers, so that .half() does not touch them. Computes in x's
-    dtype. `weight` is W, dequantised on every access. The bias is frozen too.
+    absmax and pairs are stored as integers, which .half() leaves alone. The product is computed in
+    x's dtype. `weight` is W, dequantised on every access. The bias is frozen too.
     """
 
     def __init__(self, layer):
@@ -781,7 +786,7 @@ class NF4Linear(nn.Module):
         self.register_buffer("codes", codes[:, 0] << 4 | codes[:, 1])
         self.register_buffer("absmax", absmax.bfloat16().view(torch.uint8))
         self.register_buffer("pairs", pairs.view(torch.int32), persistent=False)
-        # An empty tensor, which .half() casts: its dtype is that of `weight`.
+        # Empty: casts of the model reach it, and `weight` takes its dtype.
         self.register_buffer("dtype_holder", weight.new_empty(0), persistent=False)
         share_hooks(self, layer).requires_grad_(False).train(layer.training)
 
@@ -836,10 +841,10 @@ def quantize_nf4(model, skip=("lm_head",)):
     """Put an NF4Linear in place of the linear layers; return their names.
 
     Call it on the CPU before injecting, then move the model, so that a GPU never holds the dense
-    weights. The output head and names that end in one of skip stay dense, and, with a warning,
-    layers that cannot be packed.
+    weights. The output head, names that end in one of skip, and layers that inject_lora leaves
+    out as well stay dense; so do, with a warning, layers that cannot be packed.
     """
-    require_on(model, "quantise")
+    require_active(model, "quantise")
     if dict(lora_layers(model)):
         raise ValueError("the model carries an adapter: quantise first, then inject")
     head = output_head(model)
@@ -867,6 +872,6 @@ def quantize_nf4(model, skip=("lm_head",)):
 
 def dequantize_nf4(model):
     """Put a plain layer with the rounded values in place of every NF4Linear."""
-    require_on(model, "dequantise")
+    require_active(model, "dequantise")
     packed = [module for module in model.modules() if isinstance(module, NF4Linear)]
     replace_modules(model, {module: module.to_dense() for module in packed})

@@ -872,7 +872,7 @@ BROKEN = {
         lambda t: t.update({f"x.{KEY}": t[KEY] + 1})),
     "q_proj.lora_B.*missing in adapter_model": lambda: edit_tensors(
         lambda t: t.pop(KEY.replace("_A", "_B"))),
-    "not finite": lambda: edit_tensors(lambda t: t[KEY].fill_(math.inf))}
+    "NaN, infinity or no floats": lambda: edit_tensors(lambda t: t[KEY].fill_(math.inf))}
 
 
 @cases("message", BROKEN)
