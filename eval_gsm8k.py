@@ -28,7 +28,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -193,7 +192,7 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
         do_sample=False, eos_token_id=eos, pad_token_id=eos[0], return_dict_in_generate=True)
     try:
         padding_matters, rows_can_leave = try_batch(model, min(encoded, key=len), eos[0])
-        if padding_matters and min(batch_size, len(encoded)) > 1:
+        if padding_matters and batch_size > 1:
             print("padding changes what this model computes: one prompt at a time", flush=True)
             batch_size = 1
         leave_after = 16 if rows_can_leave else max_new_tokens
@@ -204,9 +203,8 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
         order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
         batches, completions = chunks(order, batch_size)[RANK::WORLD], {}
         for batch in tqdm(batches, unit="batch", disable=RANK > 0 or None):
-            rows = {i: encoded[i] for i in batch}
-            completions |= complete_batch(model, tokenizer, rows, eos, stop, max_new_tokens,
-                                          leave_after)
+            completions |= complete_batch(model, tokenizer, {i: encoded[i] for i in batch}, eos,
+                                          stop, max_new_tokens, leave_after)
     finally:
         model.generation_config = own
     for others in gather(completions):
@@ -216,10 +214,10 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
 
 def pad_left(rows, pad, device):
     """Return (ids, attention mask), the mask by lengths: ids cannot tell padding from an EOS."""
-    left = dict(batch_first=True, padding_side="left")
-    ids = pad_sequence([torch.tensor(row) for row in rows], padding_value=pad, **left)
-    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], **left)
-    return ids.to(device), mask.to(device)
+    left = [max(map(len, rows)) - len(row) for row in rows]
+    ids = [[pad] * n + row for n, row in zip(left, rows)]
+    mask = [[0] * n + [1] * len(row) for n, row in zip(left, rows)]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def try_batch(model, row, pad):
@@ -250,25 +248,25 @@ def complete_batch(model, tokenizer, prompts, eos, stop, max_new_tokens, leave_a
     """
     ids, mask = pad_left(list(prompts.values()), eos[0], model.device)
     width, rows, cache, completions = ids.shape[1], list(prompts), None, {}
-    while rows:
+    while True:
         length = min(ids.shape[1] + leave_after, width + max_new_tokens)
         out = model.generate(ids, attention_mask=mask, max_length=length, past_key_values=cache)
         keep = []
         for place, new in enumerate(out.sequences[:, width:].tolist()):
             text = tokenizer.decode(new, skip_special_tokens=True)
-            stopped = stop is not None and stop in text
-            ended = stopped or any(token in eos for token in new)
+            said = text.split(stop)[0] if stop else text
+            ended = said != text or any(token in eos for token in new)
             if ended or len(new) == max_new_tokens:
-                completions[rows[place]] = text.split(stop)[0] if stopped else text, not ended
+                completions[rows[place]] = said, not ended
             else:
                 keep.append(place)
+        if not keep:
+            return completions
         rows = [rows[place] for place in keep]
         ids = out.sequences[keep]
         mask = torch.nn.functional.pad(mask[keep], (0, leave_after), value=1)
-        if rows:
-            cache = out.past_key_values
-            cache.reorder_cache(torch.tensor(keep, device=model.device))
-    return completions
+        cache = out.past_key_values
+        cache.batch_select_indices(keep)
 
 
 # --- scores ---
