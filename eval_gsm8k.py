@@ -125,7 +125,7 @@ def find_numbers(text):
     # Other fractions and roots are not read: 2\sqrt{3} becomes 21^1.
     text = re.sub(r"[ ]?\\(?:[dt]?frac|sqrt)(?:[{[][^]}]*[]}])*", "1^1", text)
     # 1,234 is one number, 1,2 are two; thin spaces group digits too
-    text = re.sub(r"(?<=[0-9])(?:,|\\,|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))", "", text)
+    text = re.sub(r"(?<=[0-9])(?:\\?,|[\u00a0\u2009\u202f])(?=[0-9]{3}(?![0-9]))", "", text)
     values = []
     for match in NUMBER.finditer(text):
         denominator = int(match["denominator"] or 1)
@@ -145,15 +145,14 @@ def extract_answer(text, flexible=False):
     number, the last number of the text.
     """
     # The lookahead takes no text, so that a second "The answer is" on the line is found too.
-    words = [(match.start(), find_numbers(match[1])) for match in
+    words = [(match.start(), match[1]) for match in
              re.finditer(r"the answer is[: \n]*(?=(.*))", text, re.IGNORECASE)]
     # As in the harness, #### is followed by one word, in which commas do not count.
-    hashes = [(match.start(), find_numbers(match[1].replace(",", ""))) for match in
-              re.finditer(r"####\s*([^\s#]+)", text)]
-    hashes = [(place, numbers) for place, numbers in hashes if numbers]
+    hashes = [(match.start(), match[1].replace(",", "")) for match in
+              re.finditer(r"####\s*([^\s#]*[0-9][^\s#]*)", text)]
     markers = words[-1:] + (hashes[-1:] if flexible else hashes[:1])
-    for _, numbers in sorted(markers, reverse=True):
-        if numbers:
+    for _, said in sorted(markers, reverse=True):
+        if numbers := find_numbers(said):
             return numbers[0]
     numbers = find_numbers(text) if flexible else []
     return numbers[-1] if numbers else None
