@@ -44,13 +44,13 @@ from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, add_
 def parse_args(argv=None):
     parser, count = Parser(description=__doc__), number(int, 1)
     add, on_or_off = partial(add_flag, parser), argparse.BooleanOptionalAction
-    either = partial(add_flag, parser.add_mutually_exclusive_group())
     add("--model", None, "Hub id or folder of the base (default: the adapter's own)")
     add("--adapter", None, "adapters, or runs: all their checkpoints; with --ask and --save-merged "
         "the best one", nargs="+", action="extend", metavar="DIR")
-    either("--ask", None, "print what base and adapters say, then exit", nargs="+",
-           type=plain_text, metavar="TEXT")
-    either("--save-merged", None, "write base and adapter as one model, then exit", metavar="DIR")
+    add("--ask", None, "print what base and adapters say, and do not score", nargs="+",
+        type=plain_text, metavar="TEXT")
+    add("--save-merged", None, "write base and adapter as one model, and do not score",
+        metavar="DIR")
     add("--system", None, "a system turn before each text of --ask", type=plain_text)
     add("--data", "openai/gsm8k", "Hub id or file")
     add("--nb-samples", None, "the first N problems (default: all)", type=count)
@@ -368,6 +368,20 @@ def save_merged(args, model, tokenizer, adapters):
     print(f"written: {args.save_merged}/, a plain model of {folder} in {model.dtype}")
 
 
+def read_problems(args):
+    """Return the rows of --data: shots first, then problems. Raises ValueError for other rows."""
+    limit = args.nb_samples and args.nb_samples + args.shots
+    rows = read_table(args.data, "test", limit, args.chat)
+    with loading("--data", args.data):
+        for row in rows[args.shots:]:
+            reference(row)
+    if len(rows) <= args.shots:
+        raise ValueError(f"--shots {args.shots} leaves none of {len(rows)} problems")
+    if args.shots and isinstance(rows[0].question, list):
+        raise ValueError("--shots stand in a plain prompt, and this is a chat: leave them out")
+    return rows
+
+
 def score(args, model, tokenizer, rows, adapters):
     """Score the base and each adapter that has no score yet; write the scores and a chart."""
     settings = dict(
@@ -395,24 +409,15 @@ def score(args, model, tokenizer, rows, adapters):
                 write_whole(path.with_suffix(".jsonl"), "".join(lines).encode())
                 write_whole(path, json.dumps(result, indent=2).encode() + b"\n")
             gather(None)  # the other processes read what rank 0 has written
-        results[name], correct = read_score(path, settings)
-        base = base or correct
-        print(describe(name, results[name]), flush=True)
+        with loading("--out", path):
+            result = json.loads(path.read_text())
+            lines = path.with_suffix(".jsonl").read_text().splitlines()
+            correct = [json.loads(line)["correct"] for line in lines]
+            refuse_other_settings(result | {"n": len(correct)}, settings)
+        base, results[name] = base or correct, result
+        print(describe(name, result), flush=True)
     if RANK == 0:
         plot(Path(args.out, f"{name_of_data}.png"), results)
-
-
-def read_score(path, settings):
-    """Return a score and, for each problem, whether it was solved.
-
-    Raises ValueError for files that cannot be read, or were made with other settings.
-    """
-    with loading("--out", path):
-        result = json.loads(path.read_text())
-        lines = path.with_suffix(".jsonl").read_text().splitlines()
-        correct = [json.loads(line)["correct"] for line in lines]
-        refuse_other_settings(result | {"n": len(correct)}, settings)
-    return result, correct
 
 
 def refuse_other_settings(saved, settings):
@@ -444,18 +449,18 @@ def plot(path, results):
 
 def main(args):
     """Ask, export, or score."""
-    scoring = not args.ask and args.save_merged is None
+    scoring = not (args.ask or args.save_merged)
     adapters = list_adapters(args.adapter, scoring)
     trained = inherit_flags(args, adapters)
-    if args.save_merged is not None and len(adapters) != 1:
+    if args.save_merged and len(adapters) != 1:
         raise ValueError(f"--save-merged takes one --adapter, found {len(adapters)}")
-    if args.save_merged is not None and Path(args.save_merged).exists():
+    if args.save_merged and Path(args.save_merged).exists():
         raise ValueError(f"--save-merged {args.save_merged} exists: give another name")
+    if args.system and not (args.ask and args.chat):
+        raise ValueError("--system is a turn of a chat: it needs --ask and --chat")
     device = pick_device(args.device)
     join_processes(device)
     dtype, reason = pick_dtype(args.dtype, device)
-    if args.system and not (args.ask and args.chat):
-        raise ValueError("--system is a turn of a chat: it needs --ask and --chat")
     if scoring:
         rows = read_problems(args)
         args.chat = isinstance(rows[0].question, list)
@@ -469,24 +474,10 @@ def main(args):
           f"prompt: {prompt}", flush=True)
     if args.ask:
         ask(args, model, tokenizer, adapters)
-    elif args.save_merged is not None:
+    if args.save_merged:
         save_merged(args, model, tokenizer, adapters)
-    else:
+    if scoring:
         score(args, model, tokenizer, rows, adapters)
-
-
-def read_problems(args):
-    """Return the rows of --data: shots first, then problems. Raises ValueError for other rows."""
-    limit = args.nb_samples and args.nb_samples + args.shots
-    rows = read_table(args.data, "test", limit, args.chat)
-    with loading("--data", args.data):
-        for row in rows[args.shots:]:
-            reference(row)
-    if len(rows) <= args.shots:
-        raise ValueError(f"--shots {args.shots} leaves none of {len(rows)} problems")
-    if args.shots and isinstance(rows[0].question, list):
-        raise ValueError("--shots stand in a plain prompt, and this is a chat: leave them out")
-    return rows
 
 
 if __name__ == "__main__":
