@@ -14,7 +14,7 @@ that stands there is reused, or refused if it was made with other settings.
 Completions that end in "#### n" score as in lm-evaluation-harness (gsm8k, strict and flexible).
 Different on purpose: "The answer is n" (MetaMathQA) counts too, and of two markers the later one.
 Without a marker, flexible takes the last number. Numbers are compared by value: $29.00 is 29, 0.5
-is 1/2. --shots takes rows of the same file.
+is 1/2.
 """
 import argparse
 import json
@@ -56,7 +56,7 @@ def parse_args(argv=None):
     add("--nb-samples", None, "the first N problems (default: all)", type=count)
     add("--batch-size", 16, "problems at once", type=count)
     add("--max-new-tokens", 256, "longest completion", type=count)
-    add("--shots", 0, "first rows, shown as examples", type=number(int, 0))
+    add("--shots", 0, "first rows of --data, shown as examples", type=number(int, 0))
     add("--chat", None, "prompts by the chat template (default: as trained)", action=on_or_off)
     add("--nf4", None, "hold the base in 4 bits (default: as trained)", action=on_or_off)
     add("--dtype", "auto", choices=["auto", "float32", "bfloat16", "float16"])
@@ -160,11 +160,10 @@ def extract_answer(text, flexible=False):
 
 def reference(row):
     """Return the number that a row of the data asks for. Raises ValueError if there is none."""
-    value = extract_answer(row.answer)
-    if value is None and not re.search("####|the answer is", row.answer, re.IGNORECASE):
-        numbers = find_numbers(row.answer)
-        bare = not re.search(r"[A-Za-z0-9\\-]", NUMBER.sub("", row.answer))
-        value = numbers[0] if len(numbers) == 1 and bare else None
+    value, numbers = extract_answer(row.answer), find_numbers(row.answer)
+    bare = not re.search(r"[A-Za-z0-9\\-]", NUMBER.sub("", row.answer))  # nothing but the number
+    if value is None and bare and len(numbers) == 1:
+        value = numbers[0]
     several = re.search(r"####\s*[^\s#]*[0-9][^\s#]*[^\S\n]+[0-9]", row.answer)  # #### 10 000
     if value is None or several:
         raise ValueError(f"row {row.place}: expected an answer that ends in #### and a number, or "
