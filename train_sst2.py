@@ -26,6 +26,7 @@ import math
 import random
 import statistics
 import time
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -84,8 +85,8 @@ def parse_args(argv=None):
     if args.demo:
         refuse_unused(parser, args, "--demo", [])
     if args.adapter is not None:  # it is used as it is, not trained
-        refuse_unused(parser, args, "--adapter", ["predict", "model", "data", "head", "max_length",
-                                                  "dtype", "device"])
+        refuse_unused(parser, args, "--adapter", ["predict", "model", "data", "max_length", "dtype",
+                                                  "device"])
     return args
 
 
@@ -120,8 +121,7 @@ def encode(args, sentences):
     """Return token ids. A long sentence is cut: its label still holds."""
     with loading("--model", args.model):
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    longest = min(args.max_length, tokenizer.model_max_length)
-    return tokenizer(list(sentences), truncation=True, max_length=longest).input_ids
+    return tokenizer(list(sentences), truncation=True, max_length=args.max_length).input_ids
 
 
 def read_data(args, split):
@@ -142,8 +142,6 @@ def load_encoder(args, r, seed):
             args.model, dtype=torch.float32, output_loading_info=True)
         if model.config.num_labels != 2:
             raise ValueError(f"a classifier of {model.config.num_labels} classes, expected 2")
-    distilbert = model.config.model_type == "distilbert"
-    targets = args.targets or (["q_lin", "v_lin"] if distilbert else ["query", "value"])
     head = args.head
     if head is None:
         head = [name for name, module in model.named_children()
@@ -153,6 +151,8 @@ def load_encoder(args, r, seed):
             raise ValueError(f"--model {args.model} has no {key}: name its module in --head")
     model.to(args.device)
     if r:
+        distilbert = model.config.model_type == "distilbert"
+        targets = args.targets or (["q_lin", "v_lin"] if distilbert else ["query", "value"])
         inject_lora(model, LoRAConfig(r, args.alpha, args.dropout, targets, also_train=head))
     if args.checkpoint_activations:
         model.activation_checkpointing_enable()
@@ -160,12 +160,11 @@ def load_encoder(args, r, seed):
 
 
 def load_adapted(args):
-    """Return --adapter on its base; set --model and --head, if not given, to its own."""
+    """Return --adapter on its base: --model, or else the one it was trained on."""
     with loading("--adapter", args.adapter):
         trained = trained_with(args.adapter, "SEQ_CLS")
-    args.model = args.model or trained.get("model", BASE)
-    args.head = args.head or trained["head"]
-    model = load_encoder(args, None, 0)
+    own = {"model": args.model or trained.get("model", BASE), "head": trained["head"]}
+    model = load_encoder(Namespace(**vars(args) | own), None, 0)
     load_adapter(model, args.adapter)
     return model.eval()
 
@@ -247,7 +246,7 @@ def train(args, data, r, seed):
     steps = len(windows)
     warmup = max(1, min(100, 0.06 * steps))
     quarters = {round(steps * n / (4 * args.epochs)) for n in range(1, 4 * args.epochs + 1)}
-    history, losses, done, seconds = [], [], 0, 0.0
+    history, losses, seconds = [], [], 0.0
 
     for step, window in enumerate(bar := tqdm(windows, unit="step", disable=None), 1):
         start = time.perf_counter()
@@ -255,6 +254,7 @@ def train(args, data, r, seed):
 
         # 1. Learning rate: the lower of two lines, up from zero over 6% of the steps (Table 9), at
         #    most 100, and down from the peak at step 0 to zero. Skipped steps do not count.
+        done = step - 1 - scaler.skipped
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * min((done + 1) / warmup, (steps - done) / steps)
 
@@ -267,6 +267,7 @@ def train(args, data, r, seed):
             (batch_loss * (scaler.scale / sentences)).backward()
             loss += batch_loss.detach()
         loss = float(loss) / sentences
+        losses.append(loss)
 
         # 3. Unscale and clip, in float32.
         scaler.unscale(parameters)
@@ -276,8 +277,6 @@ def train(args, data, r, seed):
         finite = math.isfinite(loss + norm)
         if finite:
             optimizer.step()
-            losses.append(loss)
-            done += 1
         optimizer.zero_grad(set_to_none=True)
         scaler.update(finite)
         if scaler.gave_up:
@@ -290,8 +289,7 @@ def train(args, data, r, seed):
         if step in quarters:
             accuracy, val_loss = evaluate(model, data["validation"], args.dtype)
             history.append({"epoch": step * args.epochs / steps, "accuracy": accuracy,
-                            "train_loss": statistics.fmean(losses or [loss]),
-                            "val_loss": val_loss})
+                            "train_loss": statistics.fmean(losses), "val_loss": val_loss})
             bar.write("  ".join(f"{key} {value:.3f}" for key, value in history[-1].items()))
             losses = []
 
@@ -304,7 +302,7 @@ def train(args, data, r, seed):
     run |= {"r": r, "seed": seed, "adapter_parameters": adapter,
             "trainable": trainable, "total": total, **history[-1], "n": n,
             "ci95": list(wilson_interval(history[-1]["accuracy"] * n, n)),
-            "skipped": steps - done, "seconds": seconds,
+            "skipped": scaler.skipped, "seconds": seconds,
             "peak_memory_gib": peak_memory(args.device) / GiB,  # on a CPU since the script began
             "history": history}
     positive = sum(label for _, label in data["validation"]) / n
@@ -320,11 +318,12 @@ def train(args, data, r, seed):
 
 def read_runs(path, settings):
     """Return {(r, seed): finished run}. Raises ValueError for runs of another experiment."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    runs = {}
     with loading("--out", path):
-        runs = {(run["r"], run["seed"]): run for run in map(json.loads, lines)}
-        for run in runs.values():
+        for line in path.read_text().splitlines() if path.exists() else []:
+            run = json.loads(line)
             refuse_other_settings(run, settings)
+            runs[run["r"], run["seed"]] = run
     return runs
 
 
@@ -342,7 +341,6 @@ def report(runs, picture):
     print(f"{runs[0]['n']} sentences: one run's 95% interval is at most +/- {half:.3f}")
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
     except ImportError:
         return
     figure = Figure(figsize=(14, 4), layout="constrained")
@@ -354,33 +352,27 @@ def report(runs, picture):
         for name, rank in ranks:
             curves = pandas.concat(map(pandas.DataFrame, rank["history"])).groupby("epoch")[key]
             mean = curves.mean()
-            axes.plot(mean.index, mean, label=name)
+            axes.plot(mean, label=name)
             axes.fill_between(mean.index, curves.min(), curves.max(), alpha=0.2)
         axes.set(xlabel="epoch", ylabel=label)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    if (best := table.accuracy.max()) > 0.7:  # a run at chance would fill the axis
-        axes.set_ylim(bottom=max(0.45, best - 0.15))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
+    axes.legend()
     figure.savefig(picture, dpi=120)
 
 
 # --- a saved adapter ---
 
 @torch.no_grad()
-def predict(args):
+def predict(args, model):
     """Print label and probability of each sentence; return the probabilities of label 1."""
-    model = load_adapted(args)  # this sets args.model, the tokenizer's folder
-    encoded, probabilities = encode(args, args.predict), []
+    encoded = encode(args, args.predict)
     check_ids(model, encoded)
-    for text, ids in zip(args.predict, encoded):
-        p = float(logits_of(model, [ids], args.dtype).softmax(-1)[0, 1])
+    probabilities = logits_of(model, encoded, args.dtype).softmax(-1)[:, 1].tolist()
+    for text, p in zip(args.predict, probabilities):
         print(f"label {int(p > 0.5)} {max(p, 1 - p):.1%}  {text}")
-        probabilities.append(p)
     return probabilities
 
 
-def score_adapter(args):
-    model = load_adapted(args)  # this sets args.model, the tokenizer's folder
+def score_adapter(args, model):
     examples = read_data(args, "validation")
     check_rows(model, examples)
     accuracy, loss = evaluate(model, examples, args.dtype)
@@ -441,7 +433,9 @@ def main(args):
     if args.device.type == "mps" and args.checkpoint_activations:
         raise ValueError("--checkpoint-activations: on MPS torch recomputes other dropout masks")
     if args.adapter is not None:
-        return predict(args) if args.predict else score_adapter(args)
+        model = load_adapted(args)
+        args.model = model.name_or_path  # the tokenizer's folder too
+        return predict(args, model) if args.predict else score_adapter(args, model)
 
     args.model = args.model or BASE
     data = {split: read_data(args, split) for split in ("train", "validation")}

@@ -34,8 +34,7 @@ def parse_args(argv=None):
 def load(args, folder):
     """Return the base with one of the adapters, on the CPU: not every device has an SVD."""
     return load_adapted(argparse.Namespace(
-        adapter=folder, model=args.model, head=None, targets=None, device="cpu",
-        checkpoint_activations=False))
+        adapter=folder, model=args.model, device="cpu", checkpoint_activations=False))
 
 
 def subspace_similarity(first, second):
