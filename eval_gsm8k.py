@@ -383,12 +383,13 @@ def read_problems(args):
 
 def score(args, model, tokenizer, rows, adapters):
     """Score the base and each adapter that has no score yet; write the scores and a chart."""
+    n = len(rows) - args.shots
     settings = dict(
         base_hash=base_hash(model), dtype=str(model.dtype).removeprefix("torch."), nf4=args.nf4,
-        chat=args.chat, shots=args.shots, max_new_tokens=args.max_new_tokens,
-        n=len(rows) - args.shots, data_hash=hash_of(rows))
-    name_of_data = f"{Path(args.data).stem}-{settings['n']}"
-    print(f"{settings['n']} problems, scores in {args.out}/", flush=True)
+        chat=args.chat, shots=args.shots, max_new_tokens=args.max_new_tokens, n=n,
+        data_hash=hash_of(rows))
+    name_of_data = f"{Path(args.data).stem}-{n}"
+    print(f"{n} problems, scores in {args.out}/", flush=True)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     results, base = {}, None
     for name, folder in {"base": None, **adapters}.items():
@@ -413,7 +414,8 @@ def score(args, model, tokenizer, rows, adapters):
             lines = path.with_suffix(".jsonl").read_text().splitlines()
             correct = [json.loads(line)["correct"] for line in lines]
             refuse_other_settings(result | {"n": len(correct)}, settings)
-        base, results[name] = base or correct, result
+        results[name] = result
+        base = base or correct
         print(describe(name, result), flush=True)
     if RANK == 0:
         plot(Path(args.out, f"{name_of_data}.png"), results)
@@ -431,7 +433,6 @@ def plot(path, results):
     """Draw the accuracies with their intervals, the base at the bottom."""
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
     except ImportError:
         return
     axes = Figure(figsize=(8, len(results) / 2 + 1.5), layout="constrained").subplots()
@@ -441,7 +442,6 @@ def plot(path, results):
     model, data = Path(result["model"]).name, Path(result["data"]).stem
     axes.set(title=f"{model} on {result['n']} problems of {data}",
              xlabel="strict accuracy, with 95% intervals")
-    axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.margins(y=0.5 / len(results))
     axes.figure.savefig(path, dpi=150)
 

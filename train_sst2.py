@@ -9,9 +9,9 @@
 
 An experiment is a folder, --out. sst2.jsonl has a line per finished run (which is not run again),
 sst2.png the curves, r8-s0/ the adapter and head of r=8 and seed 0 after the last step, in PEFT's
-format (the last step, not the best: with few sentences an earlier one may have had a lower
-validation loss). Own data is a folder with one train and one validation file, .jsonl, .json,
-.parquet, .csv or, without quotes, .tsv, with the columns sentence and label (0 or 1).
+format (with few sentences an earlier step may have had a lower validation loss). Own data is a
+folder with one train and one validation file, .jsonl, .json, .parquet, .csv or, without quotes,
+.tsv, with the columns sentence and label (0 or 1).
 
 Weights are in float32 and products in --dtype, by autocast: an encoder is small, and full
 fine-tuning needs float32 weights. (train_math.py holds its base in --dtype, to fit a small card.)
@@ -148,7 +148,8 @@ def load_encoder(args, r, seed):
                 if module is not model.base_model and list(module.parameters())]
     for key in info["missing_keys"]:
         if not any(f".{module}." in f".{key}" for module in head):
-            raise ValueError(f"--model {args.model} has no {key}: name its module in --head")
+            raise ValueError(f"--model {args.model} has no {key}: expected it there or in a module "
+                             f"trained in full (--head), found {', '.join(head) or 'none'}")
     model.to(args.device)
     if r:
         distilbert = model.config.model_type == "distilbert"
@@ -305,8 +306,8 @@ def train(args, data, r, seed):
             "skipped": scaler.skipped, "seconds": seconds,
             "peak_memory_gib": peak_memory(args.device) / GiB,  # on a CPU since the script began
             "history": history}
-    positive = sum(label for _, label in data["validation"]) / n
-    majority = max(positive, 1 - positive)  # what always the same label would score
+    labels = [label for _, label in data["validation"]]
+    majority = max(labels.count(0), labels.count(1)) / n  # what always the same label would score
     if run["ci95"][0] <= majority:
         print(f"{rank_name(r)}, seed {seed} is within chance ({majority:.1%} by one label): try "
               f"{'--lr' if r else '--full-lr'} three times as high or low, a smaller --batch-size, "
