@@ -9,7 +9,7 @@
 Scores compare each adapter with the base. The best of several checkpoints looks too good on the
 problems that chose it: choose by the held-out loss. Written to --out: NAME-DATA-N.json (scores of N
 problems), NAME-DATA-N.jsonl (every completion) and, with matplotlib, the chart DATA-N.png. A score
-that stands there is reused, or refused if it was made with other settings.
+that exists is reused, or refused if it was made with other settings.
 
 Completions that end in "#### n" score as in lm-evaluation-harness (gsm8k, strict and flexible).
 Different on purpose: "The answer is n" (MetaMathQA) counts too, and of two markers the later one.
@@ -44,13 +44,14 @@ from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, add_
 def parse_args(argv=None):
     parser, count = Parser(description=__doc__), number(int, 1)
     add, on_or_off = partial(add_flag, parser), argparse.BooleanOptionalAction
-    add("--model", None, "Hub id or folder of the base (default: the adapter's own)")
+    exclusive = partial(add_flag, parser.add_mutually_exclusive_group())
+    add("--model", None, "Hub id or folder of the base (default: the adapter's, or TinyLlama)")
     add("--adapter", None, "adapters, or runs: all their checkpoints; with --ask and --save-merged "
         "the best one", nargs="+", action="extend", metavar="DIR")
-    add("--ask", None, "print what base and adapters say, and do not score", nargs="+",
-        type=plain_text, metavar="TEXT")
-    add("--save-merged", None, "write base and adapter as one model, and do not score",
-        metavar="DIR")
+    exclusive("--ask", None, "print what base and adapters say, and do not score", nargs="+",
+              type=plain_text, metavar="TEXT")
+    exclusive("--save-merged", None, "write base and adapter as one model, and do not score",
+              metavar="DIR")
     add("--system", None, "a system turn before each text of --ask", type=plain_text)
     add("--data", "openai/gsm8k", "Hub id or file")
     add("--nb-samples", None, "the first N problems (default: all)", type=count)
@@ -75,8 +76,8 @@ def list_adapters(folders, scoring):
             if name.startswith("step_"):
                 name = f"{path.resolve().parent.name}-{name}"
             if name in ("base", *adapters):
-                raise ValueError(f"--adapter {path}: the name {name} is taken: give it once, or "
-                                 "rename the folder")
+                raise ValueError(f"--adapter {path}: another score is called {name} too: give a "
+                                 "folder once, or rename it")
             adapters[name] = path
     return adapters
 
@@ -141,16 +142,16 @@ def extract_answer(text, flexible=False):
     """Return the number that a completion answers, a Fraction, or None.
 
     Strict: the first number behind a marker, "The answer is" (the last one) or "####" (the first
-    one), whichever comes later. Flexible: so too, but with the last "####"; without a marked
-    number, the last number of the text.
+    with a number), whichever comes later. Flexible: so too, but with the last "####"; without a
+    marked number, the last number of the text.
     """
     # The lookahead takes no text, so that a second "The answer is" on the line is found too.
-    words = [(match.start(), match[1]) for match in
-             re.finditer(r"the answer is[: \n]*(?=(.*))", text, re.IGNORECASE)]
+    phrases = [(match.start(), match[1]) for match in
+               re.finditer(r"the answer is[: \n]*(?=(.*))", text, re.IGNORECASE)]
     # As in the harness, #### is followed by one word, in which commas do not count.
-    hashes = [(match.start(), match[1].replace(",", "")) for match in
-              re.finditer(r"####\s*([^\s#]*[0-9][^\s#]*)", text)]
-    markers = words[-1:] + (hashes[-1:] if flexible else hashes[:1])
+    marks = [(match.start(), match[1].replace(",", "")) for match in
+             re.finditer(r"####\s*([^\s#]*[0-9][^\s#]*)", text)]
+    markers = phrases[-1:] + (marks[-1:] if flexible else marks[:1])
     for _, said in sorted(markers, reverse=True):
         if numbers := find_numbers(said):
             return numbers[0]
@@ -279,7 +280,7 @@ def wilson_interval(correct, n, z=1.959964):
 def mcnemar_p(first, second):
     """Return the exact two-sided p-value of McNemar's test (1947).
 
-    Its hypothesis: a problem that one model alone solves is as likely to be either's.
+    Null hypothesis: of the problems that only one model solves, each is as likely solved by either.
     """
     pairs = list(zip(first, second, strict=True))
     gained, lost = pairs.count((False, True)), pairs.count((True, False))
@@ -364,7 +365,7 @@ def save_merged(args, model, tokenizer, adapters):
     if RANK == 0:
         model.save_pretrained(args.save_merged)
         tokenizer.save_pretrained(args.save_merged)
-    print(f"written: {args.save_merged}/, a plain model of {folder} in {model.dtype}")
+    print(f"written: {args.save_merged}/, {folder} merged into its base, in {model.dtype}")
 
 
 def read_problems(args):
@@ -377,7 +378,7 @@ def read_problems(args):
     if len(rows) <= args.shots:
         raise ValueError(f"--shots {args.shots} leaves none of {len(rows)} problems")
     if args.shots and isinstance(rows[0].question, list):
-        raise ValueError("--shots stand in a plain prompt, and this is a chat: leave them out")
+        raise ValueError("--shots needs a plain prompt, and this is a chat: leave it out")
     return rows
 
 
@@ -433,6 +434,7 @@ def plot(path, results):
     """Draw the accuracies with their intervals, the base at the bottom."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
     except ImportError:
         return
     axes = Figure(figsize=(8, len(results) / 2 + 1.5), layout="constrained").subplots()
@@ -442,18 +444,19 @@ def plot(path, results):
     model, data = Path(result["model"]).name, Path(result["data"]).stem
     axes.set(title=f"{model} on {result['n']} problems of {data}",
              xlabel="strict accuracy, with 95% intervals")
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.margins(y=0.5 / len(results))
     axes.figure.savefig(path, dpi=150)
 
 
 def main(args):
     """Ask, export, or score."""
-    scoring = not (args.ask or args.save_merged)
+    scoring = not args.ask and args.save_merged is None
     adapters = list_adapters(args.adapter, scoring)
     trained = inherit_flags(args, adapters)
-    if args.save_merged and len(adapters) != 1:
+    if args.save_merged is not None and len(adapters) != 1:
         raise ValueError(f"--save-merged takes one --adapter, found {len(adapters)}")
-    if args.save_merged and Path(args.save_merged).exists():
+    if args.save_merged is not None and Path(args.save_merged).exists():
         raise ValueError(f"--save-merged {args.save_merged} exists: give another name")
     if args.system and not (args.ask and args.chat):
         raise ValueError("--system is a turn of a chat: it needs --ask and --chat")
@@ -473,11 +476,12 @@ def main(args):
           f"prompt: {prompt}", flush=True)
     if args.ask:
         ask(args, model, tokenizer, adapters)
-    if args.save_merged:
+    elif args.save_merged is not None:
         save_merged(args, model, tokenizer, adapters)
-    if scoring:
+    else:
         score(args, model, tokenizer, rows, adapters)
 
 
 if __name__ == "__main__":
-    run_script("eval_gsm8k.py", main, parse_args)
+    run_script("eval_gsm8k.py", main, parse_args, "--nf4, a smaller --batch-size or a smaller "
+               "--max-new-tokens take less memory")

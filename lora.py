@@ -570,7 +570,8 @@ def save_adapter(model, folder, metadata=None):
     if not layers:
         raise ValueError("the model carries no adapter: call inject_lora or load_adapter first")
     if len({(type(layer), layer.config) for layer in layers.values()}) > 1:
-        raise ValueError("a file holds one config and one class of layer: the adapted layers differ")
+        raise ValueError("these adapted layers differ, but a file holds one config and one class "
+                         "of layer")
     last = list(layers.values())[-1]
     config = last.config
     parameters = file_parameters(layers, heads)

@@ -1,7 +1,7 @@
 """LoRA fine-tuning of TinyLlama-1.1B on MetaMathQA, sized for one 4 GB card.
 
     python train_math.py                                           # 10,000 rows, 3 epochs, r=8
-    python train_math.py --demo                                    # about a minute, no download
+    python train_math.py --demo                                    # 80 s on 2 cores, no download
     python train_math.py --model DIR --data train.jsonl --r 16     # your own model and data
     python train_math.py --adapter DIR --data more.jsonl           # go on from an adapter
     python train_math.py --run-name X --resume                     # after Ctrl-C or a kill
@@ -14,7 +14,8 @@ response, or messages.
 
 Written: checkpoints/RUN/step_000375/ (an adapter in PEFT's format), state_000375.pt (optimizer) and
 run.json (flags) beside it, and runs/RUN/ (metrics.jsonl with a line per step, TensorBoard events,
-loss.png). Start reading at experiment(), then train().
+loss.png). Start reading at experiment(), near the end, which calls the sections in order; then
+train().
 """
 import argparse
 import csv
@@ -36,8 +37,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
-# Before torch's first tensor: large tensors then lie on huge pages (Linux). Without them a training
-# process on a CPU grew to twice the size of its tensors.
+# Before torch's first tensor: large tensors then lie on huge pages (Linux), and a process that
+# trains on a CPU grows less beyond the size of its tensors.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
@@ -79,8 +80,8 @@ def number(kind, low, high=math.inf):
         if low <= value <= high and value < math.inf:
             return value
         expected = "a whole number" if kind is int else "a number"
-        upper = "" if high == math.inf else f" to {high:g}"
-        raise argparse.ArgumentTypeError(f"{text}, expected {expected} from {low:g}{upper}")
+        upper = "" if high == math.inf else f" to {high}"
+        raise argparse.ArgumentTypeError(f"{text}, expected {expected} from {low}{upper}")
     return parse
 
 
@@ -113,7 +114,7 @@ def parse_args(argv=None):
     add("--targets", ["q_proj", "v_proj"], "name endings, or all-linear", nargs="+")
     add("--rslora", False, "scale by alpha / sqrt(r)", action="store_true")
     add("--lr", 3e-4, "learning rate at the peak", type=number(float, 1e-12, 1))
-    add("--warmup-steps", 100, "of the learning rate, at most a tenth of all steps",
+    add("--warmup-steps", 100, "steps of rising learning rate, at most a tenth of the run",
         type=number(int, 0))
     add("--weight-decay", 0.0, "of A and B", type=number(float, 0, 1))
     add("--clip", 1.0, "largest gradient norm", type=number(float, 1e-6))
@@ -123,12 +124,13 @@ def parse_args(argv=None):
     add("--dtype", "auto", "of the base", choices=["auto", "float32", "bfloat16", "float16"])
     add("--nf4", False, "hold the base's linear layers in 4 bits (QLoRA)", action=on_or_off)
     add("--checkpoint-activations", None, "keep only each block's input, and recompute the rest in "
-        "backward (default: where memory runs out)", action=on_or_off)
+        "backward (default: where a GPU's memory runs out)", action=on_or_off)
     add("--device", "auto", "auto, cpu, cuda, cuda:1, mps")
     add("--vram", None, "cap CUDA memory at N GiB, 0.5 of it for CUDA itself",
         type=number(float, 0.6))
     add("--run-name", None, "default: lora-r{r}-{data}")
-    add("--save-every", None, "steps between checkpoints (default: a tenth of the run)", type=count)
+    add("--save-every", None, "steps between checkpoints, beside those at each tenth of the run",
+        type=count)
     add("--resume", False, "continue from the newest checkpoint", action="store_true")
     add("--seed", 0, "order of the data, A, dropout", type=number(int, 0, 2**31))
     add("--demo", False, "train and score a tiny model", action="store_true")
@@ -143,20 +145,20 @@ def parse_args(argv=None):
     return args
 
 
-# Of model and data begin_run() compares the contents: weights and tokens.
+# What may differ on --resume. Of --model and --data begin_run() compares the contents instead.
 MAY_DIFFER = {"model", "data", "device", "vram", "save_every", "resume", "run_name",
               "checkpoint_activations"}
 
 
 def refuse_changed(args, saved):
-    """Raise ValueError for a flag that differs from the saved one, and must not."""
+    """Raise ValueError for a flag that differs from its saved value, and may not."""
     free = MAY_DIFFER if args.resume else MAY_DIFFER | {"chat", "nf4"}
     for key in sorted(saved.keys() - free):
         now, then = getattr(args, key), saved[key]
         if now != then and not (key == "targets" and sorted(now) == sorted(then)):
             whose = f"the run {name_run(args)}" if args.resume else args.adapter
             raise ValueError(f"--{key.replace('_', '-')} is {now}, but {then} in {whose}: "
-                             "leave it out")
+                             "leave the flag out")
 
 
 def refuse_unused(parser, args, flag, used):
@@ -190,7 +192,7 @@ def trained_with(folder, task="CAUSAL_LM"):
     """Return the flags an adapter was trained with, those of model, chat and nf4 where known."""
     path = Path(folder, "adapter_config.json")
     if Path(folder).is_dir() and not path.exists():
-        raise ValueError("this folder holds no adapter_config.json, so it is no adapter")
+        raise ValueError("this is not an adapter: adapter_config.json is missing")
     config = json.loads(path.read_text(encoding="utf8"))
     if config.get("task_type") not in (None, task):
         raise ValueError(f"an adapter for {config['task_type']}, expected one for {task}")
@@ -211,17 +213,17 @@ def warn_of_mismatch(args, folder, trained):
     """Warn if an adapter was trained on another base, or with other --chat or --nf4."""
     base = trained.get("model", args.model)
     if Path(base).name != Path(args.model).name:  # the folder may have been moved
-        warnings.warn(f"{folder} was trained on {base}, and runs on {args.model} here")
+        warnings.warn(f"{folder} was trained on {base}, but is used on {args.model}")
     for name in ("chat", "nf4"):
         if trained.get(name, bool(getattr(args, name))) != bool(getattr(args, name)):
             words = ("with", "without") if trained[name] else ("without", "with")
-            warnings.warn(f"{folder} was trained {words[0]} --{name}, and runs {words[1]} it")
+            warnings.warn(f"{folder} was trained {words[0]} --{name}, but is used {words[1]} it")
 
 
 # --- prompt and data: from a file to token ids ---
 
-# A question is a text, or the turns of a chat before the answer. `problem` is equal for rows that
-# rephrase one problem, as MetaMathQA's do. `place` counts the rows of the file from 1.
+# A question is a text, or the turns of a chat before the answer. `place` is the row's number in the
+# file, from 1. `problem` is equal for rows that rephrase one problem, as MetaMathQA's do.
 Row = namedtuple("Row", "question answer place problem")
 
 COLUMNS = (("query", "response"), ("question", "answer"), ("prompt", "completion"),
@@ -253,7 +255,7 @@ def read_table(data, split, limit=None, chat=None):
         if not rows:
             raise ValueError("no row has an answer")
         if len({type(row.question) for row in rows}) > 1:
-            raise ValueError("messages stand beside rows of other columns: add --chat")
+            raise ValueError("only some rows have messages: add --chat, to read all as chats")
         if chat is False and isinstance(rows[0].question, list):
             raise ValueError("messages are a chat: leave --no-chat out")
     left_out = f", {empty:,} without an answer left out" if empty else ""
@@ -310,7 +312,7 @@ def examples_of(row, chat):
         return
     pairs = [pair for pair in COLUMNS if set(pair) <= set(row)]
     if not pairs or None in row:  # None: more fields than columns, in a .csv file
-        raise ValueError(f"it has {[*row]}, expected messages or one of "
+        raise ValueError(f"its columns are {[*row]}, expected messages or one of "
                          f"{', '.join(map('/'.join, COLUMNS))}")
     answered = [pair for pair in pairs if row[pair[1]] is not None]
     names = (answered or pairs)[0]
@@ -333,7 +335,7 @@ def turns_of(messages):
         raise ValueError(f"messages is {messages!r:.60}, expected a list of role and content")
     for name in ("tool_calls", "weight", "reasoning_content", "reasoning", "thinking"):
         if any(turn.get(name) not in (None, "", [], 1) for turn in messages):
-            raise ValueError(f"its messages have {name}, which is not read")
+            raise ValueError(f"its messages have {name}, which is not supported")
     turns = [{key: plain_text(turn.get(key), key) for key in ("role", "content")}
              for turn in messages]
     answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
@@ -362,8 +364,8 @@ def hold_out(rows, nb_samples, val_samples=None):
     """Return (training rows, held-out rows, how many were passed over).
 
     The held-out rows are the val_samples after nb_samples, in a shorter list the last ones; by
-    default 200 or a tenth of the rows, whichever is less. Passed over are those that ask what a
-    training row asks.
+    default 200 or a tenth of the rows, whichever is less. Rows that ask what a training row asks
+    are passed over.
     """
     if val_samples is None:
         val_samples = min(200, min(len(rows), nb_samples) // 10)
@@ -395,7 +397,7 @@ FIXED_DATE = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
 
 
 def chat_text(tokenizer, turns, ask):
-    """Return the turns as the tokenizer's chat template writes them; with ask, for an answer."""
+    """Return the turns as the tokenizer's chat template writes them; with ask, up to the answer."""
     if tokenizer.chat_template is None:
         raise ValueError("the tokenizer has no chat template, which messages and --chat need")
     try:
@@ -442,7 +444,7 @@ def encode_row(tokenizer, question, answer):
 def encode(rows, tokenizer, max_length):
     """Return [(token ids with EOS, how many of them are prompt)] of Rows, or of (question, answer).
 
-    Rows over max_length are left out, not cut: without its EOS a row teaches not to stop.
+    Rows over max_length are left out, not cut: a row without its EOS teaches the model not to stop.
     """
     examples = []
     for i, row in enumerate(rows, 1):
@@ -532,12 +534,12 @@ def pick_dtype(name, device):
     if slow and name.endswith("16"):
         warnings.warn(f"--dtype {name} is slower than float32 on this CPU")
     if name != "auto":
-        return getattr(torch, name), "as asked"
+        return getattr(torch, name), "by --dtype"
     if slow or device.type == "mps":
         return torch.float32, "half precision is slow or untested here"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
         return torch.float16, "this GPU has no bfloat16"
-    return torch.bfloat16, "native here"
+    return torch.bfloat16, "this device computes in it"
 
 
 def load_model(name, dtype, device, nf4=False):
@@ -560,7 +562,7 @@ def load_model(name, dtype, device, nf4=False):
                              "pretrained causal language model")
     if nf4:  # on the CPU: the device never holds the layers dense
         quantize_nf4(model)
-        for parameter in model.parameters():  # a view would keep the whole file mapped
+        for parameter in model.parameters():  # else the whole checkpoint file stays in memory
             parameter.data = parameter.data.clone()
     return model.to(device).eval(), tokenizer
 
@@ -581,8 +583,8 @@ def check_ids(model, encoded, new_tokens=0):
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
     """Return (softmax(scaling Q K^T + causal bias) V, None): (b, n, h, c), and no weights.
 
-    query (b, h, n, c); key and value (b, g, n, c), h a multiple of g; attention_mask, for more
-    than a causal mask, (b, 1, n, n), True where to look.
+    query is (b, h, n, c), key and value (b, g, n, c), h a multiple of g. attention_mask is None if
+    it is just causal, else (b, 1, n, n), True where a position may attend.
     """
     if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise NotImplementedError("a cap, sinks or a position bias")
@@ -652,8 +654,9 @@ def check_head(model, ids):
         raise ValueError(f"{type(model).__name__} is not supported here: {first_line(error)}"
                          ) from None
     if not agree(seen, own, rounding):
-        raise ValueError(f"{type(model).__name__} scales or caps its logits or shows no hidden "
-                         f"states (not supported here), or overflows in {model.dtype}")
+        raise ValueError(f"{type(model).__name__}: its logits are not its head of its last hidden "
+                         "states. It scales or caps them, which is not supported here, or "
+                         f"overflows in {model.dtype}")
     if not agree(changed[:, :-1], seen[:, :-1], max(1e-4, rounding)):
         raise ValueError(f"{type(model).__name__} is not causal: its logits see later tokens")
 
@@ -752,10 +755,11 @@ def batch_loss(model, batch):
 @torch.no_grad()
 def validation_loss(model, examples, batch_size):
     """Return the loss per target of held-out examples, in nats, without dropout."""
+    training = model.training
     model.eval()
     total = sum(float(batch_loss(model, collate(batch, model.device)))
                 for batch in chunks(sorted(examples, key=length), batch_size))
-    model.train()
+    model.train(training)
     return total / count_targets(examples)
 
 
@@ -765,8 +769,7 @@ def validation_loss(model, examples, batch_size):
 # runs out: experiment() calls cap_memory(), which sets the limit, and choose_recomputation(), which
 # lets make_it_fit() try the largest batch.
 
-MEMORY_ADVICE = ("try --nf4, --dtype float16, a smaller --batch-size; in training "
-                 "--checkpoint-activations, a smaller --max-length")
+LESS_MEMORY = "--nf4, a smaller --batch-size or a smaller --max-length take less memory"
 
 
 def blocks(model):
@@ -795,7 +798,7 @@ def fits(model, batch, reserve):
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            return False  # leaving frees `error`, whose traceback holds the activations
+            return False  # this ends `error`, whose traceback holds on to the activations
         finally:
             model.zero_grad(set_to_none=True)
 
@@ -814,7 +817,8 @@ def make_it_fit(model, batch, recompute):
             torch.cuda.reset_peak_memory_stats(model.device)
         if fits(model, batch, reserve):
             return recompute
-    raise ValueError(f"out of memory in the largest batch: {MEMORY_ADVICE}")
+    recomputed = ", with blocks recomputed" if recompute else ", with activations kept as asked"
+    raise ValueError(f"out of memory in the largest batch{recomputed}: {LESS_MEMORY}")
 
 
 def choose_recomputation(model, batch, recompute):
@@ -885,7 +889,7 @@ def state_of(folder):
 def save_checkpoint(folder, model, metadata, step, optimizer, scaler):
     """Write the adapter and, beside it, the training state; a kill leaves none half done.
 
-    Every adapter is kept, and the states, twice as large, of the newest two.
+    All adapters are kept, but only the newest two of the states, which are twice as large.
     """
     part = Path(f"{folder}.part")
     save_adapter(model, part, metadata)
@@ -912,7 +916,7 @@ def newest_state(run):
                 raise ValueError("its checksum differs")
             return path, state
         except Exception as error:  # damaged, or an older one without its state
-            warnings.warn(f"skipping damaged checkpoint {path} ({first_line(error)})")
+            warnings.warn(f"passing over {path}, damaged or without its state: {first_line(error)}")
     raise ValueError(f"--resume: {run} has no whole checkpoint to continue from")
 
 
@@ -968,7 +972,7 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
                for batch in epoch_batches(examples, args.batch_size, args.seed, epoch)]
     steps = min(math.ceil(len(batches) / args.grad_accum), args.max_steps or math.inf)
     tenths = {round(steps * tenth / 10) for tenth in range(1, 11)}
-    saves = {*range(0, steps, args.save_every), steps} if args.save_every else tenths
+    saves = tenths | set(range(0, steps, args.save_every or steps))
     step = state["step"] if state else 0
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -1006,8 +1010,9 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
             scaler.unscale(parameters)
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, args.clip))
 
-            # 4. Step. After an overflow skip: weights and moments stay, and these rows do not come
-            #    again in this epoch. Without loss scaling, the first overflow ends the run (below).
+            # 4. Step, or skip the step if a number overflowed: weights and moments stay, and these
+            #    rows do not come again in this epoch. Without loss scaling, the first overflow ends
+            #    the run (below).
             finite, scale = math.isfinite(loss + norm), scaler.scale
             if finite:
                 optimizer.step()
@@ -1027,8 +1032,9 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
                 status += f"  held-out loss {line['val_loss']:.3f}"
             log(line)
             if scaler.gave_up:
+                float32 = ", or --dtype float32" * (model.dtype != torch.float32)
                 raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}: try a lower "
-                                 "--lr, or --dtype float32, and another --run-name")
+                                 f"--lr{float32}, and another --run-name")
             bar.update()
             bar.set_postfix_str(status)
             if step in tenths:
@@ -1042,7 +1048,7 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
     gather(None)  # rank 0 may still be writing, and torchrun ends all when one exits
     if stop and step < steps:
         if metadata:
-            print(f"stopped: --run-name {args.run_name} --resume goes on from {folder}")
+            print(f"stopped, {folder} is saved. To go on: --run-name {args.run_name} --resume")
         sys.exit(128 + (caught or [signal.SIGTERM])[0])  # 130 for Ctrl-C, 143 for SIGTERM
 
 
@@ -1097,8 +1103,8 @@ def open_log(path, step):
 
     def log(line):
         if board:
-            for key, value in line.items():
-                board.add_scalar(key, value, line["step"])
+            for key in line.keys() - {"step"}:
+                board.add_scalar(key, line[key], line["step"])
             board.flush()
         line = {key: x if math.isfinite(x) else None for key, x in line.items()}  # JSON has no NaN
         with open(path, "a") as file:
@@ -1188,7 +1194,7 @@ def experiment(args, run):
     dtype, reason = pick_dtype(args.dtype, device)
     args.dtype = str(dtype).removeprefix("torch.")
     if adapter is not None:
-        print(f"begins with {adapter}")
+        print(f"starting from {adapter}")
 
     # Ten times the rows to hold out: some repeat a training question and are passed over.
     spare = 10 * (200 if args.val_samples is None else args.val_samples)
@@ -1242,10 +1248,9 @@ def report(run, device, n):
           f"runs/{run.name}/metrics.jsonl{picture}")
     if measured := val_losses(read_log(log)):
         best = min(measured, key=measured.get)
-        folder = run / f"step_{best:06d}"
-        where = f": {folder}" if folder.exists() else ""
+        folder = f": {run}/step_{best:06d}" if best else ", where the run began"
         print(f"the loss on {n} held-out rows is lowest, {measured[best]:.3f}, at step {best}"
-              f"{where}")
+              f"{folder}")
     return last
 
 
@@ -1402,10 +1407,11 @@ def is_out_of_memory(error):
         isinstance(error, RuntimeError) and re.search(words, repr(error)))
 
 
-def run_script(name, main, parse_args):
+def run_script(name, main, parse_args, less_memory=LESS_MEMORY):
     """Run main(); errors of flags and files end in one line on stderr and exit code 2.
 
-    `python -X dev` shows the traceback instead.
+    less_memory says which flags help when memory runs out. `python -X dev` shows the traceback
+    instead of the line.
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     hub_logging.set_verbosity_error()  # it would announce every retry
@@ -1424,7 +1430,7 @@ def run_script(name, main, parse_args):
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        message = f"out of memory ({first_line(error)}): {MEMORY_ADVICE}"
+        message = f"out of memory ({first_line(error)}): {less_memory}"
     print(f"{name}{f' (rank {RANK})' * (WORLD > 1)}: {message}", file=sys.stderr)
     sys.exit(2)
 

@@ -51,7 +51,7 @@ BASE = "roberta-base"
 # --- flags ---
 
 def parse_args(argv=None):
-    parser, rate, count = Parser(description=__doc__), number(float, 1e-12), number(int, 1)
+    parser, positive, count = Parser(description=__doc__), number(float, 1e-12), number(int, 1)
     add = partial(add_flag, parser)
     add("--model", None, f"Hub id or folder (default: the adapter's, or {BASE})")
     add("--data", "nyu-mll/glue", "Hub id or folder")
@@ -62,17 +62,17 @@ def parse_args(argv=None):
         type=plain_text)
     add("--ranks", [8], "ranks to train; none for --full-finetune alone", nargs="*", type=count)
     add("--seeds", [0], "a run for each rank and seed", nargs="+", type=number(int, 0))
-    add("--alpha", 16.0, "as released; 8 in Table 9", type=rate)
+    add("--alpha", 16.0, "updates are scaled by alpha / r; 8 in Table 9", type=positive)
     add("--dropout", 0.05, "on the adapter's input", type=number(float, 0, 0.99))
-    add("--lr", 5e-4, "at the peak, as in Table 9", type=rate)
+    add("--lr", 5e-4, "at the peak, as in Table 9", type=positive)
     add("--full-finetune", False, "train every weight too, to compare", action="store_true")
-    add("--full-lr", 5e-5, "of full fine-tuning", type=rate)
+    add("--full-lr", 5e-5, "of full fine-tuning", type=positive)
     add("--epochs", 3, "passes over the training sentences", type=count)
-    add("--batch-size", 32, "sentences", type=count)
+    add("--batch-size", 32, "sentences per batch", type=count)
     add("--grad-accum", 1, "batches per step", type=count)
     add("--checkpoint-activations", False, "less memory, more time", action="store_true")
     add("--max-length", 128, "tokens", type=number(int, 3))
-    add("--nb-samples", None, "of training, drawn with seed 0 (default: all)", type=count)
+    add("--nb-samples", None, "training sentences, drawn with seed 0 (default: all)", type=count)
     add("--dtype", "auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--device", "auto", "auto, cpu, cuda, cuda:1, mps")
     add("--out", "runs/sst2", "folder of the experiment")
@@ -121,7 +121,8 @@ def encode(args, sentences):
     """Return token ids. A long sentence is cut: its label still holds."""
     with loading("--model", args.model):
         tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    return tokenizer(list(sentences), truncation=True, max_length=args.max_length).input_ids
+    longest = min(args.max_length, tokenizer.model_max_length)
+    return tokenizer(list(sentences), truncation=True, max_length=longest).input_ids
 
 
 def read_data(args, split):
@@ -215,7 +216,7 @@ def check_rows(model, examples):
     alone = logits_of(model, [half], "float32")[0]
     padded = logits_of(model, [half, row], "float32")[0]
     if not agree(padded, alone, 1e-3):
-        raise ValueError(f"{type(model).__name__} scores a padded row unlike the row alone: "
+        raise ValueError(f"{type(model).__name__} gives a row other logits when it is padded: "
                          "it cannot be trained in batches here")
 
 
@@ -268,7 +269,6 @@ def train(args, data, r, seed):
             (batch_loss * (scaler.scale / sentences)).backward()
             loss += batch_loss.detach()
         loss = float(loss) / sentences
-        losses.append(loss)
 
         # 3. Unscale and clip, in float32.
         scaler.unscale(parameters)
@@ -278,6 +278,7 @@ def train(args, data, r, seed):
         finite = math.isfinite(loss + norm)
         if finite:
             optimizer.step()
+            losses.append(loss)
         optimizer.zero_grad(set_to_none=True)
         scaler.update(finite)
         if scaler.gave_up:
@@ -290,7 +291,8 @@ def train(args, data, r, seed):
         if step in quarters:
             accuracy, val_loss = evaluate(model, data["validation"], args.dtype)
             history.append({"epoch": step * args.epochs / steps, "accuracy": accuracy,
-                            "train_loss": statistics.fmean(losses), "val_loss": val_loss})
+                            "train_loss": statistics.fmean(losses or [loss]),
+                            "val_loss": val_loss})
             bar.write("  ".join(f"{key} {value:.3f}" for key, value in history[-1].items()))
             losses = []
 
@@ -342,6 +344,7 @@ def report(runs, picture):
     print(f"{runs[0]['n']} sentences: one run's 95% interval is at most +/- {half:.3f}")
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
     except ImportError:
         return
     figure = Figure(figsize=(14, 4), layout="constrained")
@@ -356,6 +359,9 @@ def report(runs, picture):
             axes.plot(mean, label=name)
             axes.fill_between(mean.index, curves.min(), curves.max(), alpha=0.2)
         axes.set(xlabel="epoch", ylabel=label)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    if (best := table.accuracy.max()) > 0.7:  # a run at chance would fill the axis
+        axes.set_ylim(bottom=max(0.45, best - 0.15))
     axes.legend()
     figure.savefig(picture, dpi=120)
 
@@ -459,4 +465,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run_script("train_sst2.py", main, parse_args)
+    run_script("train_sst2.py", main, parse_args, "--checkpoint-activations, a smaller "
+               "--batch-size or a smaller --max-length take less memory")
