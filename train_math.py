@@ -210,10 +210,7 @@ def trained_with(folder, task="CAUSAL_LM"):
 
 
 def warn_of_mismatch(args, folder, trained):
-    """Warn if an adapter was trained on another base, or with other --chat or --nf4."""
-    base = trained.get("model", args.model)
-    if Path(base).name != Path(args.model).name:  # the folder may have been moved
-        warnings.warn(f"{folder} was trained on {base}, but is used on {args.model}")
+    """Warn if an adapter was trained with other --chat or --nf4; load_adapter compares the base."""
     for name in ("chat", "nf4"):
         if trained.get(name, bool(getattr(args, name))) != bool(getattr(args, name)):
             words = ("with", "without") if trained[name] else ("without", "with")
@@ -499,6 +496,42 @@ def count_targets(examples):
     return sum(len(ids) - prompt for ids, prompt in examples)
 
 
+# --- the loss ---
+
+LOGITS_AT_ONCE = 2**22  # 131 positions at a time, with a vocabulary of 32,000
+
+
+def batch_loss(model, batch):
+    """Return the loss summed over the targets, in float32.
+
+    To save memory, logits are computed at targets only, a chunk at a time, and not kept: backward
+    computes them again.
+    """
+    ids, rows, columns = batch
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = hidden[rows, columns - 1]  # (batch, longest, width) -> (targets, width)
+    head = model.get_output_embeddings()
+    size = LOGITS_AT_ONCE // len(head.weight)
+
+    def chunk_loss(h, targets):
+        logits = head(h.to(head.weight.dtype)).float()  # (chunk, width) -> (chunk, vocabulary)
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+    return sum(checkpoint(chunk_loss, h, targets, use_reentrant=False)
+               for h, targets in zip(hidden.split(size), ids[rows, columns].split(size)))
+
+
+@torch.no_grad()
+def validation_loss(model, examples, batch_size):
+    """Return the loss per target of held-out examples, in nats, without dropout."""
+    training = model.training
+    model.eval()
+    total = sum(float(batch_loss(model, collate(batch, model.device)))
+                for batch in chunks(sorted(examples, key=length), batch_size))
+    model.train(training)
+    return total / count_targets(examples)
+
+
 # --- device and model ---
 
 def pick_device(name):
@@ -583,8 +616,9 @@ def check_ids(model, encoded, new_tokens=0):
 def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **options):
     """Return (softmax(scaling Q K^T + causal bias) V, None): (b, n, h, c), and no weights.
 
-    query is (b, h, n, c), key and value (b, g, n, c), h a multiple of g. attention_mask is None if
-    it is just causal, else (b, 1, n, n), True where a position may attend.
+    With b rows, n tokens and c channels, query is (b, h, n, c) in h heads, and key and value are
+    (b, g, n, c), h a multiple of g. attention_mask is None if it is just causal, else (b, 1, n, n),
+    True where a position may attend.
     """
     if any(options.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise NotImplementedError("a cap, sinks or a position bias")
@@ -644,20 +678,20 @@ def check_head(model, ids):
     try:
         with torch.no_grad():
             inputs = torch.tensor([ids], device=model.device)
-            own = model(input_ids=inputs, use_cache=False).logits[:, -16:].float()
-        seen = last_logits(model, ids)
-        other = (ids[-1] + 1) % len(model.get_input_embeddings().weight)
-        changed = last_logits(model, [*ids[:-1], other])
+            expected = model(input_ids=inputs, use_cache=False).logits[:, -16:].float()
+        logits = last_logits(model, ids)
+        other_token = (ids[-1] + 1) % len(model.get_input_embeddings().weight)
+        after_change = last_logits(model, [*ids[:-1], other_token])
     except Exception as error:
         if is_out_of_memory(error):
             raise
         raise ValueError(f"{type(model).__name__} is not supported here: {first_line(error)}"
                          ) from None
-    if not agree(seen, own, rounding):
+    if not agree(logits, expected, rounding):
         raise ValueError(f"{type(model).__name__}: its logits are not its head of its last hidden "
                          "states. It scales or caps them, which is not supported here, or "
                          f"overflows in {model.dtype}")
-    if not agree(changed[:, :-1], seen[:, :-1], max(1e-4, rounding)):
+    if not agree(after_change[:, :-1], logits[:, :-1], max(1e-4, rounding)):
         raise ValueError(f"{type(model).__name__} is not causal: its logits see later tokens")
 
 
@@ -727,42 +761,6 @@ def learning_rate_at(step, steps, warmup, peak):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-# --- the loss ---
-
-LOGITS_AT_ONCE = 2**22  # 131 positions at a time, with a vocabulary of 32,000
-
-
-def batch_loss(model, batch):
-    """Return the loss summed over the targets, in float32.
-
-    To save memory, logits are computed at targets only, a chunk at a time, and not kept: backward
-    computes them again.
-    """
-    ids, rows, columns = batch
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    hidden = hidden[rows, columns - 1]  # (batch, longest, width) -> (targets, width)
-    head = model.get_output_embeddings()
-    size = LOGITS_AT_ONCE // len(head.weight)
-
-    def chunk_loss(h, targets):
-        logits = head(h.to(head.weight.dtype)).float()  # (chunk, width) -> (chunk, vocabulary)
-        return F.cross_entropy(logits, targets, reduction="sum")
-
-    return sum(checkpoint(chunk_loss, h, targets, use_reentrant=False)
-               for h, targets in zip(hidden.split(size), ids[rows, columns].split(size)))
-
-
-@torch.no_grad()
-def validation_loss(model, examples, batch_size):
-    """Return the loss per target of held-out examples, in nats, without dropout."""
-    training = model.training
-    model.eval()
-    total = sum(float(batch_loss(model, collate(batch, model.device)))
-                for batch in chunks(sorted(examples, key=length), batch_size))
-    model.train(training)
-    return total / count_targets(examples)
-
-
 # --- memory ---
 #
 # Two things are computed again in backward: the logits, always (above), and the blocks, if memory
@@ -810,7 +808,8 @@ def make_it_fit(model, batch, recompute):
     """
     # In float32: gradients of earlier micro-batches, and AdamW's two moments.
     reserve = 12 * count_parameters(model)[0]
-    for recompute in (False, True) if recompute is None else (recompute,):
+    choices = (False, True) if recompute is None else (recompute,)
+    for recompute in choices:
         if recompute:
             recompute_blocks(model)
         if model.device.type == "cuda":  # else the peak would be that of the trial that failed
@@ -823,7 +822,7 @@ def make_it_fit(model, batch, recompute):
 
 def choose_recomputation(model, batch, recompute):
     """Decide whether blocks are recomputed, and print what a step takes."""
-    device, (rows, longest) = model.device, batch[0].shape
+    device = model.device
     if device.type != "cuda":  # elsewhere the system swaps or kills before an error can be caught
         if recompute and device.type == "mps":  # torch would draw other dropout masks
             raise ValueError("--checkpoint-activations cannot be used on mps")
@@ -838,6 +837,7 @@ def choose_recomputation(model, batch, recompute):
     # 16 bytes for each trained weight: itself (also in the footprint), its gradient, two moments.
     adapter = 16 * count_parameters(model)[0] / GiB
     weights = model.get_memory_footprint() / GiB - adapter / 4
+    rows, longest = batch[0].shape
     print(f"memory in GiB, measured on the largest batch, {rows} x {longest} tokens: {weights:.2f} "
           f"weights, {adapter:.2f} adapter with gradients and AdamW's moments, "
           f"{peak - weights - adapter:.2f} activations {'recomputed' if recompute else 'kept'}, "
@@ -901,7 +901,8 @@ def save_checkpoint(folder, model, metadata, step, optimizer, scaler):
     torch.save(state, content)
     write_whole(state_of(folder), content.getvalue())
     steps = checkpoints(folder.parent)
-    for old in steps[:steps.index(folder)][:-1]:  # keep this one's and the last
+    earlier = steps[:steps.index(folder)]
+    for old in earlier[:-1]:
         state_of(old).unlink(missing_ok=True)
 
 
@@ -1049,7 +1050,8 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
     if stop and step < steps:
         if metadata:
             print(f"stopped, {folder} is saved. To go on: --run-name {args.run_name} --resume")
-        sys.exit(128 + (caught or [signal.SIGTERM])[0])  # 130 for Ctrl-C, 143 for SIGTERM
+        signum = caught[0] if caught else signal.SIGTERM  # another process may have caught it
+        sys.exit(128 + signum)  # 130 for Ctrl-C, 143 for SIGTERM
 
 
 def seed_dropout(seed, micro_batch):
@@ -1301,8 +1303,6 @@ def demo(seed):
         with loading("--demo", begun):
             if json.loads(begun.read_text())["flags"]["data"] != "demo/two-step-train.jsonl":
                 raise ValueError("a run of your own: rename it, or run the demo in another folder")
-        with locked(begun.parent, "folder"):
-            pass  # no run is writing there
         shutil.rmtree(begun.parent)
     if Path("demo/one-step-train.jsonl").exists():  # the last demo's
         for folder in ("demo/merged", "demo/scores", "demo/scores-merged"):

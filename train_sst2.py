@@ -254,8 +254,8 @@ def train(args, data, r, seed):
         start = time.perf_counter()
         model.train()
 
-        # 1. Learning rate: the lower of two lines, up from zero over 6% of the steps (Table 9), at
-        #    most 100, and down from the peak at step 0 to zero. Skipped steps do not count.
+        # 1. Learning rate: linear warm-up over 6% of the steps (Table 9), at most 100, and linear
+        #    decay from step 0 on. The lower of the two holds. Skipped steps do not count.
         done = step - 1 - scaler.skipped
         for group in optimizer.param_groups:
             group["lr"] = peak_lr * min((done + 1) / warmup, (steps - done) / steps)
