@@ -71,7 +71,7 @@ Parser = partial(argparse.ArgumentParser, usage=argparse.SUPPRESS,
 
 
 def number(kind, low, high=math.inf):
-    """An argparse type: a finite int or float in [low, high]."""
+    """Return the options of a flag that takes a finite int or float in [low, high]."""
     def parse(text):
         try:
             value = kind(text)
@@ -82,7 +82,7 @@ def number(kind, low, high=math.inf):
         expected = "a whole number" if kind is int else "a number"
         upper = "" if high == math.inf else f" to {high}"
         raise argparse.ArgumentTypeError(f"{text}, expected {expected} from {low}{upper}")
-    return parse
+    return {"type": parse, "metavar": "N"}
 
 
 def add_flag(parser, flag, default=None, help="", **options):
@@ -101,38 +101,38 @@ def parse_args(argv=None):
     add("--data", "meta-math/MetaMathQA", "Hub id, or .jsonl/.json/.parquet/.csv")
     add("--chat", None, "prompts by the tokenizer's chat template (default: for messages)",
         action=on_or_off)
-    add("--nb-samples", 10000, "train on the first N rows, or turns of messages", type=count)
+    add("--nb-samples", 10000, "train on the first N rows, or turns of messages", **count)
     add("--val-samples", None, "hold out the N rows after the training rows, or the last N of a "
-        "short file (default: a tenth, at most 200; 0: none)", type=number(int, 0))
-    add("--epochs", 3, "passes over the training rows", type=count)
-    add("--max-steps", None, "stop after N steps; the learning rate ends there too", type=count)
+        "short file (default: a tenth, at most 200; 0: none)", **number(int, 0))
+    add("--epochs", 3, "passes over the training rows", **count)
+    add("--max-steps", None, "stop after N steps; the learning rate ends there too", **count)
     add("--adapter", None, "start from this adapter, or from a run's best: the five flags below "
         "are its own, and so are --model, --chat and --nf4, unless given", metavar="DIR")
-    add("--r", 8, "rank (Sec. 4.1)", type=count)
-    add("--alpha", 16.0, "the update is scaled by alpha / r", type=number(float, 1e-9))
-    add("--dropout", 0.05, "on the adapter's input", type=number(float, 0, 0.99))
+    add("--r", 8, "rank (Sec. 4.1)", **count)
+    add("--alpha", 16.0, "the update is scaled by alpha / r", **number(float, 1e-9))
+    add("--dropout", 0.05, "on the adapter's input", **number(float, 0, 0.99))
     add("--targets", ["q_proj", "v_proj"], "name endings, or all-linear", nargs="+")
     add("--rslora", False, "scale by alpha / sqrt(r)", action="store_true")
-    add("--lr", 3e-4, "learning rate at the peak", type=number(float, 1e-12, 1))
+    add("--lr", 3e-4, "learning rate at the peak", **number(float, 1e-12, 1))
     add("--warmup-steps", 100, "steps of rising learning rate, at most a tenth of the run",
-        type=number(int, 0))
-    add("--weight-decay", 0.0, "of A and B", type=number(float, 0, 1))
-    add("--clip", 1.0, "largest gradient norm", type=number(float, 1e-6))
-    add("--batch-size", 1, "rows per micro-batch", type=count)
-    add("--grad-accum", 8, "micro-batches per step", type=count)
-    add("--max-length", 512, "tokens; longer rows are left out", type=number(int, 2))
+        **number(int, 0))
+    add("--weight-decay", 0.0, "of A and B", **number(float, 0, 1))
+    add("--clip", 1.0, "largest gradient norm", **number(float, 1e-6))
+    add("--batch-size", 1, "rows per micro-batch", **count)
+    add("--grad-accum", 8, "micro-batches per step", **count)
+    add("--max-length", 512, "tokens; longer rows are left out", **number(int, 2))
     add("--dtype", "auto", "of the base", choices=["auto", "float32", "bfloat16", "float16"])
     add("--nf4", False, "hold the base's linear layers in 4 bits (QLoRA)", action=on_or_off)
     add("--checkpoint-activations", None, "keep only each block's input, and recompute the rest in "
         "backward (default: where a GPU's memory runs out)", action=on_or_off)
     add("--device", "auto", "auto, cpu, cuda, cuda:1, mps")
     add("--vram", None, "cap CUDA memory at N GiB, 0.5 of it for CUDA itself",
-        type=number(float, 0.6))
+        **number(float, 0.6))
     add("--run-name", None, "default: lora-r{r}-{data}")
     add("--save-every", None, "steps between checkpoints, beside those at each tenth of the run",
-        type=count)
+        **count)
     add("--resume", False, "continue from the newest checkpoint", action="store_true")
-    add("--seed", 0, "order of the data, A, dropout", type=number(int, 0, 2**31))
+    add("--seed", 0, "order of the data, A, dropout", **number(int, 0, 2**31))
     add("--demo", False, "train and score a tiny model", action="store_true")
     args = parser.parse_args(argv)
     if args.demo:

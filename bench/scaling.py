@@ -32,7 +32,7 @@ SWEEPS = {"batch": (1, 2, 4, 8, 16), "length": (64, 128, 256, 512), "r": (1, 8, 
 def parse_args():
     parser = Parser(description=__doc__)
     add_flag(parser, "--out", Path("runs/scaling"), "path of .jsonl and .png", type=Path)
-    add_flag(parser, "--rounds", 1, "repetitions", type=number(int, 1))
+    add_flag(parser, "--rounds", 1, "repetitions", **number(int, 1))
     parser.add_argument("--point", help=argparse.SUPPRESS)
     return parser.parse_args()
 

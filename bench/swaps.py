@@ -23,7 +23,7 @@ from train_math import Parser, add_flag, load_model, number, pick_dtype, run_scr
 def parse_args():
     parser = Parser(description=__doc__)
     add_flag(parser, "--model", None, "folder of the model", required=True)
-    add_flag(parser, "--adapters", 100, "how many", type=number(int, 1))
+    add_flag(parser, "--adapters", 100, "how many", **number(int, 1))
     return parser.parse_args()
 
 

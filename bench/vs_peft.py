@@ -37,9 +37,9 @@ def parse_args():
     path = {"type": os.path.abspath, "required": True}  # ours runs in a folder of its own
     add("--model", None, "folder of the model", **path)
     add("--data", None, ".jsonl with question and answer", **path)
-    add("--steps", 10, "steps of each process", type=count)
-    add("--batch", 8, "rows a step", type=count)
-    add("--rounds", 1, "repetitions", type=count)
+    add("--steps", 10, "steps of each process", **count)
+    add("--batch", 8, "rows a step", **count)
+    add("--rounds", 1, "repetitions", **count)
     add("--targets", ["q_proj", "v_proj"], "layers to adapt, or all-linear", nargs="+")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("flags", nargs="*", help="behind --: flags for train_math.py")
