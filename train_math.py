@@ -1181,15 +1181,18 @@ def main(args):
 
 def experiment(args, run):
     """Read, load, check, say what will happen, train, and report."""
+    # 1. Where the run starts: at the base, at an adapter, or at a checkpoint of its own.
     adapter, state = args.adapter and best_adapter(args.adapter), None
     if args.resume:
         adapter, state = newest_state(run)
     elif checkpoints(run):
         raise ValueError(f"{run} has checkpoints: add --resume, or give another --run-name")
+    config = LoRAConfig(args.r, args.alpha, args.dropout, args.targets, rslora=args.rslora)
+
+    # 2. What it runs on.
     if args.grad_accum < WORLD:
         raise ValueError(f"--grad-accum {args.grad_accum} is too few: each of {WORLD} processes "
                          "takes a micro-batch of a step")
-    config = LoRAConfig(args.r, args.alpha, args.dropout, args.targets, rslora=args.rslora)
     device = pick_device(args.device)
     join_processes(device)
     cap_memory(device, args.vram)
@@ -1198,11 +1201,14 @@ def experiment(args, run):
     if adapter is not None:
         print(f"starting from {adapter}")
 
-    # Ten times the rows to hold out: some repeat a training question and are passed over.
+    # 3. Data. Ten times the rows to hold out are read: some repeat a training question and are
+    #    passed over.
     spare = 10 * (200 if args.val_samples is None else args.val_samples)
     table = read_table(args.data, "train", args.nb_samples + spare, args.chat)
     rows, held_out, passed_over = hold_out(table, args.nb_samples, args.val_samples)
     args.chat = isinstance(rows[0].question, list)
+
+    # 4. The base, and whether it can be trained on these rows.
     model, tokenizer = load_model(args.model, dtype, device, args.nf4)
     examples = encode(rows, tokenizer, args.max_length)
     held_out_examples = encode(held_out, tokenizer, args.max_length)
@@ -1216,6 +1222,8 @@ def experiment(args, run):
     check_head(model, max(encoded, key=len))
     try_attention(model, max(encoded, key=len))
     begin_run(run, args, (examples, held_out_examples), model)
+
+    # 5. The adapter.
     torch.manual_seed(args.seed)
     if adapter is None:
         inject_lora(model, config)
@@ -1224,6 +1232,7 @@ def experiment(args, run):
         if not args.resume:
             warn_of_mismatch(args, adapter, trained_with(adapter))
 
+    # 6. Say what will be trained.
     trainable, total = count_parameters(model)
     ids, prompt = examples[0]
     print(f"{args.model} in {args.dtype}{' over NF4' * args.nf4} on {device} ({reason})\n"
@@ -1234,6 +1243,8 @@ def experiment(args, run):
           f"tokens; not held out: {passed_over:,} that repeat a training question\n"
           f"the first row, prompt | target: {tokenizer.decode(ids[:prompt])!r} | "
           f"{tokenizer.decode(ids[prompt:])!r}")
+
+    # 7. Settle memory on the largest batch, train, and report.
     model.train()
     largest = sorted(examples, key=length)[-args.batch_size:]  # no batch of the run is larger
     choose_recomputation(model, collate(largest, device), args.checkpoint_activations)
