@@ -139,6 +139,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, max_position_embeddings=40,
              num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
 HEAD = dict(targets=("query", "value"), also_train=("classifier",))
+DISTILBERT = dict(targets=("q_lin", "v_lin"), also_train=("pre_classifier", "classifier"))
 
 
 def make(kind, **options):
@@ -232,6 +233,11 @@ def bits(model):
     return {name: tensor.detach().clone() for name, tensor in tensors}
 
 
+def snapshot(model):
+    """Return all bits of a model and what it computes."""
+    return bits(model) | {"logits": logits(model)}
+
+
 def same_bits(a, b):
     return a.keys() == b.keys() and not changed(a, b)
 
@@ -303,7 +309,7 @@ def test_merging_rounds_once_and_the_base_comes_back_to_the_bit(build, target, d
     """
     heads = ("classifier",) if build is roberta and dtype != "nf4" else ()
     model = injected(lambda: in_dtype(build(), dtype), targets=target, also_train=heads)
-    before, adapted, rounded = bits(model), logits(model), []
+    before, adapted, rounded = snapshot(model), logits(model), []
     for layer in wrappers(model):
         update = 2 * layer.lora_B @ layer.lora_A
         W0 = layer.weight if dtype == torch.float64 else layer.weight.float()
@@ -313,8 +319,7 @@ def test_merging_rounds_once_and_the_base_comes_back_to_the_bit(build, target, d
     merged = [module.weight for name, module in model.named_modules() if name.endswith(target)]
     assert all(map(torch.equal, merged, rounded)) and len(merged) == 2
     assert relative_error(logits(model), adapted) < ROUNDING[dtype]
-    unmerge_lora(model)
-    assert same_bits(bits(model), before) and torch.equal(logits(model), adapted)
+    assert same_bits(snapshot(unmerge_lora(model)), before)
     base = in_dtype(build(), dtype)
     with pytest.raises(KeyError), disable_lora(model):
         assert torch.equal(logits(model), logits(base))
@@ -323,11 +328,10 @@ def test_merging_rounds_once_and_the_base_comes_back_to_the_bit(build, target, d
     assert same_bits(bits(strip_lora(model)), bits(base))
 
 
-@cases("r", [1, 3, 6])
-def test_rank_r_reaches_the_best_change_of_rank_r(r):
+def test_rank_r_reaches_the_best_change_of_rank_r():
     """What is left of a change of W must be its smaller singular values (Eckart and Young 1936)."""
     torch.manual_seed(0)
-    layer, change = LoRALinear(nn.Linear(6, 8), LoRAConfig(r=r)), torch.randn(8, 6)
+    layer, change = LoRALinear(nn.Linear(6, 8), LoRAConfig(r=3)), torch.randn(8, 6)
     optimizer = torch.optim.LBFGS([layer.lora_A, layer.lora_B], max_iter=500, tolerance_change=0,
                                   line_search_fn="strong_wolfe")
 
@@ -338,19 +342,19 @@ def test_rank_r_reaches_the_best_change_of_rank_r(r):
         return rest
 
     optimizer.step(loss)
-    close(loss().detach(), torch.linalg.svdvals(change)[r:].square().sum(), atol=1e-3)
+    close(loss().detach(), torch.linalg.svdvals(change)[3:].square().sum(), atol=1e-3)
 
 
 TINY = dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
             num_attention_heads=32, num_key_value_heads=4)
-DISTILBERT = dict(targets=("q_lin", "v_lin"), also_train=("pre_classifier", "classifier"))
 
 
 @cases("kind, sizes, options, trainable", [
     ("llama", TINY, {}, 1_126_400), ("llama", TINY, dict(r=64, targets="all-linear"), 50_462_720),
     ("roberta", {}, HEAD | dict(also_train="classifier.out_proj"), 294_912 + 768 * 2 + 2),
     ("distilbert", {}, DISTILBERT, 739_586),
-    ("llama", dict(hidden_size=12288, num_hidden_layers=96), {}, 37_748_736)])  # GPT-3
+    ("llama", dict(hidden_size=12288, num_hidden_layers=96), {}, 37_748_736)],
+    ids=["TinyLlama", "all linear layers", "RoBERTa", "DistilBERT", "GPT-3"])
 def test_parameter_counts_of_the_published_models(kind, sizes, options, trainable):
     with torch.device("meta"):
         model = make(kind, **sizes)
@@ -404,22 +408,16 @@ class DoRALinear(LoRALinear):
         return F.linear(x, self.merged_weight(W0.float()).to(x.dtype), self.base.bias)
 
 
-@cases("build, target", [(llama, "q_proj"), (gpt2, "c_attn")])
-def test_dora_as_a_subclass_merges_and_is_told_from_lora(build, target):
+def test_dora_as_a_subclass_merges_and_is_told_from_lora():
     """That it trains and is saved as PEFT's does, the adapter files' first test shows."""
-    model = build()
-    inject_lora(model, LoRAConfig(r=4, alpha=8, targets=target), DoRALinear)
+    inject_lora(model := gpt2(), LoRAConfig(r=4, alpha=8, targets="c_attn"), DoRALinear)
     perturb(model)
     unmerged = logits(model)
     close(logits(merge_lora(model)), unmerged)
-    assert torch.equal(logits(unmerge_lora(model)), unmerged)
-    save_adapter(model, "dora")
-    load_adapter(again := build(), "dora", DoRALinear)
-    assert torch.equal(logits(again), unmerged)
-    refused("use_dora = True is not supported", load_adapter, build(), "dora")
-    saved("plain", build, targets=target)
-    refused("use_dora = None is not supported", load_adapter, build(), "plain", DoRALinear)
-    assert "dora" not in Path(lora.__file__).read_text(encoding="utf8").lower()
+    save_adapter(unmerge_lora(model), "dora")
+    refused("use_dora = True is not supported", load_adapter, gpt2(), "dora")
+    saved("plain", gpt2, targets="c_attn")
+    refused("use_dora = None is not supported", load_adapter, gpt2(), "plain", DoRALinear)
 
 
 # --- lora.py: which layers can be adapted ---
@@ -561,9 +559,9 @@ def test_no_wrapper_can_be_used_while_it_waits(state):
         assert torch.equal(logits(model), before)
 
 
-@cases("call", [merge_lora, lambda model: save_adapter(model, ".")])
-def test_no_adapter_is_a_clear_error(call):
-    refused("no adapter.*inject_lora", call, llama())
+def test_no_adapter_is_a_clear_error():
+    for call, *more in ((merge_lora,), (save_adapter, ".")):
+        refused("no adapter.*inject_lora", call, llama(), *more)
 
 
 @cases("dtype", [torch.float32, "nf4"])
@@ -585,12 +583,11 @@ def test_casts_moves_and_modes_reach_what_waits(state, dtype):
     assert all(tensor.is_meta for tensor in bits(unmerge_lora(model)).values())
 
 
-@cases("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_of_a_merged_model_can_be_unmerged(duplicate):
+def test_a_copy_of_a_merged_model_can_be_unmerged():
     model = injected(llama)
-    before, adapted = bits(model), logits(model)
-    twin = unmerge_lora(duplicate(merge_lora(model)))
-    assert same_bits(bits(twin), before) and torch.equal(logits(twin), adapted)
+    before = snapshot(model)
+    twin = unmerge_lora(pickle.loads(pickle.dumps(merge_lora(model))))
+    assert same_bits(snapshot(twin), before)
     assert not wrappers(model)
 
 
@@ -644,13 +641,17 @@ def doubled():
     return layer
 
 
-@cases("base", [
-    doubled, lambda: custom(lambda self, x: F.linear(x, 1.015 * self.weight, self.bias)),
-    lambda: custom(lambda self, x: F.linear(x, self.weight.tril(), self.bias)),
-    lambda: custom(lambda self, x: (F.linear(x, self.weight, self.bias), None)),
-    lambda: custom(lambda self, x: x @ self.weight[:3]),
-    lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
-    lambda: nn.Linear(16, 16, device="meta")])
+OTHERS = {
+    "hooked": doubled,
+    "scaled": lambda: custom(lambda self, x: F.linear(x, 1.015 * self.weight, self.bias)),
+    "masked": lambda: custom(lambda self, x: F.linear(x, self.weight.tril(), self.bias)),
+    "two outputs": lambda: custom(lambda self, x: (F.linear(x, self.weight, self.bias), None)),
+    "fewer outputs": lambda: custom(lambda self, x: x @ self.weight[:3]),
+    "computed weight": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
+    "meta": lambda: nn.Linear(16, 16, device="meta")}
+
+
+@cases("base", OTHERS.values(), ids=OTHERS)
 def test_merging_refuses_what_is_no_plain_product(base):
     model = injected(SmallGPT, targets="mlp")
     wrappers(model)[1].base = base()
@@ -668,7 +669,7 @@ def off_and_on(model):
 def test_after_an_interrupt_at_any_line_everything_can_be_restored(change, dtype):
     """As by Ctrl-C or out of memory, in each function of lora.py that changes a state."""
     model = injected(lambda: in_dtype(SmallGPT(), dtype), targets="mlp", also_train="lm_head")
-    before, adapted = bits(model), logits(model)
+    before = snapshot(model)
     names = ["merge_lora", "disable_lora", "merge_layer", "replace_modules", "unmerge_lora",
              "use_weights"]
     interrupted = left = 0
@@ -695,27 +696,19 @@ def test_after_an_interrupt_at_any_line_everything_can_be_restored(change, dtype
             if wrappers(model) and lora.modules_with(model, "lora_waiting"):  # half of it is done
                 for call in (merge_lora, strip_lora):
                     refused("call unmerge_lora", call, model, error=RuntimeError)
-            unmerge_lora(model)
-            assert same_bits(bits(model), before) and torch.equal(logits(model), adapted), left
+            assert same_bits(snapshot(unmerge_lora(model)), before), interrupted
         finally:
             sys.settrace(None)
     assert interrupted > 20
 
 
-def test_a_merge_that_fails_undoes_itself(patch):
+def test_a_merge_that_fails_undoes_itself():
     """As when memory runs out in the second layer."""
-    model, merge_layer, calls = injected(SmallGPT, targets="mlp"), lora.merge_layer, []
-    before, adapted = bits(model), logits(model)
-
-    def failing(*args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise MemoryError
-        merge_layer(*args)
-
-    patch(lora, merge_layer=failing)
-    refused("", merge_lora, model, error=MemoryError)
-    assert same_bits(bits(model), before) and torch.equal(logits(model), adapted)
+    model = injected(SmallGPT, targets="mlp")
+    before = snapshot(model)
+    wrappers(model)[1].merged_weight = None  # to call it fails
+    refused("not callable", merge_lora, model, error=TypeError)
+    assert same_bits(snapshot(model), before)
 
 
 def saved_for_backward(function, but=()):
@@ -773,20 +766,22 @@ def edit_tensors(change):
     safetensors.torch.save_file(tensors, WEIGHTS)
 
 
-@cases("build, options, layer", [
-    (llama, dict(target_modules=r".*layers\.1\..*\.(q|v)_proj", use_rslora=True), LoRALinear),
-    (llama, dict(target_modules=["q_proj", "nosuch"], layers_to_transform=0), LoRALinear),
-    (llama, dict(target_modules="all-linear", modules_to_save=["embed_tokens", "lm_head"]),
-     LoRALinear),
-    (llama, dict(target_modules=["q_proj", "lm_head"]), LoRALinear),
-    (gpt2, dict(target_modules=["c_attn"]), LoRALinear),
-    (roberta, dict(target_modules=["query", "value"], task_type="SEQ_CLS"), LoRALinear),
+@cases("build, options", [
+    (llama, dict(target_modules=r".*layers\.1\..*\.(q|v)_proj", use_rslora=True)),
+    (llama, dict(target_modules=["q_proj", "nosuch"], layers_to_transform=0)),
+    (llama, dict(target_modules="all-linear", modules_to_save=["embed_tokens", "lm_head"])),
+    (llama, dict(target_modules=["q_proj", "lm_head"])),
+    (gpt2, dict(target_modules=["c_attn"])),
+    (roberta, dict(target_modules=["query", "value"], task_type="SEQ_CLS")),
     # PEFT compares letters, and trains pre_classifier too.
-    (distilbert, dict(target_modules=["q_lin"], task_type="SEQ_CLS"), LoRALinear),
-    (llama, dict(target_modules=["q_proj"], use_dora=True), DoRALinear),
-    (gpt2, dict(target_modules=["c_attn"], use_dora=True), DoRALinear)])
-def test_adapters_are_read_both_ways_and_train_as_those_of_peft(build, options, layer, peft):
+    (distilbert, dict(target_modules=["q_lin"], task_type="SEQ_CLS")),
+    (llama, dict(target_modules=["q_proj"], use_dora=True)),
+    (gpt2, dict(target_modules=["c_attn"], use_dora=True))],
+    ids=["pattern", "layer", "heads", "adapted head", "Conv1D", "RoBERTa", "DistilBERT", "DoRA",
+         "DoRA of Conv1D"])
+def test_adapters_are_read_both_ways_and_train_as_those_of_peft(build, options, peft):
     """Logits must agree before and after 20 AdamW steps, whose losses are within 1e-4."""
+    layer = DoRALinear if "use_dora" in options else LoRALinear
     config = peft.LoraConfig(r=4, lora_alpha=8, **options)
     theirs = peft.get_peft_model(build(), config).eval()
     perturb(theirs)
@@ -813,7 +808,6 @@ def test_a_loaded_adapter_is_exact_and_replaces_any_other(build, first, second):
         config, loaded = wrappers(wanted)[0].config, load_adapter(model, "adapter")
         assert dataclasses.replace(loaded, targets=config.targets) == config
         assert same_bits(bits(model), bits(wanted))
-        assert torch.equal(logits(model), logits(wanted))
         assert torch.equal(logits(strip_lora(copy.deepcopy(model))), logits(build()))
         save_adapter(model, "again")
         assert adapter_config("again") == adapter_config("adapter")
@@ -830,7 +824,7 @@ def test_loading_over_an_adapter_of_the_same_kind_keeps_its_parameters():
     for alpha in (8, 9):
         wanted = saved("adapter", roberta, alpha=alpha, **HEAD)
         load_adapter(model, "adapter")
-        assert same_bits(bits(model), bits(wanted)) and torch.equal(logits(model), logits(wanted))
+        assert same_bits(snapshot(model), snapshot(wanted))
         kept = [name for name, p in model.named_parameters() if p is before.get(name)]
         assert kept == [*before] * (alpha == 8)
     saved("third", roberta, r=2, **HEAD)
@@ -872,16 +866,22 @@ BROKEN = {
         lambda t: t.update({f"x.{KEY}": t[KEY] + 1})),
     "q_proj.lora_B.*missing in adapter_model": lambda: edit_tensors(
         lambda t: t.pop(KEY.replace("_A", "_B"))),
-    "NaN, infinity or no floats": lambda: edit_tensors(lambda t: t[KEY].fill_(math.inf))}
+    "NaN, infinity or no floats": lambda: edit_tensors(lambda t: t[KEY].fill_(math.inf)),
+    "deserializing": lambda: os.truncate(WEIGHTS, 99),
+    "Expecting": lambda: os.truncate(CONFIG, 1),
+    "no attribute": lambda: Path(CONFIG).write_text("[]")}
 
 
 @cases("message", BROKEN)
-def test_a_broken_adapter_is_refused(message):
-    saved(".")
+def test_a_broken_adapter_is_refused_with_the_model_untouched(message):
+    model = saved(".")
+    before = snapshot(model)
     BROKEN[message]()
-    refused(f"no adapter for this model.*{message}", load_adapter, llama(), ".")
+    refused(f"no adapter for this model: .*{message}", load_adapter, model, ".")
+    assert same_bits(snapshot(model), before)
 
 
+@pytest.mark.filterwarnings("error")
 def mutant(files, rng):
     """Return both files with one change: an option, a cut or a bit."""
     weights, config = map(bytearray, files)
@@ -924,7 +924,9 @@ def test_mutated_adapters_load_exactly_or_leave_the_model_alone():
 
 
 @pytest.mark.filterwarnings("error")
-@cases("there", [*DTYPES, "nf4"])
+
+
+@cases("there", [torch.bfloat16, "nf4"])
 def test_another_base_warns_and_another_dtype_does_not(there):
     saved(".", SmallGPT)
     load_adapter(in_dtype(SmallGPT(), there), ".")
@@ -960,14 +962,14 @@ def test_an_interrupted_save_leaves_no_mixed_adapter(patch):
     refused(CONFIG, load_adapter, model, ".")
 
 
-@cases("dtype", DTYPES)
-def test_the_base_of_a_head_in_a_file_must_be_the_same(dtype):
+def test_the_base_of_a_head_in_a_file_must_be_the_same():
+    """Up to the rounding of another dtype."""
     saved(".", targets="lm_head")
     name, weight = "base_model.model.lm_head.base_layer.weight", llama().lm_head.weight.detach()
     edit_tensors(lambda tensors: tensors.update({name: weight}))
-    load_adapter(llama().to(dtype), ".")
+    load_adapter(llama().bfloat16(), ".")
     edit_tensors(lambda tensors: tensors.update({name: 1.1 * weight}))
-    refused("another base weight for lm_head", load_adapter, llama().to(dtype), ".")
+    refused("another base weight for lm_head", load_adapter, llama().bfloat16(), ".")
 
 
 def test_every_option_of_peft_is_honoured_harmless_or_refused(peft):
@@ -1176,7 +1178,6 @@ def test_a_row_that_is_not_understood_is_refused_with_its_place(row, message):
     ("x.jsonl", '{"question": "a", "answer": "b"}\n\n{broken\n', "row 2: Expecting"),
     ("x.jsonl", json.dumps(PAIR) + "\n" + json.dumps(dict(messages=[USER, BOT])),
      "only some rows have messages"),
-    ("x.json", '[{"question": "a",\n"answer": "b"}\n{}]', "JSONDecodeError: .* line 3 column 1"),
     ("x.jsonl", "\xff", "expected text in UTF-8"),
     ("x.tsv", "query\tresponse\n1\t2\n", "expected a file that ends in .jsonl, .json")])
 def test_a_bad_file_is_one_clear_error(name, text, message):
@@ -1245,15 +1246,16 @@ def letters(template=None, merges=()):
     return tokenizer
 
 
-@cases("merges, space", [([], "▁"), ([(":", "▁")], "▁▁")])
-def test_training_masks_exactly_what_generation_is_given(merges, space):
+@cases("merges, single, space", [([], "<s> $A", "▁"), ([(":", "▁")], "<s> $A </s>", "▁▁")],
+       ids=["plain", "a token over the prompt's end, EOS by itself"])
+def test_training_masks_exactly_what_generation_is_given(merges, single, space):
     """A row must be the prompt's ids, the answer's and EOS, without a second space before it."""
     tokenizer = letters(merges=merges)
     inner = tokenizer.backend_tokenizer
     inner.normalizer = tokenizers.normalizers.Sequence([
         tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")])
     inner.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+        single=single, special_tokens=[("<s>", 0), ("</s>", 1)])
     texts = [("1+1?", "2"), ("<s>1+1?</s>", "2</s>1")]  # what looks like a special token is text
     ids, rows, columns = collate(encode(texts, tokenizer, 512), "cpu")
     for i, (question, answer) in enumerate(texts):
@@ -1270,27 +1272,20 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-@cases("template, target", [(LLAMA_2, " 2 </s>"), (CHATML, "2<|im_end|>\n")])
+@cases("template, target", [pytest.param(LLAMA_2, " 2 </s>", id="Llama 2"),
+                            pytest.param(CHATML, "2<|im_end|>\n", id="ChatML")])
 def test_ids_of_a_chat_are_those_of_the_template(template, target):
-    """A row for each turn of the assistant; no second BOS or EOS; the target is the turn."""
-    tokenizer, turns = letters(template), [USER, BOT, USER, BOT]
+    """A row for each turn of the assistant, also behind its own; the target is the turn alone."""
+    tokenizer, turns = letters(template), [USER, BOT, USER, BOT, BOT]
     write_rows("x.jsonl", {"messages": turns})
-    (first, _), (ids, prompt) = encode(read_table("x.jsonl", "train"), tokenizer, 512)
+    first, _, (ids, prompt) = encode(read_table("x.jsonl", "train"), tokenizer, 512)
+    assert first[0] == tokenizer.apply_chat_template(turns[:2], return_dict=False)
     assert ids == tokenizer.apply_chat_template(turns, return_dict=False)
-    assert ids[:prompt] == tokenizer.apply_chat_template(turns[:3], add_generation_prompt=True,
+    assert ids[:prompt] == tokenizer.apply_chat_template(turns[:4], add_generation_prompt=True,
                                                          return_dict=False)
-    assert encode_prompt(tokenizer, turns[:3]) == ids[:prompt]  # what is scored
+    assert encode_prompt(tokenizer, turns[:4]) == ids[:prompt]  # what is scored
     assert "".join(tokenizer.convert_ids_to_tokens(ids[prompt:])) == target
-    assert first == tokenizer.apply_chat_template(turns[:2], return_dict=False)
     refused("leave --no-chat out", read_table, "x.jsonl", "train", None, False)
-
-
-def test_an_answer_behind_an_answer_is_a_turn_of_its_own():
-    """The header of a turn is part of the prompt, never a target."""
-    tokenizer, turns = letters(CHATML), [USER, BOT, BOT]
-    write_rows("x.jsonl", {"messages": turns})
-    ids, prompt = encode(read_table("x.jsonl", "train"), tokenizer, 512)[1]
-    assert "".join(tokenizer.convert_ids_to_tokens(ids[prompt:])) == "2<|im_end|>\n"
 
 
 @cases("template, content, message", [
@@ -1305,24 +1300,12 @@ def test_a_chat_that_cannot_be_written_is_refused_with_its_row(template, content
 
 
 def test_a_template_that_writes_the_date_writes_the_same_on_every_day(patch):
-    """A run that is resumed tomorrow must find its rows; what a template refuses is a line."""
+    """A run that is resumed tomorrow must find its rows."""
     tokenizer, texts = letters("{{ strftime_now('%Y-%m-%d') }} {{ messages[0].content }}"), set()
     for day in (1, 2):
         patch(transformers.utils.chat_template_utils, datetime=SimpleNamespace(now=lambda: day))
         texts.add(train_math.chat_text(tokenizer, [USER], ask=True))
     assert texts == {"26 Jul 2024 1+1?"}
-    tokenizer = letters("{{ raise_exception('no system') }}")
-    refused("the chat template: .*no system", encode_prompt, tokenizer, [USER])
-
-
-def test_what_looks_like_a_special_token_in_a_text_is_text():
-    """HTML's <s>old</s> must give neither a BOS nor an EOS inside a row."""
-    tokenizer = letters(None)
-    ids, prompt = encode([("strike <s> out?", "<s>old</s> new")], tokenizer, 512)[0]
-    assert [ids.count(0), ids.count(1), ids[0], ids[-1]] == [1, 1, 0, 1]
-    assert tokenizer.convert_ids_to_tokens(ids[prompt:-1]) == list(" <s>old</s> new")
-
-
 
 
 def test_batches_follow_from_seed_and_epoch_and_start_with_the_largest():
@@ -1352,8 +1335,7 @@ def test_models_are_loaded_as_asked_or_refused(tiny):
     for name, part in (("half", None), ("partial", {"lm_head.weight": model.lm_head.weight})):
         model.bfloat16().save_pretrained(name, state_dict=part)
         tokenizer.save_pretrained(name)
-    for dtype in DTYPES:
-        assert load_model("half", dtype, CPU, nf4=True)[0].dtype == dtype
+    assert load_model("half", torch.float16, CPU, nf4=True)[0].dtype == torch.float16
     tokenizer.eos_token = None
     tokenizer.save_pretrained("half")
     saved("both", lambda: model)
@@ -1372,11 +1354,10 @@ def test_rows_beyond_the_positions_are_refused(tiny):
 
 # --- train_math.py: loss, attention ---
 
-@cases("at_once", [300, 2**22])
 @cases("targets", ["q_proj", "lm_head"])
-def test_loss_and_gradients_equal_the_full_computation(targets, at_once, tiny, patch):
+def test_loss_and_gradients_equal_the_full_computation(targets, tiny, patch):
     """Chunks at targets alone must give what labels of -100 and a mask give."""
-    patch(train_math, LOGITS_AT_ONCE=at_once)
+    patch(train_math, LOGITS_AT_ONCE=300)
     model, examples = adapted(tiny, targets=targets)
     ids, rows, columns = batch = collate(examples[:6], "cpu")
     ours = batch_loss(model, batch)
@@ -1403,8 +1384,8 @@ def test_logits_exist_a_chunk_at_a_time(tiny, patch):
 
 
 def test_accumulation_equals_one_big_batch(tiny):
-    """8 x 1, 4 x 2 and 1 x 8 rows of unequal length must give one gradient, clipped."""
-    for size in (8, 4, 1):
+    """1 x 8 and 8 x 1 rows of unequal length must give one gradient, clipped."""
+    for size in (8, 1):
         last = run(tiny, "--nb-samples 8 --epochs 1 --dropout 0 --clip 0.01",
                    f"--batch-size {size} --grad-accum {8 // size} --run-name {size}")
         norm = sum(moment["exp_avg"].square().sum() for moment in moments(last)) ** 0.5
@@ -1634,10 +1615,9 @@ def test_a_skipped_step_changes_nothing_but_the_scale(tiny, patch):
     assert all(metrics()[2][key] == third[key] for key in ("lr", "loss_scale", "loss"))
 
 
-@cases("dtype, loss, step", [
-    ("float32", math.nan, 1), ("bfloat16", math.inf, 1), ("float16", math.nan, 20)])
+@cases("dtype, loss, step", [("bfloat16", math.inf, 1), ("float16", math.nan, 20)])
 def test_a_run_that_diverges_says_what_may_help(dtype, loss, step, tiny, patch):
-    """NaN must stop fp32 and bf16 at once, fp16 after 20 skips."""
+    """It must stop at once, and in fp16 after 20 skips."""
     patch(train_math, batch_loss=lambda *_: torch.tensor(loss, requires_grad=True))
     other = ", or --dtype float32" if dtype != "float32" else ""
     refused(f"^step {step}: loss {loss}.* a lower --lr{other}, and another", run, tiny,
@@ -1658,8 +1638,6 @@ def test_training_learns_and_writes_what_it_says(tiny, capsys):
     assert group["weight_decay"] == 0.125 and lines[0]["peak_memory_gib"] > 0.05
     assert adapter_config(last)["use_rslora"]
     assert sorted(os.listdir(last)) == [CONFIG, WEIGHTS]  # can be published as it is
-    with safetensors.safe_open(last / WEIGHTS, "pt") as file:
-        assert {"chat": "False", "nf4": "False"}.items() <= file.metadata().items()
     assert str(tiny).encode() not in (last / WEIGHTS).read_bytes()  # only the config has a path
 
 
@@ -1855,19 +1833,15 @@ def test_wrong_input_is_one_line(flags, message, tiny, patch):
 # --- eval_gsm8k.py: answers ---
 
 @cases("text, answers", [
-    ("#### 1,234", "1234"), ("The answer is: $29.00.", "29"), ("#### -$5", "-5"),
+    ("#### -$5", "-5"), ("#### $-5", "-5"), ("The answer is \u22125.", "-5"),
     ("#### .5", "1/2"), ("#### 1/0", "-"), (r"the answer is \boxed{6/8}", "3/4"),
     ("The answer is 3. The answer is:\n4,2", "4"), ("#### none\n#### 5,0123", "50123"),
     ("The answer is 3\n#### 4", "4"), ("#### 4\nThe answer is 3", "3"),
-    ("The answer is \u22125.", "-5"), ("#### $-5", "-5"),
-    (r"The answer is: -\frac{1}{2}", "-1/2"), (r"The answer is $2\frac{3}{4}$", "11/4"),
-    (r"The answer is \$1{,}000", "1000"), (r"The answer is $1\,000$.", "1000"),
-    ("The answer is 1\u202f000.", "1000"), ("The answer is 1 1/2.", "3/2"),
-    ("The answer is 12...", "12"), (r"It: #### \boxed{12.}", "12"),
-    ("The answer is 1e5.", "-"), ("The answer is 1.5 \u00d7 10^6.", "-"), ("#### 1.2.3", "-"),
-    (r"It is 2\sqrt{3}", "-"), (r"The answer is \frac12", "-"), ("#### 3/4/2024", "-"),
-    ("10-5=5, 20-30", "- 30"), ("20 - 30", "- 30"),
-    ("it is -3.", "- -3"), ("48/2.5", "-"), ("(9)-5", "- 5"),
+    (r"The answer is $2\frac{3}{4}$", "11/4"), (r"The answer is \$1{,}000", "1000"),
+    (r"The answer is $1\,000$.", "1000"), ("The answer is 1\u202f000.", "1000"),
+    (r"It: #### \boxed{12.}", "12"), ("The answer is 1e5.", "-"), ("#### 1.2.3", "-"),
+    ("The answer is 1.5 \u00d7 10^6.", "-"), (r"It is 2\sqrt{3}", "-"), ("#### 3/4/2024", "-"),
+    ("10-5=5, 20-30", "- 30"), ("(9)-5", "- 5"), ("it is -3.", "- -3"),
     pytest.param(f"#### -0.{'9' * 5000}", f"-0.{'9' * 5000}", id="no digit is rounded away")])
 def test_strict_answers_need_a_marker_and_flexible_ones_do_not(text, answers):
     wanted = [None if word == "-" else Fraction(word) for word in answers.split() * 2]
@@ -1894,9 +1868,8 @@ def test_scores_equal_lm_evaluation_harness():
 
 
 @cases("text, value", [
-    ("so\n#### 1,234", "1234"), ("The answer is: 5", "5"), ("$1,250.50", "1250.5"),
-    ("it makes 18", None), ("#### none", None), (r"The answer is: \frac{x}{4}", None),
-    ("1e5", None), ("#### 10 000", None), ("#### 1\u202f234", None), ("#### 5\n6", "5")])
+    ("$1,250.50", "1250.5"), ("it makes 18", None), (r"The answer is: \frac{x}{4}", None),
+    ("#### 1\u202f234", None), ("#### 5\n6", "5")])
 def test_a_reference_has_a_marker_or_is_a_bare_number(text, value):
     """Any other row must be refused by its number: 57 of 175 Alpaca answers hold a digit."""
     row = Row("q", text, 9, "q")
@@ -1909,11 +1882,10 @@ def test_a_reference_has_a_marker_or_is_a_bare_number(text, value):
 
 @cases("kind, options, batch", [
     ("llama", {}, 8), ("mamba", {}, 8),
-    ("minimax", SMALL | dict(head_dim=8, num_local_experts=4, num_experts_per_tok=2,
-                             layer_types=["linear_attention", "full_attention"]), 1),
     ("bart", dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48,
                   forced_eos_token_id=None), 1),
-    ("openai-gpt", dict(n_embd=32, n_layer=2, n_head=4, n_positions=128), 8)])
+    ("openai-gpt", dict(n_embd=32, n_layer=2, n_head=4, n_positions=128), 8)],
+    ids=["llama", "mamba", "bart", "openai-gpt"])
 def test_a_batch_says_what_each_row_says_alone(kind, options, batch, tiny):
     """Padding and the checkpoint's settings must change no token; rows that have ended leave."""
     _, tokenizer = load(tiny)
@@ -1926,11 +1898,9 @@ def test_a_batch_says_what_each_row_says_alone(kind, options, batch, tiny):
     inputs = [torch.tensor([encode_prompt(tokenizer, prompt)]) for prompt in prompts]
     alone = [model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
                             max_new_tokens=40)[0, ids.shape[1]:].tolist() for ids in inputs]
-    # An EOS of the tokenizer, one of the model, and a question of its own, in some rows, and late.
-    late = {*sum(alone, [])} - {token for said in alone for token in said[:6]}
-    late = sorted(late, key=lambda token: sum(token in said for said in alone))
-    asks = next(token for token in late if token in alone[0])
-    eos = [token for token in late if token not in alone[0]][:2]
+    # Three rare tokens are a question of its own, an EOS of the tokenizer, and one of the model.
+    tokens = sum(alone, [])
+    asks, *eos = (min(alone[row], key=tokens.count) for row in (0, 2, 7))
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos[0])
 
     def say(ids, **_):
@@ -1948,7 +1918,7 @@ def test_a_batch_says_what_each_row_says_alone(kind, options, batch, tiny):
     widths = []
     model.register_forward_hook(lambda _, args, out: widths.append(len(out.logits)))
     assert complete(model, tokenizer, prompts, 8, 40) == wanted
-    assert {cut_off for _, cut_off in wanted} == {True, False} and asks in last
+    assert {cut_off for _, cut_off in wanted} == {True, False} and {asks, *eos} <= {*last}
     assert (max(widths), widths[-1] < batch) == (max(batch, 2), kind == "llama")
     assert own.items() <= vars(model.generation_config).items()  # kept, for --save-merged
 
@@ -2098,7 +2068,6 @@ def test_bad_flags_are_one_line_and_exit_code_2(script, flag, value, capsys):
 
 
 @cases("error, word", [(ValueError("two\nlines"), "two lines"),
-                       (MemoryError("Unable to allocate 9 GiB"), "--batch-size"),
                        (MemoryError(), "--batch-size")])
 def test_errors_end_in_one_line(error, word, patch, capsys):
     def fails(*_):
