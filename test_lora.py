@@ -1157,7 +1157,7 @@ PAIR = dict(question="a", answer="b")
 
 @cases("row, message", [
     (dict(text="a"), "columns are .'text'., expected messages or one of"),
-    (PAIR | dict(answer="\ud83d"), "surrogates"),
+    (PAIR | dict(answer="\ud83d"), "surrogate"),
     (PAIR | dict(context="c"), "has context, which is not read beside question"),
     (dict(instruction="a", output="b", input=math.nan), "input is nan, expected text"),
     (dict(messages=[]), "need an assistant turn that is not the first"),
@@ -2275,7 +2275,7 @@ def test_sentences_are_read_as_they_stand():
 
 @cases("name, text, message", [
     ("train.jsonl", '{"sentence": "a", "label": -1}', "row 1: .*label 0 or 1"),
-    ("train.jsonl", '{"sentence": "\\ud83d", "label": 1}', "surrogates"),
+    ("train.jsonl", '{"sentence": "\\ud83d", "label": 1}', "surrogate"),
     ("train.csv", "label,sentence\n1,A film, and so on\n", "train, row 1: ")])
 def test_bad_sentences_are_a_clear_error(name, text, message):
     Path(name).write_text(text)

@@ -347,7 +347,8 @@ def plain_text(value, name="it"):
     """Return value. Raises ValueError unless it is a text of whole characters."""
     if not isinstance(value, str):
         raise ValueError(f"{name} is {value!r:.60}, expected text")
-    value.encode("utf8")  # raises for a lone surrogate, half of a character
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{name} holds half of a character, a lone surrogate")
     return value
 
 
