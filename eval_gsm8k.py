@@ -414,7 +414,8 @@ def score(args, model, tokenizer, rows, adapters):
             result = json.loads(path.read_text())
             lines = path.with_suffix(".jsonl").read_text().splitlines()
             correct = [json.loads(line)["correct"] for line in lines]
-            refuse_other_settings(result | {"n": len(correct)}, settings)
+            saved = dict.fromkeys(settings) | result | {"n": len(correct)}
+            refuse_other_settings(saved, settings)
         results[name] = result
         base = base or correct
         print(describe(name, result), flush=True)
@@ -423,9 +424,9 @@ def score(args, model, tokenizer, rows, adapters):
 
 
 def refuse_other_settings(saved, settings):
-    """Raise ValueError if a saved result was made with other settings, and name them."""
+    """Raise ValueError if a saved result was made with other settings, of those that it names."""
     changed = [f"{key} was {saved[key]}, now it is {value}" for key, value in settings.items()
-               if saved.get(key, value) != value]  # files of earlier versions lack some
+               if saved.get(key, value) != value]
     if changed:
         raise ValueError(f"made with other settings: {'; '.join(changed)}; give another --out")
 

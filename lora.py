@@ -182,16 +182,16 @@ def device_of(module):
 
 # --- injection ---
 #
-# An adapter is a set of swapped modules. No flag is kept: which module is in a target's place says
-# what state the adapter is in.
+# An adapter is a set of swapped modules. Its state is the module in the target's place, and what
+# that module's `lora_waiting` holds:
 #
-#     the adapter is   in the target's place          in the plain layer's `lora_waiting`
+#     the adapter is   in the target's place          in its `lora_waiting`
 #     on               the wrapper                    nothing
 #     off              the plain layer                (wrapper, None)
 #     merged           the plain layer, W0 + s B A    (wrapper, W0)
 #
 # Over a packed base, merging makes a new dense layer; its `lora_waiting` is (wrapper, base).
-# A tuple hides its modules from nn.Module: state_dict() and .to() skip what waits.
+# It is a tuple, so that nn.Module does not register what waits: state_dict() and .to() skip it.
 
 def inject_lora(model, config, layer=LoRALinear):
     """Freeze the model, wrap the targets, train also_train (Sec. 4.2); return the wrapped names.
@@ -216,7 +216,7 @@ def inject_lora(model, config, layer=LoRALinear):
 def install(model, wrappers, heads):
     """Freeze the model, place {base: wrapper}, and let the heads train."""
     model.requires_grad_(False)
-    model.zero_grad()  # gradients of pretraining would let an older optimizer change the base
+    model.zero_grad()  # an optimizer made earlier would still apply these gradients to the base
     replace_modules(model, wrappers)
     for module in {m for head in heads.values() for m in head.modules()}:
         make_trainable(module)
@@ -246,14 +246,16 @@ def lora_layers(model):
 
 def require_active(model, action):
     """Raise RuntimeError if the adapter is off or merged."""
+    if is_merged(model):
+        raise RuntimeError(f"cannot {action} while merged: call unmerge_lora(model), or "
+                           "strip_lora(model) to keep the merged weights")
     if modules_with(model, "lora_waiting"):
-        raise RuntimeError(f"cannot {action} while merged or inside disable_lora: call unmerge_lora"
-                           "(model), or strip_lora(model) to keep the merged weights, or leave the "
-                           "block")
+        raise RuntimeError(f"cannot {action} inside disable_lora, or after a merge that was "
+                           "interrupted: leave the block, or call unmerge_lora(model)")
 
 
 def modules_with(model, attribute):
-    """Return {module: value} of the modules that have this plain attribute."""
+    """Return {module: value} of the modules with this attribute, which nn.Module does not know."""
     return {m: vars(m)[attribute] for m in model.modules() if attribute in vars(m)}
 
 
@@ -266,7 +268,7 @@ def count_parameters(model):
 
 # --- heads: modules that train in full (also_train) ---
 #
-# A head stays in its place, and has two sets of weights: those of the base, and those that train.
+# A head is not swapped, its weights are: it keeps those of the base beside those that train.
 
 def make_trainable(module):
     """Put trainable copies of its weights into a module; those of the base are kept beside them."""
@@ -350,14 +352,14 @@ def unmerge_lora(model):
 
 
 def is_merged(model):
-    """True if the adapter is merged; False if an interrupt left some of the wrappers in place."""
+    """True if the adapter is merged. A merge that was interrupted halfway does not count."""
     waits = any(W0 is not None for _, W0 in modules_with(model, "lora_waiting").values())
     return waits and not dict(lora_layers(model))
 
 
 @contextmanager
 def disable_lora(model):
-    """Within the block the model computes as the base does, heads included. Do not nest blocks."""
+    """Within the block the model computes as the base does, heads included. Blocks do not nest."""
     require_active(model, "switch off")
     layers = dict(lora_layers(model)).values()
     try:
@@ -494,8 +496,8 @@ def routers(model):
 def check_product(base):
     """Raise ValueError unless the base's output is x W^T + b within 1%, tried on a random row.
 
-    It calls the base once, and its hooks. A dense layer is tried with another W: if it masks W, or
-    computes with a copy, merging would not do what it says.
+    It calls the base once, and its hooks. A dense layer is tried with a random W in place of its
+    own: one that masks W, or computes with a copy of it, gives itself away.
     """
     kind = f"cannot merge into this {type(base).__name__}"
     dense = base.to_dense() if is_packed(base) else base
@@ -529,7 +531,7 @@ SAMPLE = "lora_base_sample"  # a key in the header of WEIGHTS
 
 # PEFT's options that are read here, or that mean nothing once an adapter is trained.
 ACCEPTED = set("""
-    peft_type r lora_alpha lora_dropout use_rslora target_modules modules_to_save exclude_modules
+    r lora_alpha lora_dropout use_rslora target_modules modules_to_save exclude_modules
     layers_to_transform layers_pattern fan_in_fan_out base_model_name_or_path task_type
     auto_mapping peft_version revision inference_mode megatron_core qalora_group_size
     runtime_config eva_config""".split())
@@ -640,7 +642,7 @@ def file_parameters(layers, heads):
 
 
 def base_sample(layer):
-    """Return 64 weights of the base. They tell another seed or model, but not a fine-tune of it."""
+    """Return 64 weights of the base. Another model or seed has others, a fine-tune nearly these."""
     W0 = layer.weight
     return W0.flatten()[:64].tolist() if W0.dtype in FLOATS and not W0.is_meta else []
 
@@ -679,7 +681,7 @@ def load_adapter(model, folder, layer=LoRALinear):
 
 def signature(layers):
     """Return what must be equal for one adapter's Parameters to take the other's values."""
-    # The names stand for the targets: "q_proj" and its full name may mean the same layer.
+    # Targets are blanked: the names say what they mean, however they were spelt.
     return {name: (type(layer), layer.base, replace(layer.config, targets="q_proj"))
             for name, layer in layers.items()}
 
@@ -703,8 +705,8 @@ def read_adapter(model, folder, layer):
     if not adapted:
         raise ValueError("none of this model's layers is in the file, whose first tensor is "
                          f"{next(iter(tensors), 'missing')}")
-    # PEFT lists both "classifier" and "score" in modules_to_save, and compares letters, by which
-    # "classifier" stands for "pre_classifier" too. Names that the model lacks are skipped.
+    # PEFT lists both "classifier" and "score" in modules_to_save: names that the model lacks are
+    # skipped. It compares letters, so that "classifier" means "pre_classifier" too.
     endings = tuple(options.get("modules_to_save") or ())
     config = LoRAConfig(
         r=options.get("r"), alpha=options.get("lora_alpha"),
@@ -764,7 +766,7 @@ class NF4Linear(nn.Module):
     """A frozen linear layer in 4.25 bits a weight: the nearest value of NF4, times an absmax.
 
     codes   (bytes,) uint8: two indices into NF4 a byte, of the flattened weight
-    absmax  (blocks,) bfloat16. The paper packs it too, for 4.13 bits a weight
+    absmax  (blocks,) bfloat16. The paper quantises it too, for 4.13 bits a weight
     pairs   (256, 2) float32: the two values that each byte stands for
     absmax and pairs are stored as integers, which .half() leaves alone. The product is computed in
     x's dtype. `weight` is W, dequantised on every access. The bias is frozen too.
@@ -787,7 +789,7 @@ class NF4Linear(nn.Module):
         self.register_buffer("codes", codes[:, 0] << 4 | codes[:, 1])
         self.register_buffer("absmax", absmax.bfloat16().view(torch.uint8))
         self.register_buffer("pairs", pairs.view(torch.int32), persistent=False)
-        # Empty: casts of the model reach it, and `weight` takes its dtype.
+        # It holds no data. model.half() casts it, and `weight` has its dtype.
         self.register_buffer("dtype_holder", weight.new_empty(0), persistent=False)
         share_hooks(self, layer).requires_grad_(False).train(layer.training)
 
@@ -842,19 +844,19 @@ def quantize_nf4(model, skip=("lm_head",)):
     """Put an NF4Linear in place of the linear layers; return their names.
 
     Call it on the CPU before injecting, then move the model, so that a GPU never holds the dense
-    weights. The output head, names that end in one of skip, and layers that inject_lora leaves
-    out as well stay dense; so do, with a warning, layers that cannot be packed.
+    weights. The output head, routers, and names that end in one of skip stay dense; so do, with a
+    warning, layers that cannot be packed.
     """
     require_active(model, "quantise")
     if dict(lora_layers(model)):
         raise ValueError("the model carries an adapter: quantise first, then inject")
     head = output_head(model)
     skip = (skip,) if isinstance(skip, str) else skip
-    names, tied = [], tied_modules(model)
+    names, tied, left_out = [], tied_modules(model), {head} | routers(model)
     layers = linear_layers(model)
     for name in list(layers):
         layer = layers.pop(name)  # the last dense weight is freed before the next is packed
-        if layer is head or ends_in(name, skip) or isinstance(layer, NF4Linear):
+        if layer in left_out or ends_in(name, skip) or isinstance(layer, NF4Linear):
             continue
         weight = layer.weight
         plain = type(layer) is nn.Linear or is_transposed(layer)

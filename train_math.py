@@ -48,7 +48,7 @@ import transformers
 from filelock import FileLock, Timeout  # comes with torch
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError, safe_open
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_in_backward
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
@@ -106,8 +106,8 @@ def parse_args(argv=None):
         "short file (default: a tenth, at most 200; 0: none)", **number(int, 0))
     add("--epochs", 3, "passes over the training rows", **count)
     add("--max-steps", None, "stop after N steps; the learning rate ends there too", **count)
-    add("--adapter", None, "start from this adapter, or from a run's best: the five flags below "
-        "are its own, and so are --model, --chat and --nf4, unless given", metavar="DIR")
+    add("--adapter", None, "start from this adapter, or from a run's best checkpoint: --r to "
+        "--rslora are its own, and so are --model, --chat and --nf4, unless given", metavar="DIR")
     add("--r", 8, "rank (Sec. 4.1)", **count)
     add("--alpha", 16.0, "the update is scaled by alpha / r", **number(float, 1e-9))
     add("--dropout", 0.05, "on the adapter's input", **number(float, 0, 0.99))
@@ -255,8 +255,8 @@ def read_table(data, split, limit=None, chat=None):
             raise ValueError("only some rows have messages: add --chat, to read all as chats")
         if chat is False and isinstance(rows[0].question, list):
             raise ValueError("messages are a chat: leave --no-chat out")
-    left_out = f", {empty:,} without an answer left out" if empty else ""
-    print(f"{data}: {len(table):,} rows{left_out}")
+    left_out = f"; of the first {place:,}, {empty:,} without an answer are left out"
+    print(f"{data}: {len(table):,} rows{left_out if empty else ''}")
     return rows[:limit]
 
 
@@ -297,7 +297,7 @@ def open_table(data, split):
 
 
 def examples_of(row, chat):
-    """Yield (question, answer), of messages one per assistant turn. Raises ValueError."""
+    """Yield (question, answer): one of a plain row, one per assistant turn of messages."""
     if not isinstance(row, dict):
         raise ValueError(f"found {row!r:.60}, expected columns and their values")
     extra = [name for name in ("input", "context", "system", "history", "tools")
@@ -344,7 +344,7 @@ def turns_of(messages):
 
 
 def plain_text(value, name="it"):
-    """Return value. Raises ValueError unless it is a text of whole characters."""
+    """Return value. Raises ValueError unless it is a string that UTF-8 can encode."""
     if not isinstance(value, str):
         raise ValueError(f"{name} is {value!r:.60}, expected text")
     if re.search("[\ud800-\udfff]", value):
@@ -482,8 +482,8 @@ def epoch_batches(examples, batch_size, seed, epoch):
 def collate(examples, device):
     """Return ids (batch, longest), and the rows and columns of the targets: answers and their EOS.
 
-    Padding is on the right, where causal attention never looks. Targets are known by length: the
-    final EOS is one, also where pad == eos.
+    Padding is on the right, where causal attention never looks. Targets are found by position, not
+    by token id, so that the final EOS counts even where pad == eos.
     """
     longest = max(len(ids) for ids, _ in examples)
     padded = [ids + [0] * (longest - len(ids)) for ids, _ in examples]
@@ -518,7 +518,7 @@ def batch_loss(model, batch):
         logits = head(h.to(head.weight.dtype)).float()  # (chunk, width) -> (chunk, vocabulary)
         return F.cross_entropy(logits, targets, reduction="sum")
 
-    return sum(checkpoint(chunk_loss, h, targets, use_reentrant=False)
+    return sum(recompute_in_backward(chunk_loss, h, targets, use_reentrant=False)
                for h, targets in zip(hidden.split(size), ids[rows, columns].split(size)))
 
 
@@ -740,7 +740,7 @@ class LossScaler:
                 parameter.grad.mul_(1 / self.scale)  # in float32: nothing underflows here
 
     @property
-    def gave_up(self):
+    def diverged(self):
         """True after 20 skipped steps in a row, or after one if the loss is not scaled."""
         return self.skipped_in_a_row >= (20 if self.enabled else 1)
 
@@ -755,7 +755,10 @@ class LossScaler:
 
 
 def learning_rate_at(step, steps, warmup, peak):
-    """Warm up linearly over at most a tenth of the steps, then cosine (arXiv:1608.03983) to 0."""
+    """Warm up linearly over at most a tenth of the steps, then fall as a cosine (arXiv:1608.03983).
+
+    The step after the last would have 0.
+    """
     warmup = min(warmup, steps // 10)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -765,7 +768,7 @@ def learning_rate_at(step, steps, warmup, peak):
 # --- memory ---
 #
 # Two things are computed again in backward: the logits, always (above), and the blocks, if memory
-# runs out: experiment() calls cap_memory(), which sets the limit, and choose_recomputation(), which
+# runs out: experiment() calls cap_memory(), which sets the limit, and settle_memory(), which
 # lets make_it_fit() try the largest batch.
 
 LESS_MEMORY = "--nf4, a smaller --batch-size or a smaller --max-length take less memory"
@@ -780,7 +783,7 @@ def blocks(model):
 def recompute_blocks(model):
     """Keep only each block's input, and run the block again in backward (arXiv:1604.06174)."""
     for block in blocks(model):  # with use_reentrant=True nothing trains behind frozen embeddings
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(recompute_in_backward, block.forward, use_reentrant=False)
 
 
 def fits(model, batch, reserve):
@@ -810,18 +813,18 @@ def make_it_fit(model, batch, recompute):
     # In float32: gradients of earlier micro-batches, and AdamW's two moments.
     reserve = 12 * count_parameters(model)[0]
     choices = (False, True) if recompute is None else (recompute,)
-    for recompute in choices:
-        if recompute:
+    for recomputed in choices:
+        if recomputed:
             recompute_blocks(model)
         if model.device.type == "cuda":  # else the peak would be that of the trial that failed
             torch.cuda.reset_peak_memory_stats(model.device)
         if fits(model, batch, reserve):
-            return recompute
-    recomputed = ", with blocks recomputed" if recompute else ", with activations kept as asked"
-    raise ValueError(f"out of memory in the largest batch{recomputed}: {LESS_MEMORY}")
+            return recomputed
+    how = "with blocks recomputed" if recomputed else "with activations kept, as asked"
+    raise ValueError(f"out of memory in the largest batch, {how}: {LESS_MEMORY}")
 
 
-def choose_recomputation(model, batch, recompute):
+def settle_memory(model, batch, recompute):
     """Decide whether blocks are recomputed, and print what a step takes."""
     device = model.device
     if device.type != "cuda":  # elsewhere the system swaps or kills before an error can be caught
@@ -835,7 +838,7 @@ def choose_recomputation(model, batch, recompute):
         return
     recompute = make_it_fit(model, batch, recompute)
     peak = torch.cuda.max_memory_allocated(device) / GiB
-    # 16 bytes for each trained weight: itself (also in the footprint), its gradient, two moments.
+    # 4 bytes each: a trained weight (which the footprint has too), its gradient, two moments.
     adapter = 16 * count_parameters(model)[0] / GiB
     weights = model.get_memory_footprint() / GiB - adapter / 4
     rows, longest = batch[0].shape
@@ -877,7 +880,7 @@ def checkpoints(run):
 
 def best_adapter(folder):
     """Return the folder; for a run, its checkpoint with the lowest held-out loss, or the last."""
-    losses, steps = val_losses(read_log(log_of(folder))), reversed(checkpoints(folder))
+    losses, steps = val_losses(read_log(metrics_path(folder))), reversed(checkpoints(folder))
     return min(steps, key=lambda step: losses.get(int(step.name[5:]), math.inf),
                default=Path(folder))
 
@@ -939,7 +942,7 @@ def hash_of(value):
 
 
 def base_hash(model):
-    """Return a hash of about 64 evenly spaced weights of each tensor."""
+    """Return a hash of some 100 evenly spaced weights of each tensor."""
     tensors = [x.flatten() for x in [*model.parameters(), *model.buffers()]]
     return hash_of([x[::max(1, len(x) // 64)].tolist() for x in tensors])
 
@@ -965,7 +968,7 @@ def begin_run(run, args, examples, model):
 def train(model, examples, args, held_out=(), state=None, metadata=None):
     """Train what requires grad, from `state` if given, and save checkpoints with `metadata`.
 
-    Without metadata none are saved.
+    The model has to be in train mode. Without metadata nothing is saved.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
@@ -979,7 +982,7 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
     if state:
         optimizer.load_state_dict(state["optimizer"])
         vars(scaler).update(state["scaler"])
-    metrics = log_of(Path("checkpoints", args.run_name))
+    metrics = metrics_path(Path("checkpoints", args.run_name))
     stop, log = False, open_log(metrics, step)
     bar = tqdm(total=steps, initial=step, unit="step", disable=RANK > 0 or None)
     with bar, catch_signals() as caught:
@@ -1033,7 +1036,7 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
                 line["val_loss"] = validation_loss(model, held_out, args.batch_size)
                 status += f"  held-out loss {line['val_loss']:.3f}"
             log(line)
-            if scaler.gave_up:
+            if scaler.diverged:
                 float32 = ", or --dtype float32" * (model.dtype != torch.float32)
                 raise ValueError(f"step {step}: loss {loss}, gradient norm {norm}: try a lower "
                                  f"--lr{float32}, and another --run-name")
@@ -1061,7 +1064,7 @@ def seed_dropout(seed, micro_batch):
 
 
 def sum_over_processes(parameters, loss, stop):
-    """Sum the gradients, in place, and two numbers over all processes."""
+    """Sum over all processes: the gradients in place, the loss, and whether to stop."""
     if WORLD == 1:
         return loss, stop
     numbers = torch.tensor([loss, stop], device=parameters[0].device)
@@ -1073,7 +1076,7 @@ def sum_over_processes(parameters, loss, stop):
     return numbers.tolist()
 
 
-def log_of(run):
+def metrics_path(run):
     """Return runs/RUN/metrics.jsonl, which stands beside checkpoints/RUN."""
     run = Path(run).absolute()
     return run.parent.parent / "runs" / run.name / "metrics.jsonl"
@@ -1089,9 +1092,9 @@ def read_log(path):
 
 
 def open_log(path, step):
-    """Return log(line): to TensorBoard and metrics.jsonl, without the lines it had after `step`.
+    """Return log(line), which writes to TensorBoard and metrics.jsonl.
 
-    A new run, at step 0, starts an empty file.
+    Lines after `step` are dropped from the file first; a new run, at step 0, starts an empty one.
     """
     if RANK > 0:
         return lambda line: None
@@ -1182,12 +1185,13 @@ def main(args):
 
 def experiment(args, run):
     """Read, load, check, say what will happen, train, and report."""
-    # 1. Where the run starts: at the base, at an adapter, or at a checkpoint of its own.
-    adapter, state = args.adapter and best_adapter(args.adapter), None
+    # 1. What is trained, and from where: new A and B, an adapter, or a checkpoint of this run.
     if args.resume:
         adapter, state = newest_state(run)
     elif checkpoints(run):
         raise ValueError(f"{run} has checkpoints: add --resume, or give another --run-name")
+    else:
+        adapter, state = args.adapter and best_adapter(args.adapter), None
     config = LoRAConfig(args.r, args.alpha, args.dropout, args.targets, rslora=args.rslora)
 
     # 2. What it runs on.
@@ -1241,14 +1245,14 @@ def experiment(args, run):
           f"train ({trainable / total:.2%}), in float32\n"
           f"{len(examples):,} rows train, {len(held_out_examples):,} are held out\n"
           f"left out: {len(rows) + len(held_out) - len(encoded):,} longer than {args.max_length} "
-          f"tokens; not held out: {passed_over:,} that repeat a training question\n"
+          f"tokens, {passed_over:,} behind the training rows that repeat their questions\n"
           f"the first row, prompt | target: {tokenizer.decode(ids[:prompt])!r} | "
           f"{tokenizer.decode(ids[prompt:])!r}")
 
     # 7. Settle memory on the largest batch, train, and report.
     model.train()
     largest = sorted(examples, key=length)[-args.batch_size:]  # no batch of the run is larger
-    choose_recomputation(model, collate(largest, device), args.checkpoint_activations)
+    settle_memory(model, collate(largest, device), args.checkpoint_activations)
     metadata = {"chat": str(args.chat), "nf4": str(args.nf4)}
     train(model, examples, args, held_out_examples, state, metadata)
     return report(run, device, len(held_out_examples))
@@ -1256,7 +1260,7 @@ def experiment(args, run):
 
 def report(run, device, n):
     """Say what was written and which checkpoint is the best on n held-out rows; return the last."""
-    last, log = checkpoints(run)[-1], log_of(run)
+    last, log = checkpoints(run)[-1], metrics_path(run)
     picture = ", loss.png" * log.with_name("loss.png").exists()  # by matplotlib, where it is
     print(f"peak memory {peak_memory(device) / GiB:.2f} GiB. Written: {last}/, "
           f"runs/{run.name}/metrics.jsonl{picture}")

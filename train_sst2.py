@@ -281,7 +281,7 @@ def train(args, data, r, seed):
             losses.append(loss)
         optimizer.zero_grad(set_to_none=True)
         scaler.update(finite)
-        if scaler.gave_up:
+        if scaler.diverged:
             raise ValueError(f"loss {loss:g}, gradient norm {norm:g} at step {step}: "
                              "try a lower learning rate")
         seconds += time.perf_counter() - start
