@@ -41,6 +41,7 @@ def parse_args():
     add("--batch", 8, "rows a step", **count)
     add("--rounds", 1, "repetitions", **count)
     add("--targets", ["q_proj", "v_proj"], "layers to adapt, or all-linear", nargs="+")
+    add("--out", None, "append a line per round to this .jsonl", type=os.path.abspath)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("flags", nargs="*", help="behind --: flags for train_math.py")
     return parser.parse_args()
@@ -134,6 +135,11 @@ def main(args):
         for name, result in rounds[-1].items():
             print(f"round {n}  {name:10}  {result['tokens_per_s']:7.1f} tokens/s  "
                   f"{result['peak_gib']:5.2f} GiB  loss {result['loss']:.4f}", flush=True)
+        if args.out:
+            setting = {"targets": args.targets, "steps": args.steps, "flags": args.flags,
+                       "dtype": str(dtype())[6:]}
+            with open(args.out, "a") as file:
+                file.write(json.dumps(setting | rounds[-1]) + "\n")
     for other in kinds:
         pairs = [(row["ours"], row[other]) for row in rounds]
         speed = median(a["tokens_per_s"] / b["tokens_per_s"] for a, b in pairs)
