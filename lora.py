@@ -97,9 +97,10 @@ class LoRALinear(nn.Module):
     Maps (..., k) to (..., d), in x's dtype, or autocast's. A and B are kept in fp32 whatever the
     base's dtype, because small updates round away in 16 bits: in bf16, 0.02 + 3e-5 is 0.02 again.
 
-    A variant is a subclass. It overrides forward() and, to the same effect, merged_weight(), adds
-    its tensors to adapter_parameters(), and lists in `options` what it adds to adapter_config.json.
-    load_adapter builds one over an nn.Linear on the meta device, to learn the tensors' shapes.
+    A variant is a subclass. It overrides forward(), and merged_weight(), the weight of a plain
+    layer that computes the same. It adds its tensors to adapter_parameters(), and names in
+    `options` what it adds to adapter_config.json. load_adapter builds one over an nn.Linear on the
+    meta device, to learn the tensors' shapes.
     """
     options = {}
 
@@ -128,7 +129,7 @@ class LoRALinear(nn.Module):
             return self.scaling * (self.lora_B @ self.lora_A)
 
     def merged_weight(self, W0):
-        """Return the weight of a plain layer that does the same; both (d, k), in fp32 or fp64."""
+        """Return W0 + scaling * B A. W0 and the result are (d, k), in fp32 or fp64."""
         return W0 + self.delta()
 
     def adapter_parameters(self):
@@ -149,7 +150,7 @@ class LoRALinear(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        self.base._apply(fn)  # moves and casts the base; below, all is moved and nothing cast
+        self.base._apply(fn)  # the base may be cast; below, A and B just move
         return super()._apply(keep_dtype)
 
 
