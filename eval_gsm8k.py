@@ -363,8 +363,10 @@ def save_merged(args, model, tokenizer, adapters):
     load_adapter(model, folder)
     dequantize_nf4(strip_lora(merge_lora(model)))  # with --nf4, the layers without an adapter
     if RANK == 0:
-        model.save_pretrained(args.save_merged)
-        tokenizer.save_pretrained(args.save_merged)
+        part = Path(f"{Path(args.save_merged)}.part")  # a full disk leaves nothing that looks whole
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.rename(args.save_merged)
     print(f"written: {args.save_merged}/, {folder} merged into its base, in {model.dtype}")
 
 

@@ -77,11 +77,13 @@ class LoRAConfig:
             "r": isinstance(self.r, Integral) and self.r >= 1 and self.r is not True,
             "alpha": isinstance(self.alpha, Real) and 0 < self.alpha < 1e30,  # no NaN or infinity
             "dropout": isinstance(self.dropout, Real) and 0 <= self.dropout < 1,
-            "targets": len(self.targets) == 1 or self.targets and "all-linear" not in self.targets,
+            "targets": bool(self.targets),
             "rslora": isinstance(self.rslora, bool)}
         for field, valid in in_range.items():
             if not valid:
                 raise ValueError(f"{field} = {getattr(self, field)!r} is out of range")
+        if "all-linear" in self.targets and len(self.targets) > 1:
+            raise ValueError(f"targets = {self.targets}: all-linear has to stand alone")
 
     @property
     def scaling(self):

@@ -493,7 +493,7 @@ def test_layers_are_known_by_their_class():
 
 
 def test_all_linear_leaves_out_routers():
-    """What chooses the experts must not be adapted; the gate of a SwiGLU must be."""
+    """What chooses the experts must be neither adapted nor packed; the gate of a SwiGLU must be."""
     def linear():
         return nn.Linear(8, 8)
 
@@ -501,8 +501,9 @@ def test_all_linear_leaves_out_routers():
         "router": linear(), "choice": type("TopKRouter", (nn.Linear,), {})(8, 8),
         "moe": nn.ModuleDict({"gate": linear(), "experts": nn.ModuleList([linear()])}),
         "mlp": nn.ModuleDict({"gate": linear(), "up": linear()})})
-    names = inject_lora(model, LoRAConfig(targets="all-linear"))
-    assert names == ["moe.experts.0", "mlp.gate", "mlp.up"]
+    names = ["moe.experts.0", "mlp.gate", "mlp.up"]
+    assert quantize_nf4(copy.deepcopy(model)) == names
+    assert inject_lora(model, LoRAConfig(targets="all-linear")) == names
 
 
 def test_layers_that_mamba_does_not_call_are_left_out():
@@ -1791,7 +1792,7 @@ def test_an_adapter_tells_how_it_was_trained(tiny, patch):
     patch(eval_gsm8k, load_model=lambda *found: read.append(found) or load(tiny), ask=lambda *_: 0)
     for flags, model, trained, warned in (
             ("", "base", True, 0), ("--no-nf4 --no-chat", "base", False, 2),
-            ("--model other", "other", True, 0)):
+            ("--model other", "other", True, 1)):
         args = eval_gsm8k.parse_args(f"--adapter {last} --ask x --device cpu {flags}".split())
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -1816,6 +1817,19 @@ def test_a_log_is_read_without_its_damaged_lines():
     train_math.open_log(path, 1)({"step": 2, "loss": 1.5})
     assert train_math.read_log(path) == [
         {"step": 0, "val_loss": 1}, {"step": 1}, {"step": 2, "loss": 1.5}]
+
+
+def test_a_run_that_never_beats_its_start_is_warned_of():
+    for step in (1, 2):
+        Path(f"checkpoints/run/step_00000{step}").mkdir(parents=True)
+    Path("runs/run").mkdir(parents=True)
+    losses = {0: 1.5, 1: 1.7, 2: 1.6}
+    for start, matched in ((1.5, "lower held-out loss than its start"), (1.8, None)):
+        losses[0] = start
+        lines = [json.dumps({"step": step, "val_loss": loss}) for step, loss in losses.items()]
+        Path("runs/run/metrics.jsonl").write_text("\n".join(lines))
+        with pytest.warns(match=matched) if matched else nullcontext():
+            assert train_math.best_adapter("checkpoints/run").name == "step_000002"
 
 
 # --- train_math.py: command lines ---
@@ -2200,7 +2214,7 @@ def test_recomputed_blocks_give_equal_gradients_and_save_less(encoder):
 
 def test_skipped_steps_leave_weights_and_schedule_and_twenty_end_a_run(encoder, patch):
     """The first step taken must have the peak rate; gradients are unscaled, then clipped."""
-    args, data = prepared(encoder, "--dtype float16 --batch-size 8 --full-lr 0.05")
+    args, data = prepared(encoder, "--dtype float16 --batch-size 8 --full-finetune --full-lr 0.05")
     steps, step, scaler = [], torch.optim.AdamW.step, train_sst2.LossScaler
 
     def recorded(optimizer):

@@ -191,7 +191,7 @@ def saved_flags(args):
 def trained_with(folder, task="CAUSAL_LM"):
     """Return the flags an adapter was trained with, those of model, chat and nf4 where known."""
     path = Path(folder, "adapter_config.json")
-    if Path(folder).is_dir() and not path.exists():
+    if Path(folder).exists() and not path.is_file():
         raise ValueError("this is not an adapter: adapter_config.json is missing")
     config = json.loads(path.read_text(encoding="utf8"))
     if config.get("task_type") not in (None, task):
@@ -210,7 +210,10 @@ def trained_with(folder, task="CAUSAL_LM"):
 
 
 def warn_of_mismatch(args, folder, trained):
-    """Warn if an adapter was trained with other --chat or --nf4; load_adapter compares the base."""
+    """Warn if an adapter was trained on another base, or with other --chat or --nf4."""
+    base = trained.get("model", args.model)
+    if Path(base).name != Path(args.model).name:  # the folder may have been moved
+        warnings.warn(f"{folder} was trained on {base}, but is used on {args.model}")
     for name in ("chat", "nf4"):
         if trained.get(name, bool(getattr(args, name))) != bool(getattr(args, name)):
             words = ("with", "without") if trained[name] else ("without", "with")
@@ -250,7 +253,7 @@ def read_table(data, split, limit=None, chat=None):
             if limit and len(rows) >= limit:
                 break
         if not rows:
-            raise ValueError("no row has an answer")
+            raise ValueError("no row has an answer" if len(table) else "there are no rows")
         if len({type(row.question) for row in rows}) > 1:
             raise ValueError("only some rows have messages: add --chat, to read all as chats")
         if chat is False and isinstance(rows[0].question, list):
@@ -880,9 +883,12 @@ def checkpoints(run):
 
 def best_adapter(folder):
     """Return the folder; for a run, its checkpoint with the lowest held-out loss, or the last."""
-    losses, steps = val_losses(read_log(metrics_path(folder))), reversed(checkpoints(folder))
-    return min(steps, key=lambda step: losses.get(int(step.name[5:]), math.inf),
-               default=Path(folder))
+    measured, steps = val_losses(read_log(metrics_path(folder))), checkpoints(folder)
+    losses = {step: measured.get(int(step.name[5:]), math.inf) for step in reversed(steps)}
+    best = min(losses, key=losses.get, default=Path(folder))
+    if steps and measured.get(0, math.inf) < losses[best]:
+        warnings.warn(f"no checkpoint of {folder} has a lower held-out loss than its start")
+    return best
 
 
 def state_of(folder):
@@ -912,7 +918,8 @@ def save_checkpoint(folder, model, metadata, step, optimizer, scaler):
 
 def newest_state(run):
     """Return (folder, training state) of the newest checkpoint that can be read."""
-    for path in reversed(checkpoints(run)):
+    with_state = [path for path in checkpoints(run) if state_of(path).exists()]
+    for path in reversed(with_state):
         try:
             with zipfile.ZipFile(state_of(path)) as file:  # torch.load compares no checksums
                 broken = file.testzip()
@@ -920,9 +927,10 @@ def newest_state(run):
             if broken or state["adapter"] != adapter_hash(path):
                 raise ValueError("its checksum differs")
             return path, state
-        except Exception as error:  # damaged, or an older one without its state
-            warnings.warn(f"passing over {path}, damaged or without its state: {first_line(error)}")
-    raise ValueError(f"--resume: {run} has no whole checkpoint to continue from")
+        except Exception as error:  # a damaged file may raise anything
+            warnings.warn(f"passing over {path}, which is damaged: {first_line(error)}")
+    raise ValueError(f"--resume: {run} has no whole checkpoint to continue from: begin again, "
+                     "with another --run-name and without --resume")
 
 
 def write_whole(path, content):
@@ -1408,6 +1416,8 @@ def loading(flag, name):
             hub = ", and the Hub cannot be reached" if offline else ""
             details = "" if isinstance(error, FileNotFoundError) and error.errno else f" ({reason})"
             reason = f"no such file or folder{hub}{details}"
+            if flag == "--model":
+                reason += "; if an adapter names this as its base, give --model"
         raise ValueError(f"{flag} {name}: {reason}") from None
 
 

@@ -82,6 +82,8 @@ def parse_args(argv=None):
         parser.error("--ranks: give a rank, or --full-finetune")
     if args.predict and args.adapter is None:
         parser.error("--predict needs --adapter, which makes the predictions")
+    if args.full_lr != parser.get_default("full_lr") and not args.full_finetune:
+        parser.error("--full-lr has no effect without --full-finetune")
     if args.demo:
         refuse_unused(parser, args, "--demo", [])
     if args.adapter is not None:  # it is used as it is, not trained
@@ -107,7 +109,8 @@ def read_sentences(data, split):
             table = open_table(str(files[0]) if files else data, split)
         rows = []
         for place, row in enumerate(table, 1):
-            if not isinstance(row, dict) or None in row or str(row.get("label")) not in ("0", "1"):
+            known = isinstance(row, dict) and None not in row and "sentence" in row
+            if not known or str(row.get("label")) not in ("0", "1"):
                 raise ValueError(f"{split}, row {place}: expected sentence, and label 0 or 1, "
                                  f"found {row!r:.100}")
             sentence = plain_text(row.get("sentence"), f"{split}, row {place}: sentence")

@@ -137,7 +137,8 @@ def main(args):
                   f"{result['peak_gib']:5.2f} GiB  loss {result['loss']:.4f}", flush=True)
         if args.out:
             setting = {"targets": args.targets, "steps": args.steps, "flags": args.flags,
-                       "dtype": str(dtype())[6:]}
+                       "dtype": str(dtype())[6:],
+                       "huge_pages": os.environ["THP_MEM_ALLOC_ENABLE"]}  # of ours
             with open(args.out, "a") as file:
                 file.write(json.dumps(setting | rounds[-1]) + "\n")
     for other in kinds:
