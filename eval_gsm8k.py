@@ -360,14 +360,15 @@ def ask(args, model, tokenizer, adapters):
 def save_merged(args, model, tokenizer, adapters):
     """Write base and adapter as one model, with tokenizer and generation settings."""
     (folder,) = adapters.values()
+    target = Path(args.save_merged)
     load_adapter(model, folder)
     dequantize_nf4(strip_lora(merge_lora(model)))  # with --nf4, the layers without an adapter
     if RANK == 0:
-        part = Path(f"{Path(args.save_merged)}.part")  # a full disk leaves nothing that looks whole
+        part = Path(f"{target}.part")  # a full disk leaves nothing that looks whole
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        part.rename(args.save_merged)
-    print(f"written: {args.save_merged}/, {folder} merged into its base, in {model.dtype}")
+        part.rename(target)
+    print(f"written: {target}/, {folder} merged into its base, in {model.dtype}")
 
 
 def read_problems(args):

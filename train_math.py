@@ -1416,8 +1416,8 @@ def loading(flag, name):
             hub = ", and the Hub cannot be reached" if offline else ""
             details = "" if isinstance(error, FileNotFoundError) and error.errno else f" ({reason})"
             reason = f"no such file or folder{hub}{details}"
-            if flag == "--model":
-                reason += "; if an adapter names this as its base, give --model"
+            if flag == "--model" and Path(name).is_absolute():
+                reason = "no such folder; if an adapter's base has moved, give its place as --model"
         raise ValueError(f"{flag} {name}: {reason}") from None
 
 
