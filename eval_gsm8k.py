@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -213,10 +214,10 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
 
 def pad_left(rows, pad, device):
     """Return (ids, attention mask), the mask by lengths: ids cannot tell padding from an EOS."""
-    left = [max(map(len, rows)) - len(row) for row in rows]
-    ids = [[pad] * n + row for n, row in zip(left, rows)]
-    mask = [[0] * n + [1] * len(row) for n, row in zip(left, rows)]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    left = dict(batch_first=True, padding_side="left")
+    ids = pad_sequence([torch.tensor(row) for row in rows], padding_value=pad, **left)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], **left)
+    return ids.to(device), mask.to(device)
 
 
 def try_batch(model, row, pad):

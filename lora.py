@@ -194,7 +194,7 @@ def device_of(module):
 #     merged           the plain layer, W0 + s B A    (wrapper, W0)
 #
 # Over a packed base, merging makes a new dense layer; its `lora_waiting` is (wrapper, base).
-# It is a tuple, so that nn.Module does not register what waits: state_dict() and .to() skip it.
+# What waits is in a tuple, so that nn.Module does not register it: state_dict() and .to() skip it.
 
 def inject_lora(model, config, layer=LoRALinear):
     """Freeze the model, wrap the targets, train also_train (Sec. 4.2); return the wrapped names.
@@ -272,6 +272,7 @@ def count_parameters(model):
 # --- heads: modules that train in full (also_train) ---
 #
 # A head is not swapped, its weights are: it keeps those of the base beside those that train.
+# Unlike A and B, these follow model.half().
 
 def make_trainable(module):
     """Put trainable copies of its weights into a module; those of the base are kept beside them."""
@@ -847,8 +848,8 @@ def quantize_nf4(model, skip=("lm_head",)):
     """Put an NF4Linear in place of the linear layers; return their names.
 
     Call it on the CPU before injecting, then move the model, so that a GPU never holds the dense
-    weights. The output head, routers, and names that end in one of skip stay dense; so do, with a
-    warning, layers that cannot be packed.
+    weights. The output head, routers, layers that no target can name, and names that end in one of
+    skip stay dense; so do, with a warning, layers that cannot be packed.
     """
     require_active(model, "quantise")
     if dict(lora_layers(model)):

@@ -5,6 +5,7 @@ In the order of the files; the kill and two training processes come last.
 import copy
 import dataclasses
 import gc
+import io
 import itertools
 import json
 import math
@@ -36,6 +37,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
@@ -1006,6 +1008,15 @@ def test_nf4_takes_the_nearest_value_in_4_25_bits():
     assert torch.equal(NF4Linear(ragged).weight, ragged.weight)
 
 
+def test_packing_on_fake_tensors_changes_nothing_afterwards():
+    """Tools that trace a model without its data run such tensors through the same code."""
+    layer, x = nn.Linear(64, 8), torch.randn(2, 64)
+    before = NF4Linear(layer)(x)
+    with FakeTensorMode():
+        NF4Linear(nn.Linear(64, 8))(torch.randn(2, 64))
+    assert torch.equal(NF4Linear(layer)(x), before)
+
+
 @cases("dtype", DTYPES)
 @cases("kind", [nn.Linear, Conv1D])
 def test_nf4_computes_and_differentiates_like_the_dense_layer(kind, dtype):
@@ -1415,6 +1426,14 @@ def test_unusual_heads_and_models_that_see_ahead_are_refused(kind, options, mess
     refused(f"{type(model).__name__}.*{message}", train_math.check_head, model, ROW)
 
 
+def test_the_check_of_the_head_takes_no_logits_of_whole_rows(tiny):
+    """A long row's would need more memory than training it."""
+    model, positions = load(tiny)[0], []
+    model.lm_head.register_forward_hook(lambda *args: positions.append(args[2].shape[1]))
+    train_math.check_head(model, [*range(3, 23)])
+    assert max(positions) == 16
+
+
 @cases("kind, options", [
     ("gemma2", {"final_logit_softcapping": None}),  # attention's cap of 50: hardly seen here
     ("gpt_oss", {"num_local_experts": 2, "num_experts_per_tok": 1}), ("doge", {})])
@@ -1775,6 +1794,10 @@ def test_the_demo_deletes_no_other_run(tiny):
     last = run(tiny, "--max-steps 1 --run-name demo")
     refused("--demo checkpoints/demo/run.json: a run of your own", train_math.main,
             parse_args(["--demo"]))
+    begun = Path("checkpoints/demo/run.json")
+    begun.write_text(begun.read_text().replace(f"{tiny}/train.jsonl", "demo/two-step-train.jsonl"))
+    with filelock.FileLock(begun.with_name(".lock")):  # another demo, still at work
+        refused("in use by another process", train_math.main, parse_args(["--demo"]))
     assert last.exists()
 
 
@@ -2089,6 +2112,14 @@ def test_errors_end_in_one_line(error, word, patch, capsys):
     patch(warnings, formatwarning=None)
     refused("^2$", train_math.run_script, "x.py", fails, lambda: None, error=SystemExit)
     assert re.fullmatch(f"x.py: .*{word}.*\n", capsys.readouterr().err)
+
+
+def test_a_console_that_cannot_show_a_character_ends_no_run(patch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    patch(sys, stdout=console)
+    patch(warnings, formatwarning=None)
+    train_math.run_script("x.py", lambda args: print("\u6f22", flush=True), lambda: None)
+    assert console.buffer.getvalue().strip() == b"\\u6f22"
 
 
 # --- train_sst2.py ---

@@ -6,7 +6,7 @@
     python train_math.py --adapter DIR --data more.jsonl           # go on from an adapter
     python train_math.py --run-name X --resume                     # after Ctrl-C or a kill
     python eval_gsm8k.py --adapter checkpoints/lora-r8-MetaMathQA  # score every checkpoint
-    torchrun --nproc-per-node 2 -- train_math.py                   # the same run on two GPUs
+    torchrun --nproc-per-node 2 -- train_math.py                   # on two GPUs (not measured)
 
 Data: .jsonl, .json, .parquet, .csv or a data set of the Hub, with the columns query and response,
 question and answer, prompt and completion, instruction (with input or context) and output or
@@ -20,6 +20,7 @@ train().
 import argparse
 import csv
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -37,8 +38,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
-# Before torch's first tensor: large tensors then lie on huge pages (Linux), and a process that
-# trains on a CPU grows less beyond the size of its tensors.
+# Before torch's first tensor: large tensors then lie on huge pages (Linux), with which a run on a
+# CPU has a lower peak (results/README.md, "Speed").
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
@@ -679,10 +680,13 @@ def check_head(model, ids):
     """
     # Allowed relative error of one matrix product.
     rounding = 1e-5 if model.dtype == torch.float32 else 0.01
+    # Logits of all positions would take more memory than training does.
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 16} if keeps else {}
     try:
         with torch.no_grad():
             inputs = torch.tensor([ids], device=model.device)
-            expected = model(input_ids=inputs, use_cache=False).logits[:, -16:].float()
+            expected = model(input_ids=inputs, use_cache=False, **last).logits[:, -16:].float()
         logits = last_logits(model, ids)
         other_token = (ids[-1] + 1) % len(model.get_input_embeddings().weight)
         after_change = last_logits(model, [*ids[:-1], other_token])
@@ -976,7 +980,7 @@ def begin_run(run, args, examples, model):
 def train(model, examples, args, held_out=(), state=None, metadata=None):
     """Train what requires grad, from `state` if given, and save checkpoints with `metadata`.
 
-    The model has to be in train mode. Without metadata nothing is saved.
+    The model has to be in train mode. Without metadata no checkpoint is saved.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
@@ -1327,6 +1331,8 @@ def demo(seed):
         with loading("--demo", begun):
             if json.loads(begun.read_text())["flags"]["data"] != "demo/two-step-train.jsonl":
                 raise ValueError("a run of your own: rename it, or run the demo in another folder")
+        with locked(begun.parent, "folder"):
+            pass  # no other demo is writing there
         shutil.rmtree(begun.parent)
     if Path("demo/one-step-train.jsonl").exists():  # the last demo's
         for folder in ("demo/merged", "demo/scores", "demo/scores-merged"):
