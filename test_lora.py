@@ -1857,6 +1857,12 @@ def test_a_run_that_never_beats_its_start_is_warned_of():
 
 # --- train_math.py: command lines ---
 
+def test_damaged_weights_say_what_to_do():
+    saved("adapter")
+    os.truncate(f"adapter/{WEIGHTS}", 99)
+    refused("--adapter adapter: its weights are damaged, copy", parse_args, ["--adapter=adapter"])
+
+
 @cases("flags, message", [
     ("--max-length 4", "4 leaves none of 64 rows"), ("--demo", "has no effect beside --demo"),
     ("--grad-accum 1", "--grad-accum 1 is too few: each of 2 processes")])

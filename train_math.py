@@ -1417,6 +1417,8 @@ def loading(flag, name):
         if is_out_of_memory(error):
             raise
         reason = first_line(error)
+        if isinstance(error, SafetensorError):
+            reason = f"its weights are damaged, copy them again ({reason})"
         if type(error) is not ValueError and not Path(name).exists():  # ours are ValueErrors
             offline = re.search("connect|reach|offline|resolve", reason, re.IGNORECASE)
             hub = ", and the Hub cannot be reached" if offline else ""
