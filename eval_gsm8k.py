@@ -22,6 +22,7 @@ import math
 import re
 import sys
 import time
+import warnings
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -30,14 +31,13 @@ import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lora import dequantize_nf4, load_adapter, merge_lora, strip_lora
 from train_math import (BASE_MODEL, RANK, WORLD, Parser, Row, adapter_hash, add_flag, agree,
                         base_hash, best_adapter, check_ids, checkpoints, chunks, encode_prompt,
-                        format_prompt, gather, hash_of, join_processes, load_model, loading, number,
-                        pick_device, pick_dtype, plain_text, read_table, run_script, trained_with,
-                        warn_of_mismatch, write_whole)
+                        format_prompt, gather, hash_of, join_processes, load_model, loading,
+                        no_effect, number, pick_device, pick_dtype, plain_text, read_table,
+                        run_script, trained_with, warn_of_mismatch, write_whole)
 
 
 # --- flags ---
@@ -64,7 +64,16 @@ def parse_args(argv=None):
     add("--dtype", "auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--device", "auto", "auto, cpu, cuda, cuda:1, mps")
     add("--out", "eval_results", "folder for the scores")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    used, message = ["model", "adapter", "chat", "nf4", "dtype", "device"], ""
+    if args.ask:
+        used += ["system", "batch_size", "max_new_tokens"]
+        message = no_effect(parser, args, "--ask", *used)
+    elif args.save_merged is not None:
+        message = no_effect(parser, args, "--save-merged", *used)
+    if message:
+        warnings.warn(message)
+    return args
 
 
 def list_adapters(folders, scoring):
@@ -186,30 +195,51 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
     own = model.generation_config
     stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     eos = [tokenizer.eos_token_id, *(token for token in stops if token is not None)]
+    # In a chat these words open no question of the model's own: they may repeat the user's.
+    stop = None if isinstance(prompts[0], list) else "Question:"
     # The checkpoint's own settings may ask for sampling, and its pad id may have no embedding.
     # The tokenizer's EOS pads: decoding skips it.
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, eos_token_id=eos, pad_token_id=eos[0], return_dict_in_generate=True)
     try:
-        padding_matters, rows_can_leave = try_batch(model, min(encoded, key=len), eos[0])
-        if padding_matters and batch_size > 1:
+        if batch_size > 1 and padding_matters(model, min(encoded, key=len), eos[0]):
             print("padding changes what this model computes: one prompt at a time", flush=True)
             batch_size = 1
-        leave_after = 16 if rows_can_leave else max_new_tokens
-        # In a chat these words open no question of the model's own: they may repeat the user's.
-        stop = None if isinstance(prompts[0], list) else "Question:"
-        # Prompts of similar length share a batch, to save padding. The longest come first, so that
-        # running out of memory comes soon.
-        order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-        batches, completions = chunks(order, batch_size)[RANK::WORLD], {}
-        for batch in tqdm(batches, unit="batch", disable=RANK > 0 or None):
-            completions |= complete_batch(model, tokenizer, {i: encoded[i] for i in batch}, eos,
-                                          stop, max_new_tokens, leave_after)
+        rows = {i: encoded[i] for i in range(RANK, len(encoded), WORLD)}
+        completions = complete_rows(model, tokenizer, rows, eos, stop, batch_size, max_new_tokens)
     finally:
         model.generation_config = own
     for others in gather(completions):
         completions |= others
     return [completions[i] for i in range(len(prompts))]
+
+
+def complete_rows(model, tokenizer, rows, eos, stop, batch_size, max_new_tokens):
+    """Complete {i: token ids} as {i: (text, cut off)}, up to an EOS or before the text `stop`.
+
+    In a batch, a row that has ended costs as much as one that goes on. So all rows are completed to
+    32 tokens first; those that have not ended form new, full batches and go on to 64, then to 128,
+    and so on. What they have said is then part of their prompts.
+    """
+    starts, completions = {i: len(ids) for i, ids in rows.items()}, {}
+    said, length = 0, min(32, max_new_tokens)
+    with tqdm(total=len(rows), unit="row", disable=RANK > 0 or None) as bar:
+        while rows:
+            longest_first = sorted(rows, key=lambda i: -len(rows[i]))  # sorted: less padding
+            for batch in chunks(longest_first, batch_size):
+                ids, mask = pad_left([rows[i] for i in batch], eos[0], model.device)
+                out = model.generate(ids, attention_mask=mask, max_new_tokens=length - said)
+                for i, new in zip(batch, out.sequences[:, ids.shape[1]:].tolist()):
+                    rows[i] = rows[i] + new
+                    text = tokenizer.decode(rows[i][starts[i]:], skip_special_tokens=True)
+                    kept = text.split(stop)[0] if stop else text
+                    ended = kept != text or any(token in eos for token in new)
+                    if ended or length == max_new_tokens:
+                        completions[i] = kept, not ended
+                bar.update(len(completions) - bar.n)
+            rows = {i: ids for i, ids in rows.items() if i not in completions}
+            said, length = length, min(2 * length, max_new_tokens)
+    return completions
 
 
 def pad_left(rows, pad, device):
@@ -220,10 +250,10 @@ def pad_left(rows, pad, device):
     return ids.to(device), mask.to(device)
 
 
-def try_batch(model, row, pad):
-    """Return (whether padding before a row changes its logits, whether rows can leave the cache).
+def padding_matters(model, row, pad):
+    """Return whether padding before a row changes its logits, in four generated tokens.
 
-    Compares four generated tokens. Call it while complete()'s generation_config is set.
+    Call it while complete()'s generation_config is set.
     """
     logits = []
     for rows in ([row], [row, [pad] * (len(row) + 3)]):
@@ -231,42 +261,7 @@ def try_batch(model, row, pad):
         out = model.generate(ids, attention_mask=mask, min_new_tokens=4, max_new_tokens=4,
                              output_logits=True)
         logits.append(torch.stack([step[0].float() for step in out.logits]))
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
-    # Rows can be taken out of a plain cache of keys and values. Other caches are left alone.
-    cache, plain = out.get("past_key_values"), (DynamicLayer, DynamicSlidingWindowLayer)
-    rows_can_leave = (not model._is_stateful and type(cache) is DynamicCache
-                      and all(type(layer) in plain and layer.is_initialized
-                              for layer in cache.layers))
-    return not agree(logits[1], logits[0], tolerance), rows_can_leave
-
-
-def complete_batch(model, tokenizer, prompts, eos, stop, max_new_tokens, leave_after):
-    """Complete {i: token ids} as {i: (text, cut off)}, up to an EOS or before the text `stop`.
-
-    Every leave_after tokens, rows that have ended leave the batch: kept, they would cost as much as
-    the longest.
-    """
-    ids, mask = pad_left(list(prompts.values()), eos[0], model.device)
-    width, rows, cache, completions = ids.shape[1], list(prompts), None, {}
-    while True:
-        length = min(ids.shape[1] + leave_after, width + max_new_tokens)
-        out = model.generate(ids, attention_mask=mask, max_length=length, past_key_values=cache)
-        keep = []
-        for place, new in enumerate(out.sequences[:, width:].tolist()):
-            text = tokenizer.decode(new, skip_special_tokens=True)
-            said = text.split(stop)[0] if stop else text
-            ended = said != text or any(token in eos for token in new)
-            if ended or len(new) == max_new_tokens:
-                completions[rows[place]] = said, not ended
-            else:
-                keep.append(place)
-        if not keep:
-            return completions
-        rows = [rows[place] for place in keep]
-        ids = out.sequences[keep]
-        mask = torch.nn.functional.pad(mask[keep], (0, leave_after), value=1)
-        cache = out.past_key_values
-        cache.batch_select_indices(keep)
+    return not agree(logits[1], logits[0], 1e-3 if model.dtype == torch.float32 else 0.05)
 
 
 # --- scores ---

@@ -35,7 +35,7 @@ import math
 import warnings
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -646,7 +646,7 @@ def file_parameters(layers, heads):
 
 
 def base_sample(layer):
-    """Return 64 weights of the base. Another model or seed has others, a fine-tune nearly these."""
+    """Return the first 64 weights of a layer's base, by which load_adapter knows another base."""
     W0 = layer.weight
     return W0.flatten()[:64].tolist() if W0.dtype in FLOATS and not W0.is_meta else []
 
@@ -654,8 +654,7 @@ def base_sample(layer):
 def load_adapter(model, folder, layer=LoRALinear):
     """Put a folder's adapter onto the model, replacing any other; return its config.
 
-    Create the optimizer afterwards: A and B are new Parameters, except over an adapter of the same
-    layers, class and config, which takes the values in place. Raises ValueError if the files are
+    Create the optimizer afterwards: A and B are new Parameters. Raises ValueError if the files are
     damaged or for another model, and RuntimeError while an adapter is merged or off; the model is
     then unchanged. Warns of another base, which only files of save_adapter can tell.
     """
@@ -669,11 +668,9 @@ def load_adapter(model, folder, layer=LoRALinear):
             reason = " ".join(str(error).split())
             raise ValueError(f"{folder} is no adapter for this model: {reason}") from error
         wrappers = {name: layer(base, config) for name, base in layers.items()}
-    before = dict(lora_layers(model))
-    if signature(before) != signature(wrappers):
-        if before and model.training:
-            warnings.warn("A and B are new Parameters now: create the optimizer again")
-        install(strip_lora(model), {wrapper.base: wrapper for wrapper in wrappers.values()}, heads)
+    if model.training and dict(lora_layers(model)):
+        warnings.warn("A and B are new Parameters now: create the optimizer again")
+    install(strip_lora(model), {wrapper.base: wrapper for wrapper in wrappers.values()}, heads)
     for key, parameter in file_parameters(*adapter_modules(model)).items():
         parameter.detach().copy_(tensors[key])
     own_sample = torch.tensor(base_sample(list(wrappers.values())[-1]))
@@ -681,13 +678,6 @@ def load_adapter(model, folder, layer=LoRALinear):
     if own_sample.shape == sample.shape and (own_sample - sample).norm() > 0.3 * sample.norm():
         warnings.warn(f"{folder} was trained on another base")
     return config
-
-
-def signature(layers):
-    """Return what must be equal for one adapter's Parameters to take the other's values."""
-    # Targets are blanked: the names say what they mean, however they were spelt.
-    return {name: (type(layer), layer.base, replace(layer.config, targets="q_proj"))
-            for name, layer in layers.items()}
 
 
 def read_adapter(model, folder, layer):

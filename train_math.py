@@ -115,7 +115,7 @@ def parse_args(argv=None):
     add("--targets", ["q_proj", "v_proj"], "name endings, or all-linear", nargs="+")
     add("--rslora", False, "scale by alpha / sqrt(r)", action="store_true")
     add("--lr", 3e-4, "learning rate at the peak", **number(float, 1e-12, 1))
-    add("--warmup-steps", 100, "steps of rising learning rate, at most a tenth of the run",
+    add("--warmup-steps", 100, "steps of linear warm-up, at most a tenth of the run",
         **number(int, 0))
     add("--weight-decay", 0.0, "of A and B", **number(float, 0, 1))
     add("--clip", 1.0, "largest gradient norm", **number(float, 1e-6))
@@ -136,8 +136,8 @@ def parse_args(argv=None):
     add("--seed", 0, "order of the data, A, dropout", **number(int, 0, 2**31))
     add("--demo", False, "train and score a tiny model", action="store_true")
     args = parser.parse_args(argv)
-    if args.demo:
-        refuse_unused(parser, args, "--demo", ["seed"])
+    if args.demo and (message := no_effect(parser, args, "--demo", "seed")):
+        raise ValueError(message)
     saved = saved_flags(args)
     parser.set_defaults(**saved)
     args = parser.parse_args(argv)  # again: a flag that is not given takes its saved value
@@ -162,12 +162,12 @@ def refuse_changed(args, saved):
                              "leave the flag out")
 
 
-def refuse_unused(parser, args, flag, used):
-    """Raise ValueError for a set flag that is not in `used`: beside `flag` it has no effect."""
-    for name, value in vars(args).items():
-        if name not in used and f"--{name}" != flag and value != parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')} has no effect beside {flag}: "
-                             "leave it out")
+def no_effect(parser, args, flag, *used):
+    """Return a line on the set flags that have no effect beside this one, "" if there are none."""
+    names = [f"--{name.replace('_', '-')}" for name, value in vars(args).items()
+             if name not in used and value != parser.get_default(name)]
+    names.remove(flag)
+    return f"no effect beside {flag}: leave out {', '.join(names)}" if names else ""
 
 
 def name_run(args):
@@ -895,7 +895,7 @@ def best_adapter(folder):
     return best
 
 
-def state_of(folder):
+def state_path(folder):
     """Return the file of the training state that belongs to a checkpoint."""
     return folder.with_name(f"state_{folder.name[5:]}.pt")
 
@@ -913,21 +913,21 @@ def save_checkpoint(folder, model, metadata, step, optimizer, scaler):
     part.rename(folder)
     content = io.BytesIO()  # to a file, torch.save would hide that a disk is full
     torch.save(state, content)
-    write_whole(state_of(folder), content.getvalue())
+    write_whole(state_path(folder), content.getvalue())
     steps = checkpoints(folder.parent)
     earlier = steps[:steps.index(folder)]
     for old in earlier[:-1]:
-        state_of(old).unlink(missing_ok=True)
+        state_path(old).unlink(missing_ok=True)
 
 
 def newest_state(run):
     """Return (folder, training state) of the newest checkpoint that can be read."""
-    with_state = [path for path in checkpoints(run) if state_of(path).exists()]
+    with_state = [path for path in checkpoints(run) if state_path(path).exists()]
     for path in reversed(with_state):
         try:
-            with zipfile.ZipFile(state_of(path)) as file:  # torch.load compares no checksums
+            with zipfile.ZipFile(state_path(path)) as file:  # torch.load compares no checksums
                 broken = file.testzip()
-            state = torch.load(state_of(path), "cpu", weights_only=True)
+            state = torch.load(state_path(path), "cpu", weights_only=True)
             if broken or state["adapter"] != adapter_hash(path):
                 raise ValueError("its checksum differs")
             return path, state

@@ -41,9 +41,9 @@ from eval_gsm8k import refuse_other_settings, wilson_interval
 from lora import (LoRAConfig, count_parameters, inject_lora, load_adapter, lora_layers,
                   save_adapter)
 from train_math import (FILES, WORLD, GiB, LossScaler, Parser, add_flag, agree, base_hash,
-                        check_ids, chunks, epoch_batches, hash_of, length, loading, locked, number,
-                        open_table, peak_memory, pick_device, pick_dtype, plain_text,
-                        refuse_unused, run_script, trained_with, write_whole)
+                        check_ids, chunks, epoch_batches, hash_of, length, loading, locked,
+                        no_effect, number, open_table, peak_memory, pick_device, pick_dtype,
+                        plain_text, run_script, trained_with, write_whole)
 
 BASE = "roberta-base"
 
@@ -84,11 +84,14 @@ def parse_args(argv=None):
         parser.error("--predict needs --adapter, which makes the predictions")
     if args.full_lr != parser.get_default("full_lr") and not args.full_finetune:
         parser.error("--full-lr has no effect without --full-finetune")
+    message = ""
     if args.demo:
-        refuse_unused(parser, args, "--demo", [])
-    if args.adapter is not None:  # it is used as it is, not trained
-        refuse_unused(parser, args, "--adapter", ["predict", "model", "data", "max_length", "dtype",
-                                                  "device"])
+        message = no_effect(parser, args, "--demo")
+    elif args.adapter is not None:  # it is used as it is, not trained
+        message = no_effect(parser, args, "--adapter", "predict", "model", "data",
+                            "max_length", "dtype", "device")
+    if message:
+        raise ValueError(message)
     return args
 
 
@@ -314,7 +317,7 @@ def train(args, data, r, seed):
     labels = [label for _, label in data["validation"]]
     majority = max(labels.count(0), labels.count(1)) / n  # what always the same label would score
     if run["ci95"][0] <= majority:
-        print(f"{rank_name(r)}, seed {seed} is within chance ({majority:.1%} by one label): try "
+        print(f"{rank_name(r)}, seed {seed} ends within chance ({majority:.1%} by one label): try "
               f"{'--lr' if r else '--full-lr'} three times as high or low, a smaller --batch-size, "
               f"more --epochs{' or --targets all-linear' if r else ''}")
     return run, model

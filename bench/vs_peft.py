@@ -10,7 +10,7 @@ Each round runs three fresh processes in turn, so that a machine that drifts slo
 Printed: unpadded tokens per second of the training steps (ours with clipping and the optimizer's
 step, PEFT's without), the process's peak memory (on a GPU the allocator's), the mean loss, and the
 ratios, as medians over the rounds. A mean loss that differs by 0.05 or more is reported as
-different work. On a CPU without bf16 units all run in float32.
+different work. On a CPU without bf16 units, and with --dtype float32, all run in float32.
 """
 import argparse
 import importlib.util
@@ -41,15 +41,16 @@ def parse_args():
     add("--batch", 8, "rows a step", **count)
     add("--rounds", 1, "repetitions", **count)
     add("--targets", ["q_proj", "v_proj"], "layers to adapt, or all-linear", nargs="+")
+    add("--dtype", "auto", choices=["auto", "float32"])
     add("--out", None, "append a line per round to this .jsonl", type=os.path.abspath)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("flags", nargs="*", help="behind --: flags for train_math.py")
     return parser.parse_args()
 
 
-def dtype():
+def pick_dtype(args):
     units = torch.cpu.get_capabilities().get("avx512_bf16") or torch.cuda.is_available()
-    return torch.bfloat16 if units else torch.float32
+    return torch.bfloat16 if units and args.dtype == "auto" else torch.float32
 
 
 def examples(args, tokenizer):
@@ -65,7 +66,7 @@ def run_peft(args):
     from peft import LoraConfig, get_peft_model
     from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer,
                               TrainingArguments)
-    tuned, half, cuda = args.child == "peft-tuned", dtype(), torch.cuda.is_available()
+    tuned, half, cuda = args.child == "peft-tuned", pick_dtype(args), torch.cuda.is_available()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     rows = examples(args, tokenizer)
@@ -102,7 +103,7 @@ def run_ours(args):
     work = tempfile.mkdtemp()
     flags = (f"--nb-samples {args.batch * args.steps} --epochs 1 --batch-size {args.batch} "
              "--grad-accum 1 --dropout 0 --warmup-steps 0 --val-samples 0 --run-name bench "
-             f"--dtype {str(dtype())[6:]}")
+             f"--dtype {str(pick_dtype(args))[6:]}")
     command = [sys.executable, str(ROOT / "train_math.py"), "--model", args.model, "--data",
                args.data, "--targets", *args.targets, *flags.split(), *args.flags]
     if subprocess.run(command, cwd=work, stdout=subprocess.DEVNULL).returncode:
@@ -128,7 +129,7 @@ def main(args):
         raise ValueError("PEFT is missing: pip install peft")
     if args.child:
         return run_peft(args)
-    print(f"products in {dtype()}", flush=True)
+    print(f"products in {pick_dtype(args)}", flush=True)
     rounds, kinds = [], ("peft", "peft-tuned")
     for n in range(1, args.rounds + 1):
         rounds.append({"ours": run_ours(args), **{kind: run_child(kind) for kind in kinds}})
@@ -137,7 +138,7 @@ def main(args):
                   f"{result['peak_gib']:5.2f} GiB  loss {result['loss']:.4f}", flush=True)
         if args.out:
             setting = {"targets": args.targets, "steps": args.steps, "flags": args.flags,
-                       "dtype": str(dtype())[6:],
+                       "dtype": str(pick_dtype(args))[6:],
                        "huge_pages": os.environ["THP_MEM_ALLOC_ENABLE"]}  # of ours
             with open(args.out, "a") as file:
                 file.write(json.dumps(setting | rounds[-1]) + "\n")
