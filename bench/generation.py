@@ -37,6 +37,7 @@ def parse_args():
     add("--batches", [1, 16, 32, 64], "batch sizes", nargs="+", **count)
     add("--max-new-tokens", 128, "at most", **count)
     add("--rounds", 3, "repetitions", **count)
+    add("--dtype", "auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--against", nargs="+", default=[], choices=["generate", "harness"],
                         help="compare with these instead")
     return parser.parse_args()
@@ -81,7 +82,7 @@ def main(args):
     if "harness" in args.against and importlib.util.find_spec("lm_eval") is None:
         raise ValueError("--against harness: pip install lm_eval")
     device = pick_device("auto")
-    dtype, _ = pick_dtype("auto", device)
+    dtype, _ = pick_dtype(args.dtype, device)
     rows = read_rows(args.data, "test", args.n)
     prompts = [format_prompt(question) for question, _ in rows]
     model, tokenizer = load_model(args.model, dtype, device)
