@@ -4,7 +4,7 @@
     python eval_gsm8k.py --adapter checkpoints/lora-r8-MetaMathQA    # score all its checkpoints
     python eval_gsm8k.py --model DIR --data test.jsonl               # score the base, from files
     python eval_gsm8k.py --adapter DIR --save-merged merged          # write one plain model
-    torchrun --nproc-per-node 2 -- eval_gsm8k.py --adapter DIR       # score on two GPUs
+    torchrun --nproc-per-node 2 -- eval_gsm8k.py --adapter DIR       # on two GPUs (not measured)
 
 Scores compare each adapter with the base. The best of several checkpoints looks too good on the
 problems that chose it: choose by the held-out loss. Written to --out: NAME-DATA-N.json (scores of N
@@ -50,10 +50,10 @@ def parse_args(argv=None):
     add("--adapter", None, "adapters, or runs: all their checkpoints; with --ask and --save-merged "
         "the best one", nargs="+", action="extend", metavar="DIR")
     exclusive("--ask", None, "print what base and adapters say, and do not score", nargs="+",
-              type=plain_text, metavar="TEXT")
+              metavar="TEXT")
     exclusive("--save-merged", None, "write base and adapter as one model, and do not score",
               metavar="DIR")
-    add("--system", None, "a system turn before each text of --ask", type=plain_text)
+    add("--system", None, "a system turn before each text of --ask")
     add("--data", "openai/gsm8k", "Hub id or file")
     add("--nb-samples", None, "the first N problems (default: all)", **count)
     add("--batch-size", 16, "problems at once", **count)
@@ -71,8 +71,11 @@ def parse_args(argv=None):
         message = no_effect(parser, args, "--ask", *used)
     elif args.save_merged is not None:
         message = no_effect(parser, args, "--save-merged", *used)
-    if message:
+    if message:  # the flags may be left over from a command that scores
         warnings.warn(message)
+    for text in args.ask or ():
+        plain_text(text, "--ask")
+    plain_text(args.system or "", "--system")
     return args
 
 
@@ -195,14 +198,15 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
     own = model.generation_config
     stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     eos = [tokenizer.eos_token_id, *(token for token in stops if token is not None)]
-    # In a chat these words open no question of the model's own: they may repeat the user's.
+    # In a chat the words may be a quotation.
     stop = None if isinstance(prompts[0], list) else "Question:"
     # The checkpoint's own settings may ask for sampling, and its pad id may have no embedding.
     # The tokenizer's EOS pads: decoding skips it.
     model.generation_config = transformers.GenerationConfig(
         do_sample=False, eos_token_id=eos, pad_token_id=eos[0], return_dict_in_generate=True)
     try:
-        if batch_size > 1 and padding_matters(model, min(encoded, key=len), eos[0]):
+        shortest = min(encoded, key=len)
+        if min(batch_size, len(encoded)) > 1 and padding_matters(model, shortest, eos[0]):
             print("padding changes what this model computes: one prompt at a time", flush=True)
             batch_size = 1
         rows = {i: encoded[i] for i in range(RANK, len(encoded), WORLD)}
@@ -219,26 +223,26 @@ def complete_rows(model, tokenizer, rows, eos, stop, batch_size, max_new_tokens)
 
     In a batch, a row that has ended costs as much as one that goes on. So all rows are completed to
     32 tokens first; those that have not ended form new, full batches and go on to 64, then to 128,
-    and so on. What they have said is then part of their prompts.
+    and so on. The tokens they have are then read as part of the prompt.
     """
     starts, completions = {i: len(ids) for i, ids in rows.items()}, {}
-    said, length = 0, min(32, max_new_tokens)
+    done, limit = 0, min(32, max_new_tokens)
     with tqdm(total=len(rows), unit="row", disable=RANK > 0 or None) as bar:
         while rows:
             longest_first = sorted(rows, key=lambda i: -len(rows[i]))  # sorted: less padding
             for batch in chunks(longest_first, batch_size):
                 ids, mask = pad_left([rows[i] for i in batch], eos[0], model.device)
-                out = model.generate(ids, attention_mask=mask, max_new_tokens=length - said)
+                out = model.generate(ids, attention_mask=mask, max_new_tokens=limit - done)
                 for i, new in zip(batch, out.sequences[:, ids.shape[1]:].tolist()):
                     rows[i] = rows[i] + new
                     text = tokenizer.decode(rows[i][starts[i]:], skip_special_tokens=True)
                     kept = text.split(stop)[0] if stop else text
                     ended = kept != text or any(token in eos for token in new)
-                    if ended or length == max_new_tokens:
+                    if ended or limit == max_new_tokens:
                         completions[i] = kept, not ended
                 bar.update(len(completions) - bar.n)
             rows = {i: ids for i, ids in rows.items() if i not in completions}
-            said, length = length, min(2 * length, max_new_tokens)
+            done, limit = limit, min(2 * limit, max_new_tokens)
     return completions
 
 

@@ -35,7 +35,7 @@ import math
 import warnings
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 
@@ -121,8 +121,8 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))        # (..., k) -> (..., r)
         update = F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        # The base comes last. If this layer ends a checkpointed block, recomputation stops before
-        # base(x): backward needs nothing that is computed from there on.
+        # The base comes last: if this layer ends a checkpointed block, recomputing it stops here,
+        # because backward needs nothing that base(x) computes.
         return self.base(x) + update
 
     def delta(self):
@@ -193,8 +193,8 @@ def device_of(module):
 #     off              the plain layer                (wrapper, None)
 #     merged           the plain layer, W0 + s B A    (wrapper, W0)
 #
-# Over a packed base, merging makes a new dense layer; its `lora_waiting` is (wrapper, base).
-# What waits is in a tuple, so that nn.Module does not register it: state_dict() and .to() skip it.
+# Over a packed base (appendix), merging makes a new dense layer; what waits is (wrapper, base).
+# It is in a tuple, which nn.Module does not register: state_dict() and .to() pass it over.
 
 def inject_lora(model, config, layer=LoRALinear):
     """Freeze the model, wrap the targets, train also_train (Sec. 4.2); return the wrapped names.
@@ -275,7 +275,7 @@ def count_parameters(model):
 # Unlike A and B, these follow model.half().
 
 def make_trainable(module):
-    """Put trainable copies of its weights into a module; those of the base are kept beside them."""
+    """Let copies of a module's weights train, and keep the base's beside them."""
     base = dict(module.named_parameters(recurse=False))
     trained = {name: nn.Parameter(p.detach().clone()) for name, p in base.items()}
     module.lora_head_weights = {"base": base, "trained": trained}
@@ -341,9 +341,7 @@ def unmerge_lora(model):
     It also repairs a merge or a disable_lora block that was interrupted halfway.
     """
     for plain, (layer, W0) in modules_with(model, "lora_waiting").items():
-        if device_of(layer) != device_of(plain):  # it waited on the CPU, or the model was moved
-            layer.to(device_of(plain))
-        layer.train(plain.training)
+        layer.to(device_of(plain)).train(plain.training)  # the model may have been moved since
         if isinstance(W0, torch.Tensor):
             plain.weight = nn.Parameter(W0.to(plain.weight), requires_grad=False)
         elif W0 is not None:
@@ -421,7 +419,7 @@ def select(model, config, names=None):
     if not layers:
         raise ValueError("no linear layer is left to adapt")
 
-    for name in modules:  # PEFT takes every module whose name ends in these letters
+    for name in modules:  # PEFT matches letters, not whole parts
         if name.endswith(config.also_train) and name not in heads:
             raise ValueError(f"also_train={config.also_train}: PEFT would train {name} too, whose "
                              "name ends in the same letters: add it, or give longer endings")
@@ -434,17 +432,18 @@ def select(model, config, names=None):
             raise ValueError(f"{name} is offloaded: load the model without device_map")
     for name, head in heads.items():  # running statistics and 4-bit weights would not be saved
         if list(head.buffers()) or any(p.dtype not in FLOATS for p in head.parameters()):
-            raise ValueError(f"also_train: {name} has buffers, or weights that are no floats")
+            raise ValueError(f"also_train: {name} has buffers, or weights that are not floats")
     return layers, heads
 
 
 def is_parallel(module):
-    """True for DataParallel, DDP, FSDP, and fully_shard, which prefixes a class's name."""
+    """True for DataParallel, DDP and FSDP."""
     kind = type(module).__name__
     return kind in ("DataParallel", "DistributedDataParallel") or is_sharded(module)
 
 
 def is_sharded(module):
+    """True for FSDP, and for fully_shard, which puts "FSDP" before the name of a class."""
     return type(module).__name__.startswith(("FSDP", "FullyShardedDataParallel"))
 
 
@@ -654,9 +653,11 @@ def base_sample(layer):
 def load_adapter(model, folder, layer=LoRALinear):
     """Put a folder's adapter onto the model, replacing any other; return its config.
 
-    Create the optimizer afterwards: A and B are new Parameters. Raises ValueError if the files are
+    Create the optimizer afterwards: A and B are new Parameters, except over an adapter of the same
+    layers, class and config, which takes the values in place. Raises ValueError if the files are
     damaged or for another model, and RuntimeError while an adapter is merged or off; the model is
-    then unchanged. Warns of another base, which only files of save_adapter can tell.
+    then unchanged. If save_adapter wrote the files, warns of another base; a fine-tuned copy of
+    the base passes.
     """
     require_active(model, "load an adapter")
     with disable_lora(model):  # names and shapes in the file are compared with the base's
@@ -668,9 +669,11 @@ def load_adapter(model, folder, layer=LoRALinear):
             reason = " ".join(str(error).split())
             raise ValueError(f"{folder} is no adapter for this model: {reason}") from error
         wrappers = {name: layer(base, config) for name, base in layers.items()}
-    if model.training and dict(lora_layers(model)):
-        warnings.warn("A and B are new Parameters now: create the optimizer again")
-    install(strip_lora(model), {wrapper.base: wrapper for wrapper in wrappers.values()}, heads)
+    before = dict(lora_layers(model))
+    if signature(before) != signature(wrappers):
+        if before and model.training:
+            warnings.warn("A and B are new Parameters now: create the optimizer again")
+        install(strip_lora(model), {wrapper.base: wrapper for wrapper in wrappers.values()}, heads)
     for key, parameter in file_parameters(*adapter_modules(model)).items():
         parameter.detach().copy_(tensors[key])
     own_sample = torch.tensor(base_sample(list(wrappers.values())[-1]))
@@ -678,6 +681,13 @@ def load_adapter(model, folder, layer=LoRALinear):
     if own_sample.shape == sample.shape and (own_sample - sample).norm() > 0.3 * sample.norm():
         warnings.warn(f"{folder} was trained on another base")
     return config
+
+
+def signature(layers):
+    """Return what must be equal for one adapter's Parameters to take the other's values."""
+    # Targets are blanked: the names say what they mean, however they were spelt.
+    return {name: (type(layer), layer.base, replace(layer.config, targets="q_proj"))
+            for name, layer in layers.items()}
 
 
 def read_adapter(model, folder, layer):
@@ -736,7 +746,7 @@ def check_options(options, required):
         value = options.get(key)
         if key in required:
             supported = value == required[key]
-        elif key == "init_lora_weights":  # other initialisations change W0
+        elif key == "init_lora_weights":  # most other initialisations change W0
             supported = value in (True, False, None, "gaussian", "orthogonal", "eva")
         else:
             supported = key in ACCEPTED or value in (None, False, "", "none", [], {})

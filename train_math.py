@@ -1,7 +1,7 @@
 """LoRA fine-tuning of TinyLlama-1.1B on MetaMathQA, sized for one 4 GB card.
 
     python train_math.py                                           # 10,000 rows, 3 epochs, r=8
-    python train_math.py --demo                                    # 80 s on 2 cores, no download
+    python train_math.py --demo                                    # a minute on 2 cores, no download
     python train_math.py --model DIR --data train.jsonl --r 16     # your own model and data
     python train_math.py --adapter DIR --data more.jsonl           # go on from an adapter
     python train_math.py --run-name X --resume                     # after Ctrl-C or a kill
@@ -107,8 +107,9 @@ def parse_args(argv=None):
         "short file (default: a tenth, at most 200; 0: none)", **number(int, 0))
     add("--epochs", 3, "passes over the training rows", **count)
     add("--max-steps", None, "stop after N steps; the learning rate ends there too", **count)
-    add("--adapter", None, "start from this adapter, or from a run's best checkpoint: --r to "
-        "--rslora are its own, and so are --model, --chat and --nf4, unless given", metavar="DIR")
+    add("--adapter", None, "start from this adapter, or from a run's best checkpoint; r, alpha, "
+        "dropout, targets and rslora are the adapter's, and model, chat and nf4, unless given",
+        metavar="DIR")
     add("--r", 8, "rank (Sec. 4.1)", **count)
     add("--alpha", 16.0, "the update is scaled by alpha / r", **number(float, 1e-9))
     add("--dropout", 0.05, "on the adapter's input", **number(float, 0, 0.99))
@@ -434,7 +435,8 @@ def encode_row(tokenizer, question, answer):
         prompt, ids = tokenizer([start, whole], add_special_tokens=False).input_ids
         rest, end = whole[len(start):], []
     else:
-        text, rest = format_prompt(question), f" {answer}"
+        text = format_prompt(question)
+        rest = f" {answer.removeprefix(' ')}"  # some data sets begin answers with the space
         prompt, ids = encode_prompt(tokenizer, text), encode_prompt(tokenizer, text + rest)
         end = [tokenizer.eos_token_id]
     if ids[:len(prompt)] != prompt:  # a token spans the prompt's end and the answer's start
@@ -570,7 +572,7 @@ def pick_dtype(name, device):
     """Return (dtype, the reason for it)."""
     slow = device.type == "cpu" and not torch.cpu.get_capabilities().get("avx512_bf16")
     if slow and name.endswith("16"):
-        warnings.warn(f"--dtype {name} is slower than float32 on this CPU")
+        warnings.warn(f"--dtype {name} may be slower than float32 on this CPU")
     if name != "auto":
         return getattr(torch, name), "by --dtype"
     if slow or device.type == "mps":
@@ -580,10 +582,9 @@ def pick_dtype(name, device):
     return torch.bfloat16, "this device computes in it"
 
 
-def load_model(name, dtype, device, nf4=False):
-    """Return (causal language model in eval mode, tokenizer)."""
+def load_tokenizer(name):
+    """Return the tokenizer of a base model."""
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     with loading("--model", name):
         if Path(name, "adapter_config.json").exists():  # transformers would put it on, unasked
             raise ValueError("this folder holds an adapter: give its base as --model, and the "
@@ -591,13 +592,22 @@ def load_model(name, dtype, device, nf4=False):
         if Path(name).is_dir() and not Path(name, "config.json").exists():
             raise ValueError("this folder holds no config.json, so it is no model")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        if tokenizer.eos_token_id is None:
+            raise ValueError("its tokenizer has no EOS token, with which answers end")
+    return tokenizer
+
+
+def load_model(name, dtype, device, nf4=False):
+    """Return (causal language model in eval mode, tokenizer)."""
+    tokenizer = load_tokenizer(name)
+    transformers.logging.disable_progress_bar()
+    with loading("--model", name):
         # dtype= always: transformers 5 otherwise takes the checkpoint's
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True)
-        missing = sorted(info["missing_keys"])[:3]  # they would be random
-        if missing or tokenizer.eos_token_id is None:
-            raise ValueError(f"{', '.join(missing) or 'an EOS token'} is missing: expected a "
-                             "pretrained causal language model")
+        if missing := sorted(info["missing_keys"])[:3]:  # they would be random
+            raise ValueError(f"{', '.join(missing)} is missing: expected a pretrained causal "
+                             "language model")
     if nf4:  # on the CPU: the device never holds the layers dense
         quantize_nf4(model)
         for parameter in model.parameters():  # else the whole checkpoint file stays in memory
@@ -637,8 +647,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout,
                                              is_causal=attention_mask is None, scale=scaling)
     else:
-        # In 16 bits the fused kernel's backward is slow on CPUs: with it a step took 1.35 times as
-        # long. Here the query heads of a group are stacked in the rows: K and V are not repeated.
+        # In 16 bits the fused kernel's backward is slow on CPUs. Here the query heads of a group are stacked in the rows: K and V are not repeated.
         if attention_mask is None:
             attention_mask = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
         bias = torch.zeros_like(attention_mask, dtype=query.dtype)
@@ -729,7 +738,7 @@ def try_attention(model, ids):
 # which sum up many small steps, stay in float32.
 
 class LossScaler:
-    """Dynamic loss scaling for float16 (Micikevicius et al. 2018, arXiv:1710.03740, Sec. 3.2).
+    """Loss scaling for float16 (Micikevicius et al. 2018, arXiv:1710.03740, Sec. 3.2).
 
     The loss is multiplied by `scale`, and the gradients are divided by it. If one is not finite,
     the step is skipped and the scale halves; after `interval` good steps in a row it doubles.
@@ -762,9 +771,10 @@ class LossScaler:
 
 
 def learning_rate_at(step, steps, warmup, peak):
-    """Warm up linearly over at most a tenth of the steps, then fall as a cosine (arXiv:1608.03983).
+    """Warm up linearly over at most a tenth of the steps, then fall to 0 as a cosine.
 
-    The step after the last would have 0.
+    The cosine is that of Loshchilov and Hutter 2016 (arXiv:1608.03983); the step after the last
+    would have 0.
     """
     warmup = min(warmup, steps // 10)
     if step < warmup:
@@ -827,8 +837,8 @@ def make_it_fit(model, batch, recompute):
             torch.cuda.reset_peak_memory_stats(model.device)
         if fits(model, batch, reserve):
             return recomputed
-    how = "with blocks recomputed" if recomputed else "with activations kept, as asked"
-    raise ValueError(f"out of memory in the largest batch, {how}: {LESS_MEMORY}")
+    more = "" if recomputed else "--checkpoint-activations, "
+    raise ValueError(f"out of memory in the largest batch: {more}{LESS_MEMORY}")
 
 
 def settle_memory(model, batch, recompute):
@@ -872,9 +882,9 @@ def peak_memory(device):
 #
 # A resumed run repeats the interrupted one to the bit, on the same kind of device and as many
 # processes (tested on CPUs, and on one GPU in float16). The batches follow from --seed and the
-# epoch, and dropout from --seed and the number of the micro-batch, so no random state is saved.
-# What is left is A and B, AdamW's moments, the loss scale and the step, written in full before a
-# rename makes them visible. run.json says what must be the same: flags, rows, base. On --resume,
+# epoch, and dropout from --seed and the micro-batch: no random state is saved, only A and B,
+# AdamW's moments, the loss scale and the step, written in full before a rename makes them
+# visible. run.json says what must be the same: flags, rows, base. On --resume,
 # saved_flags() reads it, newest_state() finds the last whole checkpoint, begin_run() compares rows
 # and base, experiment() loads the adapter, and train() goes on after the step.
 
@@ -888,6 +898,8 @@ def checkpoints(run):
 def best_adapter(folder):
     """Return the folder; for a run, its checkpoint with the lowest held-out loss, or the last."""
     measured, steps = val_losses(read_log(metrics_path(folder))), checkpoints(folder)
+    if len(steps) > 1 and not measured:
+        warnings.warn(f"no held-out loss of {folder} is known: its last checkpoint is taken")
     losses = {step: measured.get(int(step.name[5:]), math.inf) for step in reversed(steps)}
     best = min(losses, key=losses.get, default=Path(folder))
     if steps and measured.get(0, math.inf) < losses[best]:
@@ -1010,8 +1022,8 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
             optimizer.param_groups[0]["lr"] = lr
 
             # 2. Forward and backward, one micro-batch at a time. Each loss is divided by the
-            #    targets of the whole window: without dropout, 8 micro-batches of a row give the
-            #    gradient of one of 8 rows, up to rounding.
+            #    targets of the whole window: without dropout, 8 micro-batches of 1 row give the
+            #    gradient of one micro-batch of 8 rows, up to rounding.
             first = step * args.grad_accum
             window = batches[first:first + args.grad_accum]
             targets = sum(map(count_targets, window))
@@ -1062,7 +1074,7 @@ def train(model, examples, args, held_out=(), state=None, metadata=None):
                     save_checkpoint(folder, model, metadata, step, optimizer, scaler)
     if RANK == 0 and metadata:
         plot_loss(metrics)
-    gather(None)  # rank 0 may still be writing, and torchrun ends all when one exits
+    gather(None)  # rank 0 may still be writing, and torchrun kills the others when one exits
     if stop and step < steps:
         if metadata:
             print(f"stopped, {folder} is saved. To go on: --run-name {args.run_name} --resume")
@@ -1218,15 +1230,13 @@ def experiment(args, run):
     if adapter is not None:
         print(f"starting from {adapter}")
 
-    # 3. Data. Ten times the rows to hold out are read: some repeat a training question and are
-    #    passed over.
+    # 3. Data, to token ids. Ten times the rows to hold out are read: some repeat a training
+    #    question and are passed over.
     spare = 10 * (200 if args.val_samples is None else args.val_samples)
     table = read_table(args.data, "train", args.nb_samples + spare, args.chat)
     rows, held_out, passed_over = hold_out(table, args.nb_samples, args.val_samples)
     args.chat = isinstance(rows[0].question, list)
-
-    # 4. The base, and whether it can be trained on these rows.
-    model, tokenizer = load_model(args.model, dtype, device, args.nf4)
+    tokenizer = load_tokenizer(args.model)
     examples = encode(rows, tokenizer, args.max_length)
     held_out_examples = encode(held_out, tokenizer, args.max_length)
     if not examples:
@@ -1235,6 +1245,9 @@ def experiment(args, run):
         warnings.warn(f"no target holds {tokenizer.eos_token} (the chat template writes none): the "
                       "model will not learn to stop")
     encoded = [ids for ids, _ in examples + held_out_examples]
+
+    # 4. The base, and whether it can be trained on these rows.
+    model, _ = load_model(args.model, dtype, device, args.nf4)
     check_ids(model, encoded)
     check_head(model, max(encoded, key=len))
     try_attention(model, max(encoded, key=len))
@@ -1257,7 +1270,7 @@ def experiment(args, run):
           f"train ({trainable / total:.2%}), in float32\n"
           f"{len(examples):,} rows train, {len(held_out_examples):,} are held out\n"
           f"left out: {len(rows) + len(held_out) - len(encoded):,} longer than {args.max_length} "
-          f"tokens, {passed_over:,} behind the training rows that repeat their questions\n"
+          f"tokens, {passed_over:,} held-out candidates that repeat a training question\n"
           f"the first row, prompt | target: {tokenizer.decode(ids[:prompt])!r} | "
           f"{tokenizer.decode(ids[prompt:])!r}")
 
@@ -1372,8 +1385,8 @@ def demo(seed):
                   f"{score}"):
         print(f"3. eval_gsm8k.py {flags}")
         eval_gsm8k.main(eval_gsm8k.parse_args(flags.split()))
-    print("With the adapter on, one-step problems fail: it learned to take two steps whatever is "
-          "asked. With it off, the base is unchanged.")
+    print("With the adapter on, most one-step problems fail: trained on two-step problems alone, "
+          "the model forgets them. With it off, the base is unchanged.")
 
 
 # --- processes, errors, entry point ---
@@ -1441,7 +1454,7 @@ def is_out_of_memory(error):
         isinstance(error, RuntimeError) and re.search(words, repr(error)))
 
 
-def run_script(name, main, parse_args, less_memory=LESS_MEMORY):
+def run_script(name, main, parse_args, less_memory=f"--checkpoint-activations, {LESS_MEMORY}"):
     """Run main(); errors of flags and files end in one line on stderr and exit code 2.
 
     less_memory says which flags help when memory runs out. `python -X dev` shows the traceback
@@ -1449,7 +1462,8 @@ def run_script(name, main, parse_args, less_memory=LESS_MEMORY):
     """
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     hub_logging.set_verbosity_error()  # it would announce every retry
-    sys.stdout.reconfigure(errors="backslashreplace")  # for consoles that cannot show a character
+    with suppress(AttributeError):  # a notebook's stdout has no such method
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every console shows every character
     try:
         main(parse_args())
         if dist.is_initialized():

@@ -58,8 +58,7 @@ def parse_args(argv=None):
     add("--targets", None, "layers to adapt (default: query and value)", nargs="+")
     add("--head", None, "modules trained in full (default: the classifier)", nargs="+")
     add("--adapter", None, "score a saved adapter", metavar="DIR")
-    add("--predict", None, "print label and probability of sentences", nargs="+", metavar="TEXT",
-        type=plain_text)
+    add("--predict", None, "print label and probability of sentences", nargs="+", metavar="TEXT")
     add("--ranks", [8], "ranks to train; none for --full-finetune alone", nargs="*", **count)
     add("--seeds", [0], "a run for each rank and seed", nargs="+", **number(int, 0))
     add("--alpha", 16.0, "updates are scaled by alpha / r; 8 in Table 9", **positive)
@@ -92,6 +91,8 @@ def parse_args(argv=None):
                             "max_length", "dtype", "device")
     if message:
         raise ValueError(message)
+    for text in args.predict or ():
+        plain_text(text, "--predict")
     return args
 
 

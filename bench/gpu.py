@@ -6,7 +6,7 @@ Needs a CUDA GPU, all of it for a true speed. The model has TinyLlama-1.1B's sha
 weights. Printed:
     training    20 steps of train_math.py's defaults, in each precision: the peak predicted from the
                 largest batch and the run's, tokens/s, the loss, steps skipped by the loss scaling
-    resuming    from the checkpoint at half of these steps: is the adapter the same to the bit
+    resuming    from the checkpoint before the last: is the adapter the same to the bit
     scoring     base, adapter and merged export of 32 problems, by eval_gsm8k.py
     merging     merged logits against W0 + s B A unmerged, and whether unmerge gives every bit back
 """
@@ -63,7 +63,7 @@ def run(script, flags, work):
 
 def run_training(flags, name, args):
     return run("train_math.py", f"--model model --data {args.data} --nb-samples 160 --epochs 1 "
-               f"--save-every 10 --vram 4 --run-name {name} {flags}", args.work)
+               f"--vram 4 --run-name {name} {flags}", args.work)
 
 
 def train(flags, name, args):
@@ -89,11 +89,12 @@ def resume(flags, name, args):
     """Take the last checkpoint away, resume from the one before, and compare the two."""
     last = args.work / f"checkpoints/{name}/step_000020"
     aside = last.rename(last.parent / "before")
-    run_training(f"{flags} --resume", name, args)
+    printed = run_training(f"{flags} --resume", name, args)
+    start = re.search("starting from (.*)", printed)[1]
     from safetensors.torch import load_file
     first, second = (load_file(path / "adapter_model.safetensors") for path in (aside, last))
     apart = max(float((first[key] - second[key]).abs().max()) for key in first)
-    print(f"resumed at step 10, {flags}: adapters differ by at most {apart:.1e}", flush=True)
+    print(f"resumed from {start}, {flags}: adapters differ by at most {apart:.1e}", flush=True)
 
 
 def score(flags, name, args):

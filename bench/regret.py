@@ -6,7 +6,7 @@
 A run of train_sst2.py takes 10,000 training sentences, one epoch; the judge is the loss on the last
 2,000, not trained on. The validation split is never read. Learning rates go in factors of two, six
 at least (four with batches of 256), and on until the best, for seed 0, lies at no edge. Then come
-seeds 1 and 2 at the best, and at its neighbours.
+seeds 1 and 2 at the best, and at its neighbours (with batches of 256 at the best alone).
 Processes with different --only can share the work: all append to --lines.
 
 Printed: the best rate of each setting, and the differences that the published claims are about,

@@ -2,9 +2,9 @@
 
     python bench/scaling.py --rounds 3     # 20 minutes on 2 cores; writes runs/scaling.*
 
-SmolLM2-135M's shape with random weights, LoRA on q and v. Each point is a process of its own: a
-warm-up step, two timed ones, the peak; and beside it the ideal: the step's matrix products alone,
-with the same shapes and dtype, timed in the same process. In each round every point has its turn;
+SmolLM2-135M's shape with 12 layers and random weights, LoRA on q and v. Each point is a process of its own: a
+warm-up step, two timed ones, the peak; and beside it the ideal: the matrix products of the base
+alone (without A and B, the logits once), with the same shapes and dtype, in the same process. In each round every point has its turn;
 the picture shows medians.
 """
 import argparse
@@ -95,7 +95,7 @@ def draw(points, path):
             return [median(point[key]) for point in chosen]
 
         speed.plot(x, medians("tokens_per_s"), "o-", label="training step")
-        speed.plot(x, medians("ideal"), "--", label="its matrix products alone")
+        speed.plot(x, medians("ideal"), "--", label="the base's matrix products alone")
         memory.plot(x, medians("peak_gib"), "o-", color="C2")
         for axis in (speed, memory):
             axis.set(xlabel={"r": "rank", "batch": "batch size"}.get(name, name))
@@ -128,7 +128,7 @@ def main(args):
         share = median(a / b for a, b in zip(point["tokens_per_s"], point["ideal"]))
         speed = median(point["tokens_per_s"])
         print(f"{point['sweep']:7}{point[point['sweep']]:4}{speed:8.1f} tokens/s  "
-              f"{share:.0%} of its products alone  {median(point['peak_gib']):.2f} GiB")
+              f"{share:.0%} of the base's products alone  {median(point['peak_gib']):.2f} GiB")
     args.out.with_suffix(".jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
     try:
         draw(points, args.out.with_suffix(".png"))

@@ -4,7 +4,8 @@
 
 Printed: the similarity phi of A's subspaces (Eq. 4, Fig. 3 and 4), beside that of random matrices,
 and how much each adapter amplifies directions of W (Table 7). In --out: compare-A-B.png, a map of
-phi for the first, middle and last layer of each kind, and their mean. Takes seconds for a MiniLM.
+phi for the first, middle and last layer of each kind, the mean of all its layers, and random
+matrices. Takes seconds for a MiniLM.
 """
 import argparse
 import math

@@ -5,7 +5,7 @@
 Takes about five minutes a round on 2 cores. Needs PEFT: pip install peft
 Each round runs three fresh processes in turn, so that a machine that drifts slows all three:
     ours        train_math.py with its defaults for everything that is not the work itself
-    peft        get_peft_model and Trainer as PEFT's documentation shows them: bf16 by autocast
+    peft        get_peft_model and Trainer's defaults, but bf16 by autocast over a float32 base
     peft-tuned  base weights in bf16, batches by length, gradient checkpointing
 Printed: unpadded tokens per second of the training steps (ours with clipping and the optimizer's
 step, PEFT's without), the process's peak memory (on a GPU the allocator's), the mean loss, and the
