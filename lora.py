@@ -341,7 +341,9 @@ def unmerge_lora(model):
     It also repairs a merge or a disable_lora block that was interrupted halfway.
     """
     for plain, (layer, W0) in modules_with(model, "lora_waiting").items():
-        layer.to(device_of(plain)).train(plain.training)  # the model may have been moved since
+        if device_of(layer) != device_of(plain):  # the model was moved, or a packed base waited
+            layer.to(device_of(plain))
+        layer.train(plain.training)
         if isinstance(W0, torch.Tensor):
             plain.weight = nn.Parameter(W0.to(plain.weight), requires_grad=False)
         elif W0 is not None:
