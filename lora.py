@@ -121,8 +121,8 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))        # (..., k) -> (..., r)
         update = F.linear(self.scaling * z, self.lora_B.to(x.dtype))  # (..., r) -> (..., d)
-        # The base comes last: if this layer ends a checkpointed block, recomputing it stops here,
-        # because backward needs nothing that base(x) computes.
+        # The base comes last: when a checkpointed block that ends here is recomputed, torch stops
+        # once it has what backward needs, and so before base(x).
         return self.base(x) + update
 
     def delta(self):
@@ -206,18 +206,18 @@ def inject_lora(model, config, layer=LoRALinear):
     if dict(lora_layers(model)):
         raise ValueError("the model carries an adapter: call strip_lora(model) first")
     layers, heads = select(model, config)
+    install(model, {base: layer(base, config) for base in layers.values()}, heads)
+    return list(layers)
+
+
+def install(model, wrappers, heads):
+    """Freeze the model, place {base: wrapper}, and let {name: head} train."""
     for name, head in heads.items():
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters()):
             warnings.warn(f"{name} trains in 16 bits, where small updates round away")
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules()):
         warnings.warn("BatchNorm updates its statistics while training, and no adapter saves them: "
                       "call eval() on these modules")
-    install(model, {base: layer(base, config) for base in layers.values()}, heads)
-    return list(layers)
-
-
-def install(model, wrappers, heads):
-    """Freeze the model, place {base: wrapper}, and let the heads train."""
     model.requires_grad_(False)
     model.zero_grad()  # an optimizer made earlier would still apply these gradients to the base
     replace_modules(model, wrappers)
@@ -296,9 +296,9 @@ def merge_lora(model):
     """Put plain layers with W0 + scaling * B A in the wrappers' places; return the model.
 
     No latency is added (Sec. 4.1). The sum is made in fp32, in fp64 over an fp64 base, and rounded
-    once. A second call does nothing. Raises ValueError without an adapter, for a base that does not
-    compute x W^T + b or a wrapper with a forward hook, and RuntimeError while the adapter is off;
-    no layer is then merged.
+    once. Trained heads stay, and go on training. A second call does nothing. Raises ValueError
+    without an adapter, for a base that does not compute x W^T + b or a wrapper with a forward hook,
+    and RuntimeError while the adapter is off; no layer is then merged.
     """
     if is_merged(model):
         return model
@@ -460,9 +460,8 @@ def linear_layers(model):
         parent = modules[name.rpartition(".")[0]]
         # Some parents read a child's weight without calling it: a wrapper would have no effect. The
         # attribute ssm_state_size marks transformers' Mamba blocks, whose CUDA kernels do so.
-        bypassed = (isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
-                    or hasattr(parent, "ssm_state_size")
-                    and ends_in(name, ["dt_proj", "x_proj", "out_proj"]))
+        bypassed = isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) or (
+            hasattr(parent, "ssm_state_size") and ends_in(name, ["dt_proj", "x_proj", "out_proj"]))
         linear = isinstance(module, nn.Linear) or is_packed(module)
         if name and not bypassed and (linear or is_transposed(module)):
             layers[name] = module
@@ -678,9 +677,9 @@ def load_adapter(model, folder, layer=LoRALinear):
         install(strip_lora(model), {wrapper.base: wrapper for wrapper in wrappers.values()}, heads)
     for key, parameter in file_parameters(*adapter_modules(model)).items():
         parameter.detach().copy_(tensors[key])
-    own_sample = torch.tensor(base_sample(list(wrappers.values())[-1]))
+    here = torch.tensor(base_sample(list(wrappers.values())[-1]))
     # The relative distance of the same base in 4 bits is 0.1, of another seed 1.4.
-    if own_sample.shape == sample.shape and (own_sample - sample).norm() > 0.3 * sample.norm():
+    if here.shape == sample.shape and (here - sample).norm() > 0.3 * sample.norm():
         warnings.warn(f"{folder} was trained on another base")
     return config
 
@@ -795,7 +794,7 @@ class NF4Linear(nn.Module):
         self.register_buffer("codes", codes[:, 0] << 4 | codes[:, 1])
         self.register_buffer("absmax", absmax.bfloat16().view(torch.uint8))
         self.register_buffer("pairs", pairs.view(torch.int32), persistent=False)
-        # It holds no data. model.half() casts it, and `weight` has its dtype.
+        # An empty tensor: model.half() casts it, and `weight` has its dtype.
         self.register_buffer("dtype_holder", weight.new_empty(0), persistent=False)
         share_hooks(self, layer).requires_grad_(False).train(layer.training)
 
@@ -850,7 +849,7 @@ def quantize_nf4(model, skip=("lm_head",)):
     """Put an NF4Linear in place of the linear layers; return their names.
 
     Call it on the CPU before injecting, then move the model, so that a GPU never holds the dense
-    weights. The output head, routers, layers that no target can name, and names that end in one of
+    weights. The output head, routers, layers that are not called, and names that end in one of
     skip stay dense; so do, with a warning, layers that cannot be packed.
     """
     require_active(model, "quantise")

@@ -49,8 +49,8 @@ import train_math
 import train_sst2
 from eval_gsm8k import complete, extract_answer, mcnemar_p, wilson_interval
 from lora import (
-    NF4, LoRAConfig, LoRALinear, NF4Linear, adapter_state_dict, count_parameters, dequantize_nf4,
-    disable_lora, inject_lora, is_transposed, load_adapter, lora_layers, merge_lora, quantize_nf4,
+    NF4, LoRAConfig, LoRALinear, NF4Linear, adapter_state_dict, count_parameters, d_by_k,
+    dequantize_nf4, disable_lora, inject_lora, load_adapter, lora_layers, merge_lora, quantize_nf4,
     save_adapter, strip_lora, unmerge_lora)
 from train_math import (
     LossScaler, Row, batch_loss, checkpoints, collate, demo_base, demo_problem, encode,
@@ -396,8 +396,8 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, base, config):
         super().__init__(base, config)
-        W0 = base.weight.T if is_transposed(base) else base.weight
-        self.magnitude = nn.Parameter(W0.detach().float().norm(dim=1))
+        W0 = d_by_k(base.weight.detach(), base)
+        self.magnitude = nn.Parameter(W0.float().norm(dim=1))
 
     def adapter_parameters(self):
         return super().adapter_parameters() | {"lora_magnitude_vector": self.magnitude}
@@ -407,8 +407,8 @@ class DoRALinear(LoRALinear):
         return self.magnitude[:, None] * W / W.norm(dim=1, keepdim=True).detach()
 
     def forward(self, x):
-        W0 = self.base.weight.T if is_transposed(self.base) else self.base.weight
-        return F.linear(x, self.merged_weight(W0.float()).to(x.dtype), self.base.bias)
+        W = self.merged_weight(d_by_k(self.base.weight, self.base).float())
+        return F.linear(x, W.to(x.dtype), self.base.bias)
 
 
 def test_dora_as_a_subclass_merges_and_is_told_from_lora():
@@ -521,6 +521,9 @@ def test_layers_that_mamba_does_not_call_are_left_out():
 def test_what_would_train_badly_or_be_lost_is_warned_of():
     with pytest.warns(match="classifier.* trains in 16 bits"):
         inject_lora(roberta().half(), LoRAConfig(**HEAD))
+    saved("adapter", roberta, **HEAD)
+    with pytest.warns(match="classifier.* trains in 16 bits"):
+        load_adapter(roberta().bfloat16(), "adapter")
     inject_lora(SmallGPT().train(), LoRAConfig())  # and nothing else is
     for training in (True, False):  # statistics stand still in eval mode
         model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train(training)
@@ -1157,10 +1160,11 @@ def test_empty_answers_are_left_out_and_only_calculator_marks_removed(capsys):
     """Alpaca has 28 empty outputs; code between << and >> must stay."""
     code = 'std::cout << "a"; std::cin >> b; y = 1 << 2 >> 3'
     answers = [" ", None, ".5*48=<<.5*48=24>>24", code]
-    write_rows("x.jsonl", *({"question": "q", "answer": answer} for answer in answers))
+    write_rows("x.jsonl", *({"question": "q", "choices": 4, "answer": a} for a in answers))
     assert [a for _, a in read_rows("x.jsonl", "t")] == [".5*48=24", code]
     assert len(read_rows("x.jsonl", "t", 1)) == 1
-    assert "4 rows; of the first 4, 2 without an answer are left out" in capsys.readouterr().out
+    said = "4 rows; of the first 4, 2 without an answer are left out; columns not read: choices\n"
+    assert said in capsys.readouterr().out
 
 
 USER, BOT = dict(role="user", content="1+1?"), dict(role="assistant", content="2")
@@ -1215,6 +1219,8 @@ def test_a_hub_that_cannot_be_reached_is_one_line(patch):
     for flag, call in (("model", lambda: load_model("a/b", None, CPU)),
                        ("data", lambda: read_rows("a/b", "train"))):
         refused(f"--{flag} a/b: no such file or folder, and the Hub cannot be reached", call)
+    patch(datasets, load_dataset=lambda *_, **__: {}["gated"])
+    refused("--data a/b: no such file or folder, and from the Hub: KeyError: 'gated'", call)
 
 
 def test_held_out_rows_stand_behind_the_training_rows_and_ask_something_else():
@@ -1362,7 +1368,7 @@ def test_rows_beyond_the_positions_are_refused(tiny):
     n = len(model.lm_head.weight)
     model.config.max_position_embeddings = 40
     refused("40 positions.*--max-new-tokens", complete, model, tokenizer, ["a"], 1, 40)
-    refused(f"ids up to {n}", train_math.check_ids, model, [[n]])
+    refused(f"not this model's: it gives ids up to {n}", train_math.check_ids, model, [[n]])
     train_math.check_ids(model, [[n - 1]], 39)
 
 
@@ -2310,7 +2316,7 @@ def test_training_rows_are_drawn_with_seed_0_and_cut(encoder):
     assert few["train"] == [(ids[:4] + ids[-1:], label) for ids, label in wanted]
     for split in ("train", "validation"):
         Path(f"{split}.jsonl").write_text(json.dumps({"sentence": 99 * "music ", "label": 1}))
-    refused("101 tokens.* 32 positions; lower --max-length", train_sst2.main,
+    refused("101 tokens.* 32 positions: lower --max-length", train_sst2.main,
             sst2(encoder, "--data ."))  # its tokenizer knows no maximum
 
 

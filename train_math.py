@@ -1,7 +1,7 @@
 """LoRA fine-tuning of TinyLlama-1.1B on MetaMathQA, sized for one 4 GB card.
 
     python train_math.py                                           # 10,000 rows, 3 epochs, r=8
-    python train_math.py --demo                                    # a minute on 2 cores, no download
+    python train_math.py --demo                                    # a minute on 2 cores, offline
     python train_math.py --model DIR --data train.jsonl --r 16     # your own model and data
     python train_math.py --adapter DIR --data more.jsonl           # go on from an adapter
     python train_math.py --run-name X --resume                     # after Ctrl-C or a kill
@@ -230,6 +230,7 @@ Row = namedtuple("Row", "question answer place problem")
 
 COLUMNS = (("query", "response"), ("question", "answer"), ("prompt", "completion"),
            ("instruction", "output"), ("instruction", "response"))
+READ = {*sum(COLUMNS, ()), "input", "context", "messages", "original_question"}
 FILES = (".jsonl", ".json", ".parquet", ".csv")
 SUBSETS = {"gsm8k": "main", "glue": "sst2"}  # of data sets that have several
 
@@ -261,7 +262,9 @@ def read_table(data, split, limit=None, chat=None):
         if chat is False and isinstance(rows[0].question, list):
             raise ValueError("messages are a chat: leave --no-chat out")
     left_out = f"; of the first {place:,}, {empty:,} without an answer are left out"
-    print(f"{data}: {len(table):,} rows{left_out if empty else ''}")
+    unread = [f"{name}" for name in row if name not in READ]
+    print(f"{data}: {len(table):,} rows{left_out if empty else ''}"
+          f"{'; columns not read: ' * bool(unread)}{', '.join(unread)}")
     return rows[:limit]
 
 
@@ -620,10 +623,12 @@ def check_ids(model, encoded, new_tokens=0):
     longest, largest = max(map(len, encoded)) + new_tokens, max(map(max, encoded))
     positions = getattr(model.config, "max_position_embeddings", None) or longest
     embeddings = len(model.get_input_embeddings().weight)
-    if longest > positions or largest >= embeddings:
-        raise ValueError(f"{longest} tokens, ids up to {largest}: the model has {embeddings} "
-                         f"embeddings and {positions} positions; lower --max-length, "
-                         "--max-new-tokens or --shots")
+    if largest >= embeddings:
+        raise ValueError(f"the tokenizer is not this model's: it gives ids up to {largest}, for "
+                         f"{embeddings} embeddings")
+    if longest > positions:
+        raise ValueError(f"{longest} tokens, but the model has {positions} positions: lower "
+                         "--max-length, --max-new-tokens or --shots")
 
 
 # --- attention, and checks of the model ---
@@ -647,7 +652,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
         out = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout,
                                              is_causal=attention_mask is None, scale=scaling)
     else:
-        # In 16 bits the fused kernel's backward is slow on CPUs. Here the query heads of a group are stacked in the rows: K and V are not repeated.
+        # In 16 bits the fused kernel's backward is slow on CPUs. Here the query heads of a group
+        # are stacked in the rows, so that K and V are not repeated.
         if attention_mask is None:
             attention_mask = torch.ones(1, 1, n, n, dtype=torch.bool).tril()
         bias = torch.zeros_like(attention_mask, dtype=query.dtype)
@@ -786,7 +792,7 @@ def learning_rate_at(step, steps, warmup, peak):
 #
 # Two things are computed again in backward: the logits, always (above), and the blocks, if memory
 # runs out: experiment() calls cap_memory(), which sets the limit, and settle_memory(), which
-# lets make_it_fit() try the largest batch.
+# calls make_it_fit() on the largest batch.
 
 LESS_MEMORY = "--nf4, a smaller --batch-size or a smaller --max-length take less memory"
 
@@ -945,8 +951,9 @@ def newest_state(run):
             return path, state
         except Exception as error:  # a damaged file may raise anything
             warnings.warn(f"passing over {path}, which is damaged: {first_line(error)}")
+    another = "with another --run-name and " if checkpoints(run) else ""
     raise ValueError(f"--resume: {run} has no whole checkpoint to continue from: begin again, "
-                     "with another --run-name and without --resume")
+                     f"{another}without --resume")
 
 
 def write_whole(path, content):
@@ -1318,7 +1325,7 @@ def demo_problem(rng, two_steps):
 
 
 def demo_base(texts, seed=0):
-    """Return a Llama of 1M random weights, and a tokenizer with just the words of these texts."""
+    """Return a Llama of 0.9M random weights, and a tokenizer with just the words of these texts."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     words = sorted(set(re.findall(r"\w+|[^\w\s]+", " ".join(texts))))
@@ -1433,12 +1440,14 @@ def loading(flag, name):
         if isinstance(error, SafetensorError):
             reason = f"its weights are damaged, copy them again ({reason})"
         if type(error) is not ValueError and not Path(name).exists():  # ours are ValueErrors
-            offline = re.search("connect|reach|offline|resolve", reason, re.IGNORECASE)
-            hub = ", and the Hub cannot be reached" if offline else ""
-            details = "" if isinstance(error, FileNotFoundError) and error.errno else f" ({reason})"
-            reason = f"no such file or folder{hub}{details}"
             if flag == "--model" and Path(name).is_absolute():
                 reason = "no such folder; if an adapter's base has moved, give its place as --model"
+            elif isinstance(error, FileNotFoundError) and error.errno:
+                reason = "no such file or folder"
+            elif re.search("connect|reach|offline|resolve", reason, re.IGNORECASE):
+                reason = f"no such file or folder, and the Hub cannot be reached ({reason})"
+            else:
+                reason = f"no such file or folder, and from the Hub: {reason}"
         raise ValueError(f"{flag} {name}: {reason}") from None
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from lora import load_adapter
-from train_math import (Parser, encode, load_model, loading, pick_device, pick_dtype, read_rows,
-                        run_script, validation_loss)
+from train_math import (Parser, count_targets, encode, load_model, loading, pick_device,
+                        pick_dtype, read_rows, run_script, validation_loss)
 
 NUMBER = r"\$?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 # Only whole steps: in "(2 + 3) * 4 = 20", "3) * 4 = 20" is none.
@@ -97,7 +97,7 @@ def describe_losses(args):
     dtype, _ = pick_dtype(args.dtype, device)
     model, tokenizer = load_model(args.model, dtype, device)
     examples = encode(read_rows(args.held_out, "train"), tokenizer, 512)
-    targets = sum(len(ids) - prompt for ids, prompt in examples)
+    targets = count_targets(examples)
     for adapter in [None, *args.adapter]:
         if adapter:
             load_adapter(model, adapter)

@@ -2,10 +2,9 @@
 
     python bench/scaling.py --rounds 3     # 20 minutes on 2 cores; writes runs/scaling.*
 
-SmolLM2-135M's shape with 12 layers and random weights, LoRA on q and v. Each point is a process of its own: a
-warm-up step, two timed ones, the peak; and beside it the ideal: the matrix products of the base
-alone (without A and B, the logits once), with the same shapes and dtype, in the same process. In each round every point has its turn;
-the picture shows medians.
+SmolLM2-135M's shape with 12 layers and random weights, LoRA on q and v. Each point is a process of
+its own: a warm-up step, two timed ones, the peak, and beside them the ideal, the matrix products of
+the base alone (without A and B, the logits once). The picture shows medians over the rounds.
 """
 import argparse
 import json
