@@ -1747,6 +1747,10 @@ def test_resume_refuses_what_it_cannot_continue(tiny, patch):
     refused("--model .*the base changed", run, copy, flags)
     shutil.copy(copy / "test.jsonl", copy / "train.jsonl")
     refused("--data .*data or tokenizer changed", run, copy, flags)
+    os.remove("checkpoints/run/state_000001.pt")
+    refused("begin again, with another --run-name and without --resume", run, copy, flags)
+    shutil.rmtree("checkpoints/run/step_000001")  # killed before its first checkpoint
+    refused("begin again, without --resume", run, copy, flags)
     patch(train_math, gather=lambda value: [value | {"data": 7}])  # rank 0 read other rows
     refused("--data .*data or tokenizer changed", run, tiny, "--run-name other")
 
