@@ -504,16 +504,17 @@ def check_product(base):
     own: one that masks W, or computes with a copy of it, gives itself away.
     """
     kind = f"cannot merge into this {type(base).__name__}"
-    dense = base.to_dense() if is_packed(base) else base
+    packed = is_packed(base)
+    dense = base.to_dense() if packed else base
     W = dense._parameters.get("weight")  # none if W is computed, as by weight_norm
     if W is None or W.dim() != 2 or W.dtype not in FLOATS or W.is_meta:
         raise ValueError(f"{kind}: it has no dense W of floats")
     d, k = d_by_k(W, dense).shape
     x = random_row(k).expand(1, 1, -1).to(W)
-    if dense is base:
+    if not packed:
         W = d_by_k(torch.outer(random_row(d), random_row(k)) / math.sqrt(k), base).to(W)
     try:
-        y = functional_call(base, {"weight": W}, x) if dense is base else base(x)
+        y = base(x) if packed else functional_call(base, {"weight": W}, x)
     except Exception as error:
         raise ValueError(f"{kind}: it fails on a random row ({error})") from error
     b = None if dense.bias is None else dense.bias.float()
