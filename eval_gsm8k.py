@@ -198,7 +198,7 @@ def complete(model, tokenizer, prompts, batch_size=16, max_new_tokens=256):
     own = model.generation_config
     stops = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     eos = [tokenizer.eos_token_id, *(token for token in stops if token is not None)]
-    # In a chat the words may be a quotation.
+    # With this word a model begins a question of its own; in a chat it may be a quotation.
     stop = None if isinstance(prompts[0], list) else "Question:"
     # The checkpoint's own settings may ask for sampling, and its pad id may have no embedding.
     # The tokenizer's EOS pads: decoding skips it.

@@ -262,7 +262,7 @@ def read_table(data, split, limit=None, chat=None):
         if chat is False and isinstance(rows[0].question, list):
             raise ValueError("messages are a chat: leave --no-chat out")
     left_out = f"; of the first {place:,}, {empty:,} without an answer are left out"
-    unread = [f"{name}" for name in row if name not in READ]
+    unread = [str(name) for name in row if name not in READ]
     print(f"{data}: {len(table):,} rows{left_out if empty else ''}"
           f"{'; columns not read: ' * bool(unread)}{', '.join(unread)}")
     return rows[:limit]
