@@ -1870,6 +1870,9 @@ def test_a_run_that_never_beats_its_start_is_warned_of():
     os.remove("runs/run/metrics.jsonl")  # as where checkpoints/run alone was copied
     with pytest.warns(match="no held-out loss of checkpoints/run is known"):
         assert train_math.best_adapter("checkpoints/run").name == "step_000002"
+    os.rmdir("checkpoints/run/step_000001")
+    with warnings.catch_warnings(action="error"):  # there is no choice
+        assert train_math.best_adapter("checkpoints/run").name == "step_000002"
 
 
 # --- train_math.py: command lines ---
