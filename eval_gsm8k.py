@@ -354,7 +354,7 @@ def ask(args, model, tokenizer, adapters):
         for name, completions in said.items():
             completion, cut_off = completions[i]
             end = " ..." if cut_off else ""
-            print(f"--- {name}\n{completion.strip() or '(it ended at once)'}{end}")
+            print(f"--- {name}\n{completion.strip() or '(no text)'}{end}")
 
 
 def save_merged(args, model, tokenizer, adapters):
